@@ -1,0 +1,119 @@
+"""A data set of the user's own: a folder of NIfTI files that share one grid.
+
+    ID_t1.nii.gz      the brain
+    ID_seg.nii.gz     its label map (optional)
+    splits.json       {"train": [ids], "val": [ids], "test": [ids]} (optional; may lie in the parent folder)
+    labels.csv        names: "number,name" a row (optional; may lie in the parent folder)
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from drivenmorph_jax import nifti
+from drivenmorph_jax.data.subject import SPLITS, Dataset, Subject, read_label_names
+from drivenmorph_jax.errors import InputError
+
+IMAGE, LABELS = "_t1.nii.gz", "_seg.nii.gz"
+SPLIT_SEED = 0  # a folder without splits.json is split the same way by training and by evaluation
+THREADS = 4
+
+
+def folder_dataset(config, splits=SPLITS):
+    """The subjects of a folder, in canonical RAS axis order, intensities in [0, 1].
+
+    Args:
+      config: root, the folder; exclude, labels that scores leave out besides background; splits, the path of
+        a splits.json, or None to look for one in the folder and its parent. Without any, a tenth each become
+        val and test (at least two where there are six, one where there are three), the same ones every time.
+      splits: the splits to read; the others stay empty.
+
+    Raises:
+      InputError: no such folder, fewer than two images in it, ids without an image, a subject in two splits,
+        images that do not share one isotropic grid, or a file that cannot be read.
+    """
+    root = Path(config.root)
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: set data.root to the one that holds the ID{IMAGE} files")
+    found = sorted(path.name.removesuffix(IMAGE) for path in root.glob(f"*{IMAGE}"))
+    if len(found) < 2:
+        raise InputError(f"{root} holds {len(found)} files named ID{IMAGE}: put at least 2 subjects there")
+
+    path = _splits_file(root, config.get("splits"))
+    ids = _read_splits(path, root, found) if path else _drawn_splits(found)
+    wanted = [id for split in splits for id in ids[split]]
+    if not wanted:
+        raise InputError(f"{path or root} has no subjects for {', '.join(splits)}: add ids to a splits.json")
+    with ThreadPoolExecutor(THREADS) as pool:  # unpacking gzip releases the interpreter
+        subjects = dict(zip(wanted, pool.map(lambda id: _read_subject(root, id), wanted), strict=True))
+    spacing = _common_spacing(root, list(subjects.values()))
+
+    table = _beside(root, "labels.csv")
+    read = {split: tuple(subjects[id] for id in ids[split]) if split in splits else () for split in SPLITS}
+    return Dataset(root.resolve().name, **read,
+                   spacing=spacing, label_names=read_label_names(table) if table else {},
+                   exclude=tuple(sorted({0, *config.get("exclude", ())})))
+
+
+def _beside(root, name):
+    """The file of that name in the folder or else in its parent, or None."""
+    return next((path for path in (root / name, root.parent / name) if path.is_file()), None)
+
+
+def _splits_file(root, given):
+    if given is None:
+        return _beside(root, "splits.json")
+    if not Path(given).is_file():
+        raise InputError(f"{given} does not exist: set data.splits to a splits.json, or leave it out")
+    return Path(given)
+
+
+def _read_splits(path, root, found):
+    try:
+        ids = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(ids, dict) or not all(isinstance(ids.get(split, []), list) for split in SPLITS):
+        raise InputError(f'{path} must have the form {{"train": [ids], "val": [ids], "test": [ids]}}')
+    ids = {split: [str(id) for id in ids.get(split, [])] for split in SPLITS}
+    listed = [id for split in SPLITS for id in ids[split]]
+    for id in listed:
+        if id not in found:
+            raise InputError(f"{path} lists {id}, but {root / (id + IMAGE)} is missing: add it or drop it")
+        if listed.count(id) > 1:
+            raise InputError(f"{path} lists {id} more than once: a subject belongs to one split")
+    return ids
+
+
+def _drawn_splits(found):
+    order = [found[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(found))]
+    # Two make the smallest split that has a pair in it.
+    held = max(min(2, len(found) // 3), round(len(found) / 10))
+    return {"val": order[:held], "test": order[held:2 * held], "train": order[2 * held:]}
+
+
+def _read_subject(root, id):
+    image = nifti.load_image(root / f"{id}{IMAGE}")
+    labels = None
+    if (root / f"{id}{LABELS}").is_file():
+        labels = nifti.canonical(nifti.load_labels(root / f"{id}{LABELS}", image)).data.astype(np.int32)
+    image = nifti.canonical(image)
+    return Subject(id, np.asarray(nifti.normalise(image.data), np.float32), labels, image.affine)
+
+
+def _common_spacing(root, subjects):
+    """The voxel size in mm that all share. Raises InputError naming the first file on another grid."""
+    first = subjects[0]
+    for subject in subjects:
+        same_affine = np.allclose(subject.affine, first.affine, atol=1e-3)
+        if subject.image.shape != first.image.shape or not same_affine:
+            raise InputError(f"{root / (subject.id + IMAGE)} is not on the grid of {first.id}{IMAGE}: "
+                             "align and resample all images of the folder to one grid")
+    sizes = np.linalg.norm(first.affine[:3, :3], axis=0)
+    if np.ptp(sizes) > 1e-2 * sizes.min():
+        voxel = " x ".join(f"{size:.3g}" for size in sizes)
+        raise InputError(f"{root / (first.id + IMAGE)} has voxels of {voxel} mm: "
+                         "resample the folder to cubic ones")
+    return float(sizes.mean())

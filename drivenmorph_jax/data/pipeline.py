@@ -1,0 +1,81 @@
+"""Random training pairs by Grain: seeded, sharded over hosts, prefetched, and resumable."""
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drivenmorph_jax.data.subject import ordered_pairs
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.grid import average_pool
+
+READERS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches
+
+
+def training_batches(subjects, batch_size, seed, *, downsample=1, flip=False, intensity=0.0,
+                     with_labels=False):
+    """Batches of random ordered pairs of different subjects, without end, every pair once before any again.
+
+    The order and the augmentation follow from the seed and a pair's place in the sequence alone. Process p of
+    n takes every n-th pair of it, so that hosts together see what one would. The iterator's `get_state` and
+    `set_state` continue a run bit for bit.
+
+    Args:
+      subjects: at least two, on one grid (D, H, W).
+      batch_size: pairs in a batch of this process.
+      seed: integer.
+      downsample: factor by which images are average-pooled, and labels strided, once at the start.
+      flip: mirror both images of a random half of the pairs along the first axis, left to right.
+      intensity: strength s of the change of contrast, image^exp(s a) exp(s b), a and b standard normal,
+        for each image separately; the result is clipped to [0, 1].
+      with_labels: add the label maps.
+
+    Returns:
+      An iterator over {'fixed', 'moving': (B, D, H, W, 1) float32} and, with labels, {'fixed_labels',
+      'moving_labels': (B, D, H, W) int32}, as NumPy arrays.
+
+    Raises:
+      InputError: fewer than two subjects, labels asked for but missing, or a side that `downsample` does not
+        divide.
+    """
+    if len(subjects) < 2:
+        raise InputError(f"training needs at least 2 subjects, not {len(subjects)}: add to the train split")
+    images = {subject: _pooled(subject, downsample) for subject in subjects}
+    labels = {subject: _strided(subject, downsample) for subject in subjects} if with_labels else {}
+
+    def example(pair, rng):
+        # Numbers are drawn whether used or not: switching one augmentation leaves the other as it is.
+        mirrored, contrast = rng.random() < 0.5, np.exp(intensity * rng.standard_normal((2, 2)))
+        side = slice(None, None, -1) if flip and mirrored else slice(None)
+        batch = {}
+        for role, subject, (gamma, gain) in zip(("fixed", "moving"), pair, contrast, strict=True):
+            image = images[subject][side]
+            if intensity:
+                image = np.clip(np.float32(gain) * image ** np.float32(gamma), 0, 1)
+            batch[role] = image[..., None]
+            if with_labels:
+                batch[f"{role}_labels"] = labels[subject][side]
+        return batch
+
+    return iter(
+        grain.MapDataset.source(ordered_pairs(subjects))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(example)[jax.process_index()::jax.process_count()]
+        .batch(batch_size, drop_remainder=True)
+        .to_iter_dataset(READERS))
+
+
+def _pooled(subject, factor):
+    if any(side % factor for side in subject.image.shape):
+        raise InputError(f"data.downsample is {factor}, which does not divide the image shape "
+                         f"{subject.image.shape}: choose a factor of every side")
+    return np.asarray(average_pool(jnp.asarray(subject.image)[..., None], factor)[..., 0])
+
+
+def _strided(subject, factor):
+    if subject.labels is None:
+        raise InputError(f"{subject.id} has no label map: add {subject.id}_seg.nii.gz or train without")
+    # No voxel is central in an even block; every image takes the same one, so pairs stay aligned.
+    return np.ascontiguousarray(subject.labels[(slice(factor // 2, None, factor),) * 3])

@@ -1,0 +1,52 @@
+"""What a data set is: subjects on one grid, in three splits."""
+
+import csv
+from dataclasses import dataclass
+
+import numpy as np
+
+from drivenmorph_jax.errors import InputError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One brain on the data set's grid (D, H, W), in RAS axis order."""
+
+    id: str
+    image: np.ndarray  # (D, H, W) float32 in [0, 1]
+    labels: np.ndarray | None  # (D, H, W) int32
+    affine: np.ndarray  # (4, 4), voxel -> RAS mm
+    to_template: np.ndarray | None = None  # (D, H, W, 3) voxels: x shows the template's x + to_template(x)
+    from_template: np.ndarray | None = None  # (D, H, W, 3) voxels, the inverse
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Subjects by split; a split that was not asked for is empty."""
+
+    name: str
+    train: tuple[Subject, ...]
+    val: tuple[Subject, ...]
+    test: tuple[Subject, ...]
+    spacing: float  # mm, the same along every axis
+    label_names: dict[int, str]
+    exclude: tuple[int, ...]  # labels left out of scores; background is always one
+
+
+def ordered_pairs(subjects):
+    """All n (n - 1) ordered pairs (fixed, moving) of different subjects."""
+    return [(fixed, moving) for fixed in subjects for moving in subjects if fixed is not moving]
+
+
+def read_label_names(path):
+    """Names by number from a table whose first two columns are number and name, with or without a header.
+
+    Raises InputError where no row has a whole number in its first column.
+    """
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file) if len(row) >= 2 and row[0].strip().isdigit()]
+    if not rows:
+        raise InputError(f"{path} is not a label table: give each label a row 'number,name'")
+    return {int(row[0]): row[1].strip() for row in rows}

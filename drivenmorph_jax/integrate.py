@@ -1,0 +1,36 @@
+"""From a velocity field to the diffeomorphism it generates."""
+
+import jax
+import jax.numpy as jnp
+
+from drivenmorph_jax.warp import compose
+
+
+def exponential(v, steps=7):
+    """Displacement of exp(v), the flow of the stationary velocity v at time one, by scaling and squaring.
+
+    s_0 = v / 2^N;  s_(n+1) = s_n o s_n;  exp(v) = id + s_N. The inverse is exponential(-v).
+
+    Args:
+      v: (..., D, H, W, 3) velocity in voxels per unit of time.
+      steps: number of squarings N. The first step should move less than half a voxel: N >= 1 + log2 max|v|.
+
+    Returns:
+      (..., D, H, W, 3) displacement in voxels.
+
+    Reference: Arsigny, Commowick, Pennec, Ayache, "A Log-Euclidean framework for statistics on diffeomorphisms", 2006.
+    """
+    # A loop, not an unrolled chain: XLA on CPU would fuse each squaring into the eight gathers of the next and compute
+    # it eight times over.
+    return jax.lax.fori_loop(0, steps, lambda _, s: compose(s, s), v / 2**steps)
+
+
+def inverse(u, iterations=20):
+    """Displacement w of the inverse of id + u, by the fixed point w(x) <- -u(x + w(x)).
+
+    Converges where u is a contraction (every directional derivative below one in size). For a field that came from
+    velocities, exponentials of the negative ones are exact and cheaper.
+
+    Reference: Chen, Lu, Chen, Ruan, "A simple fixed-point approach to invert a deformation field", 2008.
+    """
+    return jax.lax.fori_loop(0, iterations, lambda _, w: w - compose(u, w), jnp.zeros_like(u))

@@ -1,0 +1,215 @@
+"""World-space transforms and their files: displacements in RAS mm on a grid, and 4x4 affines.
+
+Everything pulls back. x is a point of the fixed world, y of the moving world, both RAS mm. W is the affine of
+the working grid, which lies in the fixed world, u the field found on it in voxels, T the affine pre-alignment:
+
+    fixed to moving   y = T d(x),        d(x) = W (w + u(w)),           w = W^-1 x
+    moving to fixed   x = d^-1(T^-1 y),  d^-1(z) = W (w + u_inv(w)),    w = W^-1 z
+
+A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, is (-x, -y, z) of RAS.
+"""
+
+import json
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from drivenmorph_jax import nifti
+from drivenmorph_jax.errors import InputError
+
+FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
+INTENTS = {"LPS": 1007, "RAS": 1006}  # vector; displacement vector
+AFFINE_ENDINGS = (".tfm", ".txt", ".mat")
+
+
+def total_displacement(shape, affine, u, work_affine, transform):
+    """T d(x) - x, from fixed to moving, at every voxel of the fixed grid: (X, Y, Z, 3) float32, RAS mm.
+
+    (shape, affine) is the fixed grid; u (D, H, W, 3), in voxels of the grid with affine `work_affine`, is
+    sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world.
+    """
+    deform = _deformation(u, work_affine)
+    return _displacement(shape, affine, lambda x: _map(transform, deform(x)))
+
+
+def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform):
+    """d^-1(T^-1 y) - y, from moving to fixed, at every voxel of the moving grid: (X, Y, Z, 3) float32, RAS mm.
+
+    (shape, affine) is the moving grid; u_inverse (D, H, W, 3) lies on the same working grid as u, and `transform`
+    is the same T.
+    """
+    deform, back = _deformation(u_inverse, work_affine), np.linalg.inv(transform)
+    return _displacement(shape, affine, lambda y: deform(_map(back, y)))
+
+
+def apply(volume, displacement, affine, order=1):
+    """Pull a Volume back: out(x) = volume(x + displacement(x)), (X, Y, Z) in the volume's own type.
+
+    `displacement` (X, Y, Z, 3) in RAS mm lies on the grid with `affine`. Order 1 is linear, 0 nearest; outside
+    the volume the value is 0.
+    """
+    to_voxel = np.linalg.inv(volume.affine)
+    out = np.empty(displacement.shape[:3], volume.data.dtype)
+    for i, x in _planes(out.shape, affine):
+        voxel = np.moveaxis(_map(to_voxel, x + displacement[i]), -1, 0)
+        out[i] = ndimage.map_coordinates(volume.data, voxel, order=order, mode="grid-constant",
+                                         prefilter=False)
+    return out
+
+
+def transform_points(points, displacement, affine):
+    """Move points (N, 3) in RAS mm: p + displacement(p), sampled linearly and edge-clamped.
+
+    A pull-back displacement from fixed to moving moves points of the fixed image to the moving one.
+    """
+    points = np.asarray(points, np.float64)
+    return points + _sample(_channels_first(displacement), _map(np.linalg.inv(affine), points))
+
+
+def jacobian_determinant_of_displacement(displacement, affine):
+    """det d(x + displacement(x)) / dx at every voxel: (X, Y, Z) float32, by central differences in world space.
+
+    `displacement` (X, Y, Z, 3) in RAS mm on a grid with `affine`, oblique or sheared as it may be.
+    """
+    to_voxel = np.linalg.inv(affine)[:3, :3]
+    depth, step = len(displacement), 16  # a slab at a time: nine derivatives of a whole head fill memory
+    out = np.empty(displacement.shape[:3], np.float32)
+    for start in range(0, depth, step):
+        stop, first, last = min(start + step, depth), max(start - 1, 0), min(start + step + 1, depth)
+        gradient = np.stack(np.gradient(displacement[first:last], axis=(0, 1, 2)), axis=-1)
+        out[start:stop] = np.linalg.det(np.eye(3) + gradient[start - first:stop - first] @ to_voxel)
+    return out
+
+
+def write_displacement(path, displacement, like, direction, frame="LPS"):
+    """Write a displacement (X, Y, Z, 3) in RAS mm on the grid of the Volume `like`, and a JSON sidecar.
+
+    The file is NIfTI, (X, Y, Z, 1, 3) float32 in mm: frame "LPS" with intent 1007, which ITK, SimpleITK and
+    ANTs read as a displacement field, or "RAS" with intent 1006. `direction` says in words from which image to
+    which the points move, e.g. "fixed to moving". Raises InputError where it cannot be written.
+    """
+    signs = np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3)
+    vectors = (displacement * signs).astype(np.float32)
+    nifti.save(path, vectors[..., None, :], like, INTENTS[frame])
+    sidecar = {
+        "Content": "displacement d(x) of the total transform, affine and deformable: x moves to x + d(x)",
+        "Direction": direction,
+        "Use": "pull-back: an image of the space moved to is resampled at x + d(x) onto the grid below",
+        "Frame": frame,
+        "Unit": "mm",
+        "GridShape": list(displacement.shape[:3]),
+        "GridAffineRAS": like.affine.tolist(),
+    }
+    with nifti.replacing(_sidecar(path)) as temporary:
+        temporary.write_text(json.dumps(sidecar, indent=2) + "\n")
+
+
+def read_displacement(path):
+    """A displacement file as (displacement (X, Y, Z, 3) in RAS mm, float32; affine of its grid).
+
+    Intent 1007 is taken as LPS and 1006 as RAS. Raises InputError for any other file.
+    """
+    image = nifti.open_nifti(path)
+    frames = {intent: frame for frame, intent in INTENTS.items()}
+    frame = frames.get(int(image.header["intent_code"]))
+    if frame is None or image.ndim != 5 or image.shape[3:] != (1, 3):
+        raise InputError(f"{path} is not a displacement field; give a NIfTI of shape (X, Y, Z, 1, 3) "
+                         "and intent 1007 (LPS) or 1006 (RAS)")
+    displacement = nifti.read_voxels(image, path)[..., 0, :].astype(np.float32)
+    if not np.isfinite(displacement).all():
+        raise InputError(f"{path} has NaN or infinite displacements; compute it again")
+    if frame == "LPS":
+        displacement[..., :2] *= -1
+    return displacement, image.affine
+
+
+def write_affine(path, transform):
+    """Write T (4, 4), RAS world to RAS world, as an ITK affine (LPS): text in .tfm and .txt, MATLAB in .mat.
+
+    Raises InputError where it cannot be written.
+    """
+    if not str(path).endswith(AFFINE_ENDINGS):
+        raise InputError(f"{path} must end in {', '.join(AFFINE_ENDINGS)} to be written as an affine")
+    with nifti.replacing(path) as temporary:
+        sitk.WriteTransform(to_itk(transform), str(temporary))
+
+
+def read_affine(path):
+    """The linear transform in an ITK file, whatever its ITK type, as T (4, 4) from RAS world to RAS world.
+
+    Raises InputError where the file cannot be read, or its transform is not linear, not 3-D or not invertible.
+    """
+    try:
+        itk = sitk.ReadTransform(str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be read as an ITK transform; give a .tfm, .txt or .mat file") from error
+    if itk.GetDimension() != 3 or not itk.IsLinear():
+        raise InputError(f"{path} is not a linear 3-D transform; give an affine or rigid one")
+    transform = from_itk(itk)
+    if not np.isfinite(transform).all() or abs(np.linalg.det(transform[:3, :3])) < 1e-6:
+        raise InputError(f"{path} holds a singular or non-finite affine; compute it again")
+    return transform
+
+
+def to_itk(transform):
+    """T (4, 4) in RAS as a SimpleITK affine, which lives in LPS."""
+    lps = FLIP @ transform @ FLIP
+    itk = sitk.AffineTransform(3)
+    itk.SetMatrix(lps[:3, :3].ravel().tolist())
+    itk.SetTranslation(lps[:3, 3].tolist())
+    return itk
+
+
+def from_itk(itk):
+    """Any linear SimpleITK transform, in LPS, as T (4, 4) in RAS."""
+    origin = np.array(itk.TransformPoint((0.0, 0.0, 0.0)))
+    lps = np.eye(4)
+    lps[:3, 3] = origin
+    lps[:3, :3] = np.stack([itk.TransformPoint(e) - origin for e in np.eye(3).tolist()], axis=1)
+    return FLIP @ lps @ FLIP
+
+
+def _deformation(u, affine):
+    """The map z -> W (w + u(w)), w = W^-1 z, of world points (..., 3)."""
+    to_voxel, field = np.linalg.inv(affine), _channels_first(u)
+
+    def deform(points):
+        voxel = _map(to_voxel, points)
+        return _map(affine, voxel + _sample(field, voxel))
+
+    return deform
+
+
+def _displacement(shape, affine, move):
+    out = np.empty((*shape, 3), np.float32)
+    for i, x in _planes(shape, affine):
+        out[i] = move(x) - x
+    return out
+
+
+def _planes(shape, affine):
+    """(i, world points (Y, Z, 3)) for each plane of a grid: a whole grid of float64 points would fill memory."""
+    y, z = np.meshgrid(np.arange(shape[1]), np.arange(shape[2]), indexing="ij")
+    plane = np.stack([np.zeros_like(y), y, z], axis=-1)
+    for i in range(shape[0]):
+        yield i, _map(affine, plane + (i, 0, 0))
+
+
+def _map(matrix, points):
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def _channels_first(field):
+    return np.ascontiguousarray(np.moveaxis(np.asarray(field, np.float32), -1, 0))
+
+
+def _sample(channels, voxel):
+    voxel = np.moveaxis(voxel, -1, 0)
+    return np.stack([ndimage.map_coordinates(c, voxel, order=1, mode="nearest", prefilter=False)
+                     for c in channels], axis=-1)
+
+
+def _sidecar(path):
+    path = str(path)
+    return path[: -len(".nii.gz" if path.endswith(".nii.gz") else ".nii")] + ".json"
