@@ -1,0 +1,67 @@
+"""The convolution of the project, and the feature pyramid that both images share."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from drivenmorph_jax.grid import average_pool
+
+
+def conv3d(x, kernel):
+    """3x3x3 convolution with zero padding: (B, D, H, W, I) * (3, 3, 3, I, O) -> (B, D, H, W, O).
+
+    On CPU it runs as one 2-D convolution of the three depth slices stacked as channels, which XLA does 3 to 6 times
+    faster, forward and backward, than the 3-D convolution it is equal to.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME",
+                                            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    b, d, h, w, c = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    slices = jnp.concatenate([padded[:, i:i + d] for i in range(3)], axis=-1).reshape(b * d, h, w, 3 * c)
+    kernel = jnp.moveaxis(kernel, 0, 2).reshape(3, 3, 3 * c, -1)
+    out = jax.lax.conv_general_dilated(slices, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return out.reshape(b, d, h, w, -1)
+
+
+class Conv(nn.Module):
+    """`conv3d` with a bias; parameters float32, computed in `dtype`."""
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (3, 3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv3d(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+def instance_norm(x):
+    """(x - mean) / std over space, per image and channel: (B, D, H, W, C), in float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean((1, 2, 3), keepdims=True)
+    variance = ((x - mean) ** 2).mean((1, 2, 3), keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+
+
+class Encoder(nn.Module):
+    """Image (B, D, H, W, 1) -> features (B, D/s, H/s, W/s, C), float32 and instance-normalised, finest first.
+
+    The first channel of every level is the image itself, pooled: a Demons force on these features is the classical
+    one before anything is learned, and the learned channels add to it.
+    """
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image):
+        x, stride, pyramid = image, 1, []
+        for level, (channels, level_stride) in enumerate(zip(self.channels, self.strides, strict=True)):
+            x = average_pool(x, level_stride // stride)
+            stride = level_stride
+            x = nn.leaky_relu(Conv(channels - 1, self.dtype, name=f"level{level}_a")(x))
+            x = nn.leaky_relu(x + Conv(channels - 1, self.dtype, name=f"level{level}_b")(x))
+            pyramid.append(instance_norm(jnp.concatenate([average_pool(image, stride), x], axis=-1)))
+        return pyramid

@@ -1,0 +1,154 @@
+"""DrivenMorph: the difference of two images becomes a driving force, and the force a diffeomorphism, coarse to fine.
+
+The two streams meet in one array. `DifferenceStream` sees features and returns forces; `NeuralDemonsLayer` sees forces
+and the deformation so far and returns a velocity. Nothing else passes.
+"""
+
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from drivenmorph_jax import demons
+from drivenmorph_jax.attention import CrossAttention, SelfAttention
+from drivenmorph_jax.encoder import Conv, Encoder
+from drivenmorph_jax.grid import resize_field
+from drivenmorph_jax.integrate import exponential
+from drivenmorph_jax.warp import warp
+
+# Squarings of the flow of one update: with the bound L = 2 voxels the first step moves an eighth of a voxel.
+STEPS = 4
+LOG_STEPS = 7
+
+
+@flax.struct.dataclass
+class Update:
+    """One update, on its level's grid (..., D, H, W, 3), in voxels of it; `u` and `u_inverse` are what it led to."""
+    force: chex.Array
+    demons_force: chex.Array
+    attention_force: chex.Array
+    velocity: chex.Array
+    u_before: chex.Array
+    u_inverse_before: chex.Array
+    u: chex.Array
+    u_inverse: chex.Array
+
+
+@flax.struct.dataclass
+class Registration:
+    """`u`, `u_inverse`: (B, D, H, W, 3), voxels of the input grid. `updates`: coarse to fine, in the order applied."""
+    u: chex.Array
+    u_inverse: chex.Array
+    updates: tuple[Update, ...]
+
+
+class DifferenceStream(nn.Module):
+    """Features of the fixed and of the warped moving image -> the driving force, |p| <= L voxels.
+
+    d = f_F - a with a the attended moving features, made coherent by self-attention; the feature Demons force with
+    channel weights w(d) >= 0; plus the attention offset through a gate in (0, 1); squashed to the bound.
+
+    Returns (force, Demons term, gated attention term), (B, D, H, W, 3) each.
+    """
+    max_step: float
+    heads: int
+    cross_radius: int
+    self_radius: int
+    self_window: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, fixed, moving):
+        offset = jnp.zeros((*fixed.shape[:-1], 3))
+        attended = moving
+        if self.cross_radius:
+            attended, offset = CrossAttention(self.cross_radius, self.heads, self.dtype)(fixed, moving)
+        d = fixed - attended
+        tokens = nn.leaky_relu(Conv(fixed.shape[-1], self.dtype, name="tokens")(d))
+        if self.self_radius or self.self_window:
+            tokens = SelfAttention(self.heads, self.self_radius, self.self_window, self.dtype)(tokens)
+        head = Conv(fixed.shape[-1] + 1, self.dtype, nn.initializers.normal(1e-2), name="head")(tokens)
+        head = head.astype(jnp.float32)
+        weights = jax.nn.softplus(head[..., :-1])
+        demons_force = demons.symmetric_force(fixed, attended, self.max_step, weights)
+        attention_force = jax.nn.sigmoid(head[..., -1:]) * offset
+        return demons.squash(demons_force + attention_force, self.max_step), demons_force, attention_force
+
+
+class NeuralDemonsLayer(nn.Module):
+    """Force and displacement so far -> velocity: delta = K_fluid * squash(p + R(p, u)), |delta| <= L voxels.
+
+    R is a small residual network that starts at zero, K_fluid a Gaussian of learned width: before training this is
+    the classical Demons update. K_fluid takes weighted means, so the bound survives it.
+    """
+    max_step: float
+    features: int
+    sigma: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, force, u):
+        x = jnp.concatenate([force, 0.1 * u], axis=-1)
+        x = nn.leaky_relu(Conv(self.features, self.dtype, name="residual_a")(x))
+        x = nn.leaky_relu(Conv(self.features, self.dtype, name="residual_b")(x))
+        residual = Conv(3, self.dtype, nn.initializers.zeros, name="residual_out")(x).astype(jnp.float32)
+        sigma = self.sigma * jnp.exp(self.param("log_sigma", nn.initializers.zeros, ()))
+        return demons.gaussian_smooth(demons.squash(force + residual, self.max_step), sigma)
+
+
+class Level(nn.Module):
+    """All updates of one level, with shared parameters: features and state in, state and the `Update`s out."""
+    config: Any
+    index: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, fixed, moving, u, u_inverse, v):
+        c, i = self.config, self.index
+        difference = DifferenceStream(c.max_step, c.heads, c.cross_radius[i], c.self_radius[i], c.self_window[i],
+                                      self.dtype)
+        layer = NeuralDemonsLayer(c.max_step, c.demons_features, c.sigma_fluid, self.dtype)
+        updates = []
+        for _ in range(c.updates[i]):
+            force, demons_force, attention_force = difference(fixed, warp(moving, u))
+            delta = layer(force, u)
+            u_before, u_inverse_before = u, u_inverse
+            if c.update == "log":
+                v = demons.log_update(v, delta, c.sigma_diffusion)
+                u, u_inverse = exponential(v, LOG_STEPS), exponential(-v, LOG_STEPS)
+            else:
+                u = demons.compositional_update(u, delta, STEPS)
+                u_inverse = demons.inverse_update(u_inverse, delta, STEPS)
+            updates.append(Update(force, demons_force, attention_force, delta, u_before, u_inverse_before, u,
+                                  u_inverse))
+        return u, u_inverse, v, tuple(updates)
+
+
+class DrivenMorph(nn.Module):
+    """Register (B, D, H, W, 1) images in [0, 1]; every side a multiple of the coarsest stride.
+
+    Levels are listed finest first, as in the config: `strides`, `channels`, `updates`, `cross_radius`, `self_radius`,
+    `self_window` (0 is off). phi = exp(delta_1) o ... o exp(delta_n), inverse exp(-delta_n) o ... o exp(-delta_1).
+    """
+    config: Any
+
+    @nn.compact
+    def __call__(self, fixed, moving):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, name="encoder")
+        fixed_pyramid, moving_pyramid = encoder(fixed), encoder(moving)
+        level = nn.remat(Level) if c.remat else Level
+        u = u_inverse = v = jnp.zeros((fixed.shape[0], *fixed_pyramid[-1].shape[1:4], 3))
+        updates = ()
+        for i in reversed(range(len(c.strides))):
+            space = fixed_pyramid[i].shape[1:4]
+            u, u_inverse, v = (resize_field(x, space) for x in (u, u_inverse, v))
+            u, u_inverse, v, made = level(c, i, dtype, name=f"level{i}")(
+                fixed_pyramid[i], moving_pyramid[i], u, u_inverse, v)
+            updates += made
+        space = fixed.shape[1:4]
+        return Registration(resize_field(u, space), resize_field(u_inverse, space), updates)
