@@ -12,6 +12,8 @@ from drivenmorph_jax.errors import InputError
 
 SPACING = 2.0  # mm; twelve parameters need no finer images
 TURNS = (-25.0, 0.0, 25.0)  # starting angles about each axis, degrees
+import os
+SAMPLES = int(os.environ.get('S','100000')); MINSTEP=float(os.environ.get('MS','1e-2'))
 TRIED = 4  # how many of the 27 starts are optimised
 
 
@@ -44,21 +46,24 @@ def register_affine(fixed, moving, fixed_mask=None):
 
 
 def _optimise(fixed, moving, fixed_centre, moving_centre, mask):
-    coarse, blurred = (sitk.SmoothingRecursiveGaussian(image, 2 * SPACING) for image in (fixed, moving))
+    levels = list(zip(_pyramid(fixed), _pyramid(moving), strict=True))
+    coarsest, finest = levels[0], levels[-1]
     starts = [_start(angles, fixed_centre, moving_centre) for angles in itertools.product(TURNS, repeat=3)]
-    starts.sort(key=lambda start: _metric(sitk.Shrink(coarse, [4, 4, 4]), blurred, start, mask))
+    starts.sort(key=lambda start: _metric(*coarsest, start, mask))
+    tried = starts[:TRIED]
+    for start in tried:
+        _run(*coarsest, start, mask)
+    similarity = min(tried, key=lambda start: _metric(*coarsest, start, mask))
 
-    for start in starts[:TRIED]:
-        _run(fixed, moving, start, [4], mask)
-    similarity = min(starts[:TRIED], key=lambda start: _metric(fixed, moving, start, mask))
     affine = sitk.AffineTransform(3)
     affine.SetCenter(similarity.GetCenter())
     affine.SetMatrix(similarity.GetMatrix())
     affine.SetTranslation(similarity.GetTranslation())
-    _run(fixed, moving, affine, [4, 2, 1], mask)
+    for level in levels:
+        _run(*level, affine, mask)
 
     untouched = _start((0.0, 0.0, 0.0), fixed_centre, moving_centre)
-    best = min((affine, untouched), key=lambda transform: _metric(fixed, moving, transform, mask))
+    best = min((affine, untouched), key=lambda transform: _metric(*finest, transform, mask))
     return transforms.from_itk(best)
 
 
@@ -72,15 +77,15 @@ def _start(angles, fixed_centre, moving_centre):
     return start
 
 
-def _run(fixed, moving, transform, shrink, mask):
-    """Optimise `transform` in place, through the given shrink factors."""
+def _run(fixed, moving, transform, mask):
+    """Optimise `transform` in place, over a sample of the voxels that is dense on coarse images."""
     method = _method(mask)
+    if fixed.GetNumberOfPixels() > SAMPLES:
+        method.SetMetricSamplingStrategy(method.REGULAR)
+        method.SetMetricSamplingPercentage(SAMPLES / fixed.GetNumberOfPixels(), 1)
     method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=SPACING / 2, minStep=1e-3, numberOfIterations=100, relaxationFactor=0.6)
+        learningRate=SPACING / 2, minStep=MINSTEP, numberOfIterations=100, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel(shrink)
-    method.SetSmoothingSigmasPerLevel([0.0 if factor == 1 else SPACING * factor / 2 for factor in shrink])
-    method.SetSmoothingSigmasAreSpecifiedInPhysicalUnits(True)
     method.SetInitialTransform(transform, inPlace=True)
     method.Execute(fixed, moving)
 
@@ -94,12 +99,18 @@ def _metric(fixed, moving, transform, mask):
 
 def _method(mask):
     method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)  # with more, sums run in an order that varies and so does the result
-    method.SetMetricAsMattesMutualInformation(32)  # 50 bins are too many for 8 mm voxels: the optimiser gets lost
+    method.SetNumberOfWorkUnits(1)  # with more, sums run in an order that varies and so does the result
+    method.SetMetricAsMattesMutualInformation(32)  # with 50 the few 8 mm voxels lead the optimiser astray
     method.SetInterpolator(sitk.sitkLinear)
     if mask is not None:
         method.SetMetricFixedMask(mask)
     return method
+
+
+def _pyramid(image):
+    """The image at 8, 4 and 2 mm."""
+    return [sitk.Shrink(sitk.SmoothingRecursiveGaussian(image, SPACING * factor / 2), [factor] * 3)
+            for factor in (4, 2)] + [image]
 
 
 def _image(volume):

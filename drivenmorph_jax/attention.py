@@ -27,34 +27,32 @@ def neighbourhood_attention(queries, keys, values, radius):
     Returns:
       a (B, D, H, W, heads, V) and the expected offset e (B, D, H, W, 3) in voxels.
     """
-    # Channels lead while we work: a sum over a short trailing axis does not vectorise on CPU, and on TPU a trailing
-    # axis of 4 is padded to 128.
-    q, k, v = (jnp.moveaxis(x, (-2, -1), (1, 2)).astype(jnp.float32) for x in (queries, keys, values))
-    space = q.shape[3:]
-    pad = [(0, 0)] * 3 + [(radius, radius)] * 3
+    b, *space, heads, channels = queries.shape
+    # Sums over a short trailing axis do not vectorise on CPU; a product with these 0/1 matrices sums over each head's
+    # channels, and its transpose spreads a head's weight over them.
+    sum_heads = jnp.kron(jnp.eye(heads), jnp.ones((channels, 1)))
+    spread_heads = jnp.kron(jnp.eye(heads), jnp.ones((1, values.shape[-1])))
+    pad = [(0, 0)] + [(radius, radius)] * 3 + [(0, 0)]
+    q, k, v = (x.reshape(b, *space, -1).astype(jnp.float32) for x in (queries, keys, values))
+    # exp needs no running maximum: no logit is above this bound, nor further below it than twice its size.
+    bound = jax.lax.stop_gradient(jnp.sqrt((q * q @ sum_heads).max() * (k * k @ sum_heads).max()))
     k, v = jnp.pad(k, pad, mode="edge"), jnp.pad(v, pad, mode="edge")
     offsets = jnp.array(list(product(range(-radius, radius + 1), repeat=3)))
-
-    def shifted(x, offset):
-        return jax.lax.dynamic_slice(x, (0, 0, 0, *(offset + radius)), (*x.shape[:3], *space))
-
-    # The logits are cosines times a bounded temperature here, so exp needs no running maximum; the same constant is
-    # subtracted from all of them.
-    bound = jax.lax.stop_gradient(jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max()))
 
     @jax.checkpoint
     def visit(carry, offset):
         total, attended, moved = carry
-        weight = jnp.exp((q * shifted(k, offset)).sum(2) - bound)
-        return (total + weight, attended + weight[:, :, None] * shifted(v, offset),
-                moved + weight[:, :, None] * offset.astype(jnp.float32).reshape(3, 1, 1, 1)), None
+        near_k, near_v = (jax.lax.dynamic_slice(x, (0, *(offset + radius), 0), (b, *space, x.shape[-1]))
+                          for x in (k, v))
+        weight = jnp.exp((q * near_k) @ sum_heads - bound)
+        return (total + weight, attended + (weight @ spread_heads) * near_v,
+                moved + weight[..., None] * offset.astype(jnp.float32)), None
 
-    zero = jnp.zeros((*q.shape[:2], *space))
-    start = zero, jnp.zeros((*v.shape[:3], *space)), jnp.zeros((*q.shape[:2], 3, *space))
+    start = (jnp.zeros((b, *space, heads)), jnp.zeros(v.shape[:1] + (*space, v.shape[-1])),
+             jnp.zeros((b, *space, heads, 3)))
     (total, attended, moved), _ = jax.lax.scan(visit, start, offsets)
-    attended = jnp.moveaxis(attended / total[:, :, None], (1, 2), (-2, -1))
-    offset = jnp.moveaxis((moved / total[:, :, None]).mean(1), 1, -1)
-    return attended.astype(values.dtype), offset
+    attended = attended / (total @ spread_heads)
+    return attended.reshape(values.shape).astype(values.dtype), (moved / total[..., None]).mean(-2)
 
 
 def window_attention(queries, keys, values, window):

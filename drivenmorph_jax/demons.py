@@ -22,35 +22,42 @@ from drivenmorph_jax.integrate import exponential
 from drivenmorph_jax.warp import compose, warp
 
 
-def feature_force(d, gradients, max_step, weights=None):
+def feature_force(d, slope, max_step, weights=None, floor=1e-6):
     """The multichannel Demons force: the damped step above, by a closed-form 3x3 symmetric solve per voxel.
 
     Args:
       d: (..., D, H, W, C) differences fixed - moving.
-      gradients: three (..., D, H, W, C), the derivative of the features along each axis, per voxel.
+      slope: (..., D, H, W, C), what the gradients J_k are taken of, by central differences.
       max_step: the bound L, in voxels.
       weights: (..., D, H, W, C), non-negative; one where left out.
+      floor: added to lambda^2, keeps the solve and its derivative tame in flat regions; it only shortens the step.
 
     Returns:
       p (..., D, H, W, 3) in voxels, |p| <= L; zero where d or the gradients are.
     """
-    w = jnp.ones_like(d) if weights is None else weights
-    # The floor keeps the solve well conditioned in flat regions; it can only make the step shorter.
-    damping = (w * d * d).sum(-1) / (4 * max_step**2) + 1e-6
-    x, y, z = gradients
-    wx, wy, wz = w * x, w * y, w * z
-    a, b, c = (wx * x).sum(-1) + damping, (wy * y).sum(-1) + damping, (wz * z).sum(-1) + damping
-    f, e, g = (wy * z).sum(-1), (wx * z).sum(-1), (wx * y).sum(-1)
+    weights = jnp.ones_like(d) if weights is None else weights
+
+    # One channel at a time: ten sums over a short trailing axis do not vectorise, and all gradients at once are three
+    # more feature maps to write and read. Floor: read d, slope and weights once.
+    @jax.checkpoint
+    def add(sums, channel):
+        d, slope, w = channel
+        x, y, z = (difference(slope[..., None], axis)[..., 0] for axis in range(3))
+        products = (x, x), (y, y), (z, z), (y, z), (x, z), (x, y), (x, d), (y, d), (z, d), (d, d)
+        return tuple(total + w * p * q for total, (p, q) in zip(sums, products, strict=True)), None
+
+    channels = tuple(jnp.moveaxis(x, -1, 0) for x in (d, slope, weights))
+    sums, _ = jax.lax.scan(add, (jnp.zeros(d.shape[:-1], d.dtype),) * 10, channels)
+    damping = sums[9] / (4 * max_step**2) + floor
+    a, b, c = (diagonal + damping for diagonal in sums[:3])
     # Unit trace, so that no product of three entries leaves float32's range.
     scale = 1 / (a + b + c)
-    a, b, c, f, e, g = (scale * entry for entry in (a, b, c, f, e, g))
-    r, s, t = ((wk * d).sum(-1) * scale for wk in (wx, wy, wz))
+    a, b, c, f, e, g, r, s, t = (scale * entry for entry in (a, b, c, *sums[3:9]))
     ca, cb, cc = b * c - f * f, a * c - e * e, a * b - g * g
     cf, ce, cg = e * g - a * f, f * g - b * e, e * f - c * g
     determinant = a * ca + g * cg + e * ce
     p = jnp.stack([ca * r + cg * s + ce * t, cg * r + cb * s + cf * t, ce * r + cf * s + cc * t], -1)
-    p = p / jnp.maximum(determinant, 1e-12)[..., None]
-    return clip_length(p, max_step)
+    return clip_length(p / jnp.maximum(determinant, 1e-12)[..., None], max_step)
 
 
 def clip_length(p, max_step):
@@ -66,13 +73,12 @@ def squash(p, max_step):
 
 def thirion_force(fixed, moving, max_step):
     """Thirion's force: the gradient is the fixed image's. Images (..., D, H, W, C) -> (..., D, H, W, 3) voxels."""
-    return feature_force(fixed - moving, [difference(fixed, axis) for axis in range(3)], max_step)
+    return feature_force(fixed - moving, fixed, max_step)
 
 
-def symmetric_force(fixed, moving, max_step, weights=None):
+def symmetric_force(fixed, moving, max_step, weights=None, floor=1e-6):
     """The symmetric (ESM) force: the gradient is the mean of both images'. Any number of channels, as `feature_force`."""
-    mean = 0.5 * (fixed + moving)
-    return feature_force(fixed - moving, [difference(mean, axis) for axis in range(3)], max_step, weights)
+    return feature_force(fixed - moving, 0.5 * (fixed + moving), max_step, weights, floor)
 
 
 def gaussian_smooth(x, sigma):

@@ -56,7 +56,8 @@ def force_alignment(force, remaining):
     """1 - cos(p, r), averaged with weight |r|: 0 where the force points along what remains, 1 where it says nothing."""
     r = jax.lax.stop_gradient(remaining)
     weight = jnp.sqrt((r * r).sum(-1) + 1e-8)
-    length = jnp.sqrt((force * force).sum(-1) + 1e-8)
+    # A force of a twentieth of a voxel counts as none: its direction would have an unbounded derivative.
+    length = jnp.sqrt((force * force).sum(-1) + 0.05**2)
     cosine = (force * r).sum(-1) / (length * weight)
     return (weight * (1 - cosine)).sum() / (weight.sum() + 1e-3)
 

@@ -19,9 +19,11 @@ from drivenmorph_jax.grid import resize_field
 from drivenmorph_jax.integrate import exponential
 from drivenmorph_jax.warp import warp
 
-# Squarings of the flow of one update: with the bound L = 2 voxels the first step moves an eighth of a voxel.
-STEPS = 4
+# Squarings of the flow of one update: with the bound L = 2 voxels the first step moves a quarter of a voxel.
+STEPS = 3
 LOG_STEPS = 7
+# Features have unit variance; below this squared slope a voxel is flat, and only amplifies noise.
+FLOOR = 1e-2
 
 
 @flax.struct.dataclass
@@ -73,7 +75,7 @@ class DifferenceStream(nn.Module):
         head = Conv(fixed.shape[-1] + 1, self.dtype, nn.initializers.normal(1e-2), name="head")(tokens)
         head = head.astype(jnp.float32)
         weights = jax.nn.softplus(head[..., :-1])
-        demons_force = demons.symmetric_force(fixed, attended, self.max_step, weights)
+        demons_force = demons.symmetric_force(fixed, attended, self.max_step, weights, FLOOR)
         attention_force = jax.nn.sigmoid(head[..., -1:]) * offset
         return demons.squash(demons_force + attention_force, self.max_step), demons_force, attention_force
 

@@ -1,7 +1,7 @@
 """World-space transforms and their files: displacements in RAS mm on a grid, and 4x4 affines.
 
 Everything pulls back. x is a point of the fixed world, y of the moving world, both RAS mm. W is the affine of
-the working grid, which lies in the fixed world, u the field found on it in voxels, T the affine pre-alignment:
+the working grid, which lies in the fixed world, u the field found on it in voxels, T the affine alignment:
 
     fixed to moving   y = T d(x),        d(x) = W (w + u(w)),           w = W^-1 x
     moving to fixed   x = d^-1(T^-1 y),  d^-1(z) = W (w + u_inv(w)),    w = W^-1 z
@@ -10,6 +10,7 @@ A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, 
 """
 
 import json
+import os
 
 import numpy as np
 import SimpleITK as sitk
@@ -24,7 +25,7 @@ AFFINE_ENDINGS = (".tfm", ".txt", ".mat")
 
 
 def total_displacement(shape, affine, u, work_affine, transform):
-    """T d(x) - x, from fixed to moving, at every voxel of the fixed grid: (X, Y, Z, 3) float32, RAS mm.
+    """T d(x) - x, from fixed to moving, at every voxel of the fixed grid: (X, Y, Z, 3), RAS mm.
 
     (shape, affine) is the fixed grid; u (D, H, W, 3), in voxels of the grid with affine `work_affine`, is
     sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world.
@@ -34,10 +35,10 @@ def total_displacement(shape, affine, u, work_affine, transform):
 
 
 def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform):
-    """d^-1(T^-1 y) - y, from moving to fixed, at every voxel of the moving grid: (X, Y, Z, 3) float32, RAS mm.
+    """d^-1(T^-1 y) - y, from moving to fixed, at every voxel of the moving grid: (X, Y, Z, 3), RAS mm.
 
-    (shape, affine) is the moving grid; u_inverse (D, H, W, 3) lies on the same working grid as u, and `transform`
-    is the same T.
+    (shape, affine) is the moving grid; u_inverse (D, H, W, 3) lies on the same working grid as u, and
+    `transform` is the same T.
     """
     deform, back = _deformation(u_inverse, work_affine), np.linalg.inv(transform)
     return _displacement(shape, affine, lambda y: deform(_map(back, y)))
@@ -46,8 +47,8 @@ def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform)
 def apply(volume, displacement, affine, order=1):
     """Pull a Volume back: out(x) = volume(x + displacement(x)), (X, Y, Z) in the volume's own type.
 
-    `displacement` (X, Y, Z, 3) in RAS mm lies on the grid with `affine`. Order 1 is linear, 0 nearest; outside
-    the volume the value is 0.
+    `displacement` (X, Y, Z, 3) in RAS mm lies on the grid with `affine`. Order 1 is linear, 0 nearest;
+    outside the volume the value is 0.
     """
     to_voxel = np.linalg.inv(volume.affine)
     out = np.empty(displacement.shape[:3], volume.data.dtype)
@@ -68,7 +69,7 @@ def transform_points(points, displacement, affine):
 
 
 def jacobian_determinant_of_displacement(displacement, affine):
-    """det d(x + displacement(x)) / dx at every voxel: (X, Y, Z) float32, by central differences in world space.
+    """det d(x + displacement(x)) / dx at every voxel, by central differences in world space: (X, Y, Z).
 
     `displacement` (X, Y, Z, 3) in RAS mm on a grid with `affine`, oblique or sheared as it may be.
     """
@@ -86,8 +87,8 @@ def write_displacement(path, displacement, like, direction, frame="LPS"):
     """Write a displacement (X, Y, Z, 3) in RAS mm on the grid of the Volume `like`, and a JSON sidecar.
 
     The file is NIfTI, (X, Y, Z, 1, 3) float32 in mm: frame "LPS" with intent 1007, which ITK, SimpleITK and
-    ANTs read as a displacement field, or "RAS" with intent 1006. `direction` says in words from which image to
-    which the points move, e.g. "fixed to moving". Raises InputError where it cannot be written.
+    ANTs read as a displacement field, or "RAS" with intent 1006. `direction` says in words from which image
+    to which the points move, e.g. "fixed to moving". Raises InputError where it cannot be written.
     """
     signs = np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3)
     vectors = (displacement * signs).astype(np.float32)
@@ -138,12 +139,14 @@ def write_affine(path, transform):
 def read_affine(path):
     """The linear transform in an ITK file, whatever its ITK type, as T (4, 4) from RAS world to RAS world.
 
-    Raises InputError where the file cannot be read, or its transform is not linear, not 3-D or not invertible.
+    Raises InputError where the file cannot be read, or its transform is not linear, 3-D and invertible.
     """
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist; check the path")
     try:
         itk = sitk.ReadTransform(str(path))
     except RuntimeError as error:
-        raise InputError(f"{path} cannot be read as an ITK transform; give a .tfm, .txt or .mat file") from error
+        raise InputError(f"{path} is not an ITK transform; give a .tfm, .txt or .mat file") from error
     if itk.GetDimension() != 3 or not itk.IsLinear():
         raise InputError(f"{path} is not a linear 3-D transform; give an affine or rigid one")
     transform = from_itk(itk)
@@ -189,7 +192,7 @@ def _displacement(shape, affine, move):
 
 
 def _planes(shape, affine):
-    """(i, world points (Y, Z, 3)) for each plane of a grid: a whole grid of float64 points would fill memory."""
+    """(i, world points (Y, Z, 3)) per plane of a grid: all its points at once, in float64, would fill memory."""
     y, z = np.meshgrid(np.arange(shape[1]), np.arange(shape[2]), indexing="ij")
     plane = np.stack([np.zeros_like(y), y, z], axis=-1)
     for i in range(shape[0]):
