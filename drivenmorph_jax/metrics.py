@@ -26,6 +26,8 @@ DEFINITIONS = {
                "difference determinants / 2 / 6, summed over the fixed brain and divided by its number of "
                "voxels.",
     "inverse_mm": "Mean |phi^-1(phi(x)) - x| inside the fixed brain, in mm; phi^-1 sampled linearly.",
+    "seconds": "Network and resampling of the field to the grid of the scores, after compilation; no file is read.",
+    "brain": "The fixed brain is where the fixed image is above 0, holes filled; images are skull-stripped.",
     "tre_mm": "Mean Euclidean distance between the found and the true displacement inside the fixed brain, "
               "in mm.",
     "cosine": "Cosine between driving force and remaining displacement, mean over brain voxels where the "

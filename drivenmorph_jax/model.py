@@ -47,6 +47,11 @@ class Registration:
     updates: tuple[Update, ...]
 
 
+def driving_force(registration):
+    """Sum of the forces of all updates, each resampled to the input grid: (B, D, H, W, 3), voxels of it."""
+    return sum(resize_field(update.force, registration.u.shape[1:4]) for update in registration.updates)
+
+
 class DifferenceStream(nn.Module):
     """Features of the fixed and of the warped moving image -> the driving force, |p| <= L voxels.
 

@@ -3,19 +3,21 @@
 from drivenmorph_jax.data.cohort import embedded_cohort, true_displacement
 from drivenmorph_jax.data.folder import folder_dataset
 from drivenmorph_jax.data.pipeline import training_batches
-from drivenmorph_jax.data.subject import SPLITS, Dataset, Subject, ordered_pairs
+from drivenmorph_jax.data.subject import SPLITS, Dataset, Subject, ordered_pairs, padded
 from drivenmorph_jax.errors import InputError
 
 __all__ = ["SPLITS", "Dataset", "Subject", "embedded_cohort", "folder_dataset", "load", "ordered_pairs",
            "training_batches", "true_displacement"]
 
 
-def load(config, splits=SPLITS):
+def load(config, splits=SPLITS, multiple=1):
     """The data set that `config.name` ('embedded' or 'folder') asks for, with the given splits only.
+
+    Every side is padded with background up to a multiple of `multiple`.
 
     Raises InputError for another name, and what the data set itself raises.
     """
     makers = {"embedded": embedded_cohort, "folder": folder_dataset}
     if config.name not in makers:
         raise InputError(f"data.name is {config.name!r}: set it to one of {', '.join(makers)}")
-    return makers[config.name](config, splits)
+    return padded(makers[config.name](config, splits), multiple)

@@ -1,7 +1,7 @@
 """What a data set is: subjects on one grid, in three splits."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,25 @@ class Dataset:
 def ordered_pairs(subjects):
     """All n (n - 1) ordered pairs (fixed, moving) of different subjects."""
     return [(fixed, moving) for fixed in subjects for moving in subjects if fixed is not moving]
+
+
+def padded(dataset, multiple):
+    """The data set with background added at the far end of each axis, up to a multiple; affines stay true."""
+    def pad(x):
+        if x is None:
+            return None
+        # A field goes on as at the border, anything else with background.
+        return np.pad(x, [(0, -n % multiple) for n in x.shape[:3]] + [(0, 0)] * (x.ndim - 3),
+                      mode="edge" if x.ndim == 4 else "constant")
+
+    def pad_subject(s):
+        return replace(s, image=pad(s.image), labels=pad(s.labels), to_template=pad(s.to_template),
+                       from_template=pad(s.from_template))
+
+    shapes = {subject.image.shape for split in SPLITS for subject in getattr(dataset, split)}
+    if all(side % multiple == 0 for shape in shapes for side in shape):
+        return dataset
+    return replace(dataset, **{split: tuple(map(pad_subject, getattr(dataset, split))) for split in SPLITS})
 
 
 def read_label_names(path):

@@ -1,0 +1,61 @@
+"""DrivenMorph on the embedded cohort: real anatomy with known deformations, nothing to download.
+
+python train.py --config configs/default.py --workdir runs/default
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 100
+    config.batch_size = 1  # pairs, over all devices
+    config.learning_rate = 1e-3
+    config.warmup_steps = 10
+    config.clip = 1.0  # largest norm of the gradient
+    config.val_every = 25
+    config.checkpoint_every = 25
+
+    config.data = ConfigDict({
+        "name": "embedded",
+        "seed": 0,
+        "shape": (64, 80, 64),
+        "spacing": 2.5,  # mm
+        "num_train": 10,
+        "num_val": 2,
+        "num_test": 3,
+        "strength": 3.5,  # root mean square of the velocity, mm
+        "smoothness": (16.0, 8.0),  # mm
+        "downsample": 1,  # the network sees images pooled by this factor
+        "flip": False,  # mirror half of the pairs
+        "intensity": 0.1,  # strength of random contrast changes
+    })
+
+    # Levels are listed finest first.
+    config.model = ConfigDict({
+        "channels": (8, 16, 16, 32),
+        "strides": (1, 2, 4, 8),
+        "updates": (1, 2, 2, 1),
+        "cross_radius": (0, 1, 1, 2),  # of the neighbourhood cross-attention, 0 is off
+        "self_radius": (0, 1, 0, 0),  # of the neighbourhood self-attention
+        "self_window": (0, 0, 5, 5),  # side of the windows of self-attention
+        "heads": 2,
+        "max_step": 2.0,  # L, voxels of the level
+        "demons_features": 8,
+        "sigma_fluid": 1.0,  # voxels, learned from there
+        "sigma_diffusion": 0.7,  # voxels, for update "log"
+        "update": "compositional",  # or "log"
+        "remat": False,  # compute each level again in the backward pass: less memory, more time
+        "dtype": "float32",  # or "bfloat16", for convolutions and attention
+    })
+
+    config.loss = ConfigDict({
+        "similarity": "lncc",  # or "mse"
+        "window": 7,
+        "smoothness": 0.1,
+        "level": 0.5,
+        "force": 0.1,
+        "dice": 0.0,  # above 0: soft Dice of the label maps
+    })
+    return config

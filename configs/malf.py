@@ -1,0 +1,27 @@
+"""DrivenMorph on 27 real brains with manual labels (MICCAI 2012 multi-atlas challenge), at half resolution.
+
+python train.py --config configs/malf.py --workdir runs/malf --config.data.root=FOLDER
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs.default import get_config as default
+
+
+def get_config():
+    config = default()
+    config.steps = 2000
+    config.warmup_steps = 20
+    config.learning_rate = 1e-3
+    config.val_every = 100
+    config.checkpoint_every = 25
+    config.data = ConfigDict({
+        "name": "folder",
+        "root": "data/malf/aligned",
+        "splits": config_dict.placeholder(str),  # a splits.json, where it is neither in the folder nor in its parent
+        "exclude": (0, 1, 42, 43, 46, 63, 64),  # background and scraps
+        "downsample": 2,
+        "flip": True,
+        "intensity": 0.1,
+    })
+    return config

@@ -1,0 +1,174 @@
+"""Scores of trained parameters on the pairs of a data set, and the report of them."""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+from scipy import ndimage
+from tqdm import tqdm
+
+from drivenmorph_jax import checkpoint, configuration, data, logs, metrics, nifti, report
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.grid import average_pool, resize_field
+from drivenmorph_jax.losses import lncc
+from drivenmorph_jax.model import DrivenMorph, driving_force
+from drivenmorph_jax.warp import warp
+
+
+def grid_multiple(config):
+    """What every side of an image must be a multiple of."""
+    return config.data.downsample * config.model.strides[-1]
+
+
+def make_predict(config):
+    """A jitted function (params, fixed, moving (D, H, W)) -> u, u_inverse, driving force (D, H, W, 3), in voxels.
+
+    The network sees the images pooled by `data.downsample`; its fields are resampled to their grid.
+    """
+    model = DrivenMorph(FrozenConfigDict(config.model))
+
+    @jax.jit
+    def predict(params, fixed, moving):
+        small = (average_pool(x[None, ..., None], config.data.downsample) for x in (fixed, moving))
+        registration = model.apply({"params": params}, *small)
+        fields = registration.u, registration.u_inverse, driving_force(registration)
+        return tuple(resize_field(field, fixed.shape)[0] for field in fields)
+
+    return predict
+
+
+def validate(predict, params, dataset):
+    """Mean over the ordered val pairs: Dice and folding, or the LNCC of the images where there are no labels."""
+    rows = []
+    for fixed, moving in data.ordered_pairs(dataset.val):
+        u = predict(params, fixed.image, moving.image)[0]
+        if fixed.labels is None or moving.labels is None:
+            rows.append({"val_lncc": float(_similarity(fixed.image, moving.image, u))})
+            continue
+        u = np.asarray(u)
+        moved = metrics.warp_labels(moving.labels, u)
+        rows.append({"val_dice": metrics.mean_dice(fixed.labels, moved, dataset.exclude),
+                     "val_fold_pct": metrics.fold_pct(metrics.jacobian(u), brain(fixed.image))})
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+@jax.jit
+def _similarity(fixed, moving, u):
+    return lncc(warp(moving[..., None], u)[None], fixed[None, ..., None], 9)
+
+
+def brain(image):
+    """Where a skull-stripped image is above 0, with holes filled: (D, H, W) bool."""
+    return ndimage.binary_fill_holes(image > 0)
+
+
+def evaluate(config, params, dataset, split, out, training=None):
+    """Score every ordered pair of a split and write `summary.json`, `pairs.csv`, `report.md` and figures to `out`.
+
+    Args:
+      config: the training's, with `data` for this data set.
+      params: of `DrivenMorph(config.model)`.
+      split: "train", "val" or "test".
+      training: folder whose `metrics.jsonl` gives the training curves, where there is one.
+
+    Returns:
+      The summary. Raises InputError where the split has no pair.
+    """
+    pairs = data.ordered_pairs(getattr(dataset, split))
+    if not pairs:
+        raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
+    out = Path(out)
+    predict = make_predict(config)
+    images = (pairs[0][0].image, pairs[0][1].image)
+    jax.block_until_ready(predict(params, *images))  # compiles
+
+    rows, before, after, fields = [], {}, {}, []
+    for fixed, moving in tqdm(pairs, unit="pair", desc=split, dynamic_ncols=True):
+        start = time.perf_counter()
+        u, u_inverse, force = jax.block_until_ready(predict(params, fixed.image, moving.image))
+        seconds = time.perf_counter() - start
+        u, u_inverse = np.asarray(u), np.asarray(u_inverse)
+        u_true = data.true_displacement(fixed, moving) if fixed.to_template is not None else None
+        row = metrics.pair_metrics(u, u_inverse, fixed.labels, moving.labels, (dataset.spacing,) * 3,
+                                   brain(fixed.image), dataset.exclude, u_true=u_true)
+        rows.append({"fixed": fixed.id, "moving": moving.id, **row, "seconds": seconds})
+        fields.append((u.astype(np.float16), np.asarray(force, np.float16)))
+        if "dice" in row:
+            for found, labels in ((before, moving.labels), (after, metrics.warp_labels(moving.labels, u))):
+                for label, value in metrics.dice(fixed.labels, labels, dataset.exclude).items():
+                    found.setdefault(label, []).append(value)
+
+    figures = {}
+    rank = np.argsort([row.get("dice", row["sdlogj"]) for row in rows])
+    for name, place in (("Worst", rank[0]), ("Median", rank[len(rank) // 2]), ("Best", rank[-1])):
+        figures[f"{name} pair"] = out / f"{name.lower()}.png"
+        _picture(figures[f"{name} pair"], *pairs[place], *fields[place], rows[place], dataset.spacing)
+    if after:
+        figures["Dice by structure"] = out / "dice.png"
+        report.dice_boxplot(figures["Dice by structure"], before, after, dataset.label_names)
+    steps = logs.read(training) if training else []
+    if steps:
+        figures["Training"] = out / "training.png"
+        report.curves(figures["Training"], steps)
+
+    scores = metrics.summarise(rows)
+    summary = {"data": dataset.name, "split": split, "pairs": len(rows), "spacing_mm": dataset.spacing,
+               "device": jax.devices()[0].device_kind, "excluded_labels": list(dataset.exclude),
+               "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+               "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, "brain")}, **scores}
+    report.pairs_csv(out / "pairs.csv", rows)
+    report.report_md(out / "report.md", scores, rows, figures)
+    with nifti.replacing(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _picture(path, fixed, moving, u, force, row, spacing):
+    u, force = u.astype(np.float32), force.astype(np.float32)
+    warped = np.asarray(warp(jnp.asarray(moving.image)[..., None], u)[..., 0])
+    title = f"{moving.id} to {fixed.id}"
+    if "dice" in row:
+        title += f"\nDice {row['dice_initial']:.3f} before, {row['dice']:.3f} after; J ≤ 0 in {row['fold_pct']:.4f} %"
+    report.overview(path, fixed.image, moving.image, warped, u, force, metrics.jacobian(u), (spacing,) * 3, title)
+
+
+def load_checkpoint(folder, overrides=()):
+    """(config, params, about) of a checkpoint, its settings overridden by `--config.KEY=VALUE` arguments.
+
+    Raises InputError where it is none, or does not fit the model that the settings describe.
+    """
+    about = checkpoint.read_about(folder)
+    config = configuration.override(configuration.from_dict(about["config"]), overrides)
+    model = DrivenMorph(FrozenConfigDict(config.model))
+    image = jax.ShapeDtypeStruct((1, *[2 * config.model.strides[-1]] * 3, 1), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image, image)["params"]
+    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), shapes)
+    return config, checkpoint.read_params(folder, shapes), about
+
+
+def evaluate_checkpoint(folder, out, root=None, split="test", overrides=()):
+    """`evaluate` a checkpoint on its own data set, or on the folder `root`, and print the table.
+
+    The folder is downsampled by the whole number that brings its voxels nearest to those the network was trained on.
+    """
+    config, params, about = load_checkpoint(folder)
+    voxel = about["spacing"] * config.data.downsample
+    if root is not None:
+        config.data = {"name": "folder", "root": str(root), "exclude": tuple(config.data.get("exclude", ())),
+                       "splits": None, "downsample": 0}
+    configuration.override(config, overrides)
+    if overrides:
+        params = load_checkpoint(folder, [o for o in overrides if not o.startswith("--config.data.")])[1]
+    dataset = data.load(config.data, (split,))
+    if not config.data.downsample:
+        config.data.downsample = max(1, round(voxel / dataset.spacing))
+    summary = evaluate(config, params, data.padded(dataset, grid_multiple(config)), split, out, folder)
+    print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
+    print(f"Report and figures: {Path(out) / 'report.md'}")
+    return summary

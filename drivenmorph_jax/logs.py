@@ -1,0 +1,55 @@
+"""What a run tells while it goes: a progress bar, JSON lines, TensorBoard."""
+
+import json
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Logs:
+    """Writers of one run in `folder`, from step `start` on: `metrics.jsonl`, one row a step, and TensorBoard events.
+
+    Rows of steps after `start`, left by a run that was stopped between two checkpoints, are dropped: those steps are
+    done again. A process that is not `main` writes nothing.
+    """
+
+    def __init__(self, folder, start, steps, main=True):
+        self.main = main
+        if not main:
+            return
+        path = Path(folder) / "metrics.jsonl"
+        kept = [row for row in read(folder) if row["step"] <= start]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a")
+        self.writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self.shown = {"val Dice": f"{row['val_dice']:.4f}" for row in kept if "val_dice" in row}
+
+    def write(self, step, row):
+        if not self.main:
+            return
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.flush()
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+        self.shown["loss"] = f"{row['loss']:.4f}"
+        if "val_dice" in row:
+            self.shown["val Dice"] = f"{row['val_dice']:.4f}"
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def close(self):
+        if self.main:
+            self.bar.close()
+            self.writer.close()
+            self.file.close()
+
+
+def read(folder):
+    """The rows of a run's `metrics.jsonl`, in order; none where there is no such file."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    # A run that is killed can leave half a line at the end.
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

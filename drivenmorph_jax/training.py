@@ -1,0 +1,151 @@
+"""Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
+
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import FrozenConfigDict
+
+from drivenmorph_jax import checkpoint, data, sharding
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import evaluate, grid_multiple, make_predict, validate
+from drivenmorph_jax.logs import Logs
+from drivenmorph_jax.losses import total_loss
+from drivenmorph_jax.model import DrivenMorph
+
+
+def make_optimizer(config):
+    """Adam with global-norm clipping, and a learning rate that warms up linearly and falls as a cosine."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps,
+                                                  max(config.steps, config.warmup_steps + 1))
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
+
+
+def make_train_step(model, optimizer, config, mesh):
+    """Jitted (params, opt_state, batch) -> (params, opt_state, row); donates the state, splits the batch over `mesh`.
+
+    The loss is a mean over the global batch, so that its gradient is the same on any number of devices.
+    """
+    def loss(params, batch):
+        return total_loss(config.loss, model.apply({"params": params}, batch["fixed"], batch["moving"]), batch)
+
+    def train_step(params, opt_state, batch):
+        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        update, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, update)
+        row = {"loss": value, **parts, "gradient_norm": optax.global_norm(gradient),
+               "update_norm": optax.global_norm(update), "parameter_norm": optax.global_norm(params)}
+        return params, opt_state, row
+
+    whole = sharding.replicated(mesh)
+    return jax.jit(train_step, donate_argnums=(0, 1), in_shardings=(whole, whole, sharding.split_batch(mesh)),
+                   out_shardings=whole)
+
+
+def one_hot(batch, labels):
+    """The batch with its label maps (B, D, H, W) as one channel for each of `labels`, where it has any."""
+    return batch | {key: (batch[key][..., None] == labels).astype(np.float32)
+                    for key in ("fixed_labels", "moving_labels") if key in batch}
+
+
+def train_and_evaluate(config, workdir):
+    """Train `DrivenMorph`, or go on where the last run in `workdir` was stopped, and score it on held-out pairs.
+
+    Args:
+      config: as `configs/default.py` makes it.
+      workdir: gets `latest/` and `best/` checkpoints, `metrics.jsonl`, `tensorboard/` and `evaluation/`.
+
+    Returns:
+      The summary of `evaluate` on the test pairs.
+
+    Raises:
+      InputError: a setting that does not fit the data or the devices, a checkpoint of another model, or a loss or
+        gradient that is not finite.
+    """
+    workdir = Path(workdir)
+    mesh = sharding.data_parallel_mesh()
+    if config.batch_size % mesh.size:
+        raise InputError(f"batch_size is {config.batch_size}, which {mesh.size} devices cannot share: "
+                         f"set --config.batch_size={mesh.size * -(-config.batch_size // mesh.size)}")
+    dataset = data.load(config.data, multiple=grid_multiple(config))
+    if len(dataset.val) < 2:
+        raise InputError(f"{dataset.name} has {len(dataset.val)} subjects in its val split: put at least 2 there")
+    with_labels = config.loss.dice > 0
+    batches = data.training_batches(dataset.train, config.batch_size // jax.process_count(), config.seed,
+                                    downsample=config.data.downsample, flip=config.data.flip,
+                                    intensity=config.data.intensity, with_labels=with_labels)
+    labels = np.setdiff1d(np.unique([s.labels for s in dataset.train]), dataset.exclude) if with_labels else None
+
+    model, optimizer = DrivenMorph(FrozenConfigDict(config.model)), make_optimizer(config)
+    side = 2 * config.model.strides[-1]
+    image = jnp.zeros((1, side, side, side, 1))
+
+    def init():
+        params = model.init(jax.random.key(config.seed), image, image)["params"]
+        return params, optimizer.init(params)
+
+    whole = sharding.replicated(mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init))
+    latest, best = (checkpoint.manager(workdir / name) for name in ("latest", "best"))
+    start = latest.latest_step() or 0
+    if start:
+        params, opt_state, state = checkpoint.restore(latest, *shapes)
+        batches.set_state(state)
+    else:
+        params, opt_state = jax.jit(init, out_shardings=whole)()
+    about = {"config": config.to_dict(), "commit": checkpoint.git_commit(), "spacing": dataset.spacing,
+             "data": dataset.name, "exclude": list(dataset.exclude)}
+    best_score = checkpoint.read_about(workdir / "best")["score"] if best.latest_step() else -np.inf
+
+    train_step = make_train_step(model, optimizer, config, mesh)
+    predict = make_predict(config)
+    logs = Logs(workdir, start, config.steps, jax.process_index() == 0)
+    waiting = None
+
+    def record(extra=None):
+        """Log the step before the one that runs now: waiting for its numbers costs no time then."""
+        nonlocal waiting
+        if waiting is not None:
+            step, row = waiting[0], {key: float(value) for key, value in jax.device_get(waiting[1]).items()}
+            for name in ("loss", "gradient_norm"):
+                if not np.isfinite(row[name]):
+                    raise InputError(f"{name} is {row[name]} at step {step}: lower learning_rate or look at the "
+                                     f"images; {workdir / 'latest'} holds the last good checkpoint")
+            logs.write(step, row | (extra or {}))
+            waiting = None
+
+    began = time.perf_counter()
+    try:
+        for step in range(start + 1, config.steps + 1):
+            batch = sharding.global_batch(one_hot(next(batches), labels), mesh)
+            params, opt_state, row = train_step(params, opt_state, batch)
+            row["seconds"] = time.perf_counter() - began
+            record()
+            waiting = step, row
+            last = step == config.steps
+            if step % config.val_every == 0 or last:
+                # A copy on one device: every process scores all pairs by itself.
+                here = jax.tree.map(lambda x: x.addressable_data(0), params)
+                scores = validate(predict, here, dataset)
+                score = scores.get("val_dice", scores.get("val_lncc"))
+                record(scores)
+                if score > best_score:
+                    best_score = score
+                    checkpoint.save(best, step, about | {"score": score, "step": step}, params)
+            if step % config.checkpoint_every == 0 or last:
+                record()
+                checkpoint.save(latest, step, about | {"step": step}, params, opt_state, batches.get_state())
+    finally:
+        logs.close()
+        for manager in (latest, best):
+            manager.wait_until_finished()
+            manager.close()
+
+    params = checkpoint.read_params(workdir / "best", jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
+                                       sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])), shapes[0]))
+    split = "test" if len(dataset.test) > 1 else "val"
+    return evaluate(config, params, dataset, split, workdir / "evaluation", training=workdir)

@@ -1,0 +1,35 @@
+"""Train DrivenMorph and score it on held-out pairs. Running it again in the same folder goes on where it stopped."""
+
+import argparse
+
+from drivenmorph_jax import errors
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Settings of the configuration are changed by --config.KEY=VALUE, as in the example:\n\n"
+               "  python train.py --config configs/malf.py --workdir runs/malf --config.data.root=brains/")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, such as configs/default.py")
+    parser.add_argument("--workdir", required=True, metavar="DIR",
+                        help="folder for checkpoints, logs and scores; made where it is missing")
+    parser.add_argument("--distributed", action="store_true",
+                        help="one of several processes (Slurm, Kubernetes, Cloud TPU): join the others first")
+    flags, settings = parser.parse_known_args()
+
+    # Imported late, so that --help answers at once.
+    import jax
+
+    from drivenmorph_jax import configuration, report
+    from drivenmorph_jax.training import train_and_evaluate
+    if flags.distributed:
+        jax.distributed.initialize()
+    config = configuration.override(configuration.load(flags.config), settings)
+    summary = train_and_evaluate(config, flags.workdir)
+    if jax.process_index() == 0:
+        print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
+        print(f"Checkpoints, logs and figures: {flags.workdir}; the report: {flags.workdir}/evaluation/report.md")
+
+
+if __name__ == "__main__":
+    errors.run(main)
