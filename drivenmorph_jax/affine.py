@@ -1,7 +1,6 @@
 """Affine pre-alignment of two volumes by mutual information, with SimpleITK."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import SimpleITK as sitk
@@ -12,31 +11,24 @@ from drivenmorph_jax.errors import InputError
 
 SPACING = 2.0  # mm; twelve parameters need no finer images
 TURNS = (-25.0, 0.0, 25.0)  # starting angles about each axis, degrees
-import os
-SAMPLES = int(os.environ.get('S','100000')); MINSTEP=float(os.environ.get('MS','1e-2'))
+SAMPLES = 100_000  # voxels that one evaluation of the metric looks at
 TRIED = 4  # how many of the 27 starts are optimised
 
 
-def register_affine(fixed, moving, fixed_mask=None):
+def register_affine(fixed, moving):
     """The affine T (4, 4) from the fixed to the moving Volume's world, RAS mm: moving(T x) ~ fixed(x).
 
     Maximises Mattes mutual information at 2 mm: centres of mass brought together, 27 rotations about them
     tried at 8 mm, the best four optimised as similarities, the best of these as an affine at 8, 4 and 2 mm.
-    `fixed_mask` (X, Y, Z), on the fixed grid, limits the metric to its non-zero voxels. The same input gives
-    the same T on any number of cores.
+    The same input gives the same T on any number of cores.
 
     Raises InputError where the volumes cannot be brought to overlap.
 
     Reference: Mattes et al., PET-CT image registration in the chest using free-form deformations, 2003.
     """
     (f, f_centre), (m, m_centre) = _image(fixed), _image(moving)
-    mask = None
-    if fixed_mask is not None:
-        shape, affine = nifti.working_grid(fixed, SPACING, multiple=1)
-        mask = replace(fixed, data=(np.asarray(fixed_mask) != 0).astype(np.uint8))
-        mask = _to_itk(nifti.resample(mask, shape, affine, order=0), affine)
     try:
-        result = _optimise(f, m, f_centre, m_centre, mask)
+        result = _optimise(f, m, f_centre, m_centre)
     except RuntimeError as error:  # ITK's way to say that the images don't overlap, or no longer do
         raise _failure(fixed, moving) from error
     scales = np.linalg.svd(result[:3, :3], compute_uv=False)
@@ -45,25 +37,25 @@ def register_affine(fixed, moving, fixed_mask=None):
     return result
 
 
-def _optimise(fixed, moving, fixed_centre, moving_centre, mask):
+def _optimise(fixed, moving, fixed_centre, moving_centre):
     levels = list(zip(_pyramid(fixed), _pyramid(moving), strict=True))
     coarsest, finest = levels[0], levels[-1]
     starts = [_start(angles, fixed_centre, moving_centre) for angles in itertools.product(TURNS, repeat=3)]
-    starts.sort(key=lambda start: _metric(*coarsest, start, mask))
+    starts.sort(key=lambda start: _metric(*coarsest, start))
     tried = starts[:TRIED]
     for start in tried:
-        _run(*coarsest, start, mask)
-    similarity = min(tried, key=lambda start: _metric(*coarsest, start, mask))
+        _run(*coarsest, start)
+    similarity = min(tried, key=lambda start: _metric(*coarsest, start))
 
     affine = sitk.AffineTransform(3)
     affine.SetCenter(similarity.GetCenter())
     affine.SetMatrix(similarity.GetMatrix())
     affine.SetTranslation(similarity.GetTranslation())
     for level in levels:
-        _run(*level, affine, mask)
+        _run(*level, affine)
 
     untouched = _start((0.0, 0.0, 0.0), fixed_centre, moving_centre)
-    best = min((affine, untouched), key=lambda transform: _metric(*finest, transform, mask))
+    best = min((affine, untouched), key=lambda transform: _metric(*finest, transform))
     return transforms.from_itk(best)
 
 
@@ -77,33 +69,31 @@ def _start(angles, fixed_centre, moving_centre):
     return start
 
 
-def _run(fixed, moving, transform, mask):
+def _run(fixed, moving, transform):
     """Optimise `transform` in place, over a sample of the voxels that is dense on coarse images."""
-    method = _method(mask)
+    method = _method()
     if fixed.GetNumberOfPixels() > SAMPLES:
         method.SetMetricSamplingStrategy(method.REGULAR)
         method.SetMetricSamplingPercentage(SAMPLES / fixed.GetNumberOfPixels(), 1)
     method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=SPACING / 2, minStep=MINSTEP, numberOfIterations=100, relaxationFactor=0.6)
+        learningRate=SPACING / 2, minStep=1e-2, numberOfIterations=100, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetInitialTransform(transform, inPlace=True)
     method.Execute(fixed, moving)
 
 
-def _metric(fixed, moving, transform, mask):
+def _metric(fixed, moving, transform):
     """Minus the mutual information over every voxel."""
-    method = _method(mask)
+    method = _method()
     method.SetInitialTransform(transform)
     return method.MetricEvaluate(fixed, moving)
 
 
-def _method(mask):
+def _method():
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfWorkUnits(1)  # with more, sums run in an order that varies and so does the result
     method.SetMetricAsMattesMutualInformation(32)  # with 50 the few 8 mm voxels lead the optimiser astray
     method.SetInterpolator(sitk.sitkLinear)
-    if mask is not None:
-        method.SetMetricFixedMask(mask)
     return method
 
 
@@ -116,9 +106,7 @@ def _pyramid(image):
 def _image(volume):
     """A Volume's foreground as a SimpleITK image at 2 mm in [0, 1], and its centre of mass in LPS mm."""
     shape, affine = nifti.working_grid(volume, SPACING, multiple=1)
-    blur = SPACING / 2.355 / volume.spacing  # full width at half maximum of one coarse voxel: no aliasing
-    smooth = replace(volume, data=ndimage.gaussian_filter(volume.data, blur))
-    data = nifti.normalise(nifti.resample(smooth, shape, affine))
+    data = nifti.normalise(nifti.resample(nifti.smoothed(volume, SPACING), shape, affine))
     centre = affine @ [*ndimage.center_of_mass(data), 1.0]
     return _to_itk(data, affine), (transforms.FLIP @ centre)[:3]
 

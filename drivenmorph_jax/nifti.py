@@ -143,6 +143,15 @@ def resample(volume, shape, affine, transform=None, order=1):
                                     mode="grid-constant", prefilter=False)
 
 
+def smoothed(volume, spacing):
+    """The Volume, blurred where its voxels are finer than `spacing` mm, so that resampling to that does not alias.
+
+    The full width at half maximum of the Gaussian is one coarse voxel.
+    """
+    sigma = np.where(volume.spacing < 0.9 * spacing, spacing / 2.355 / volume.spacing, 0)
+    return replace(volume, data=ndimage.gaussian_filter(volume.data, sigma)) if sigma.any() else volume
+
+
 def working_grid(volume, spacing=1.0, multiple=16, margin=8.0):
     """An isotropic grid round the foreground, along the volume's own canonical axes: (shape, affine).
 

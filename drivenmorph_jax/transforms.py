@@ -44,6 +44,15 @@ def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform)
     return _displacement(shape, affine, lambda y: deform(_map(back, y)))
 
 
+def force_on_grid(shape, affine, force, work_affine):
+    """Forces (D, H, W, 3) in voxels of the working grid as vectors in RAS mm on another grid: (X, Y, Z, 3)."""
+    to_voxel, channels = np.linalg.inv(work_affine), _channels_first(force)
+    out = np.empty((*shape, 3), np.float32)
+    for i, x in _planes(shape, affine):
+        out[i] = _sample(channels, _map(to_voxel, x)) @ work_affine[:3, :3].T
+    return out
+
+
 def apply(volume, displacement, affine, order=1):
     """Pull a Volume back: out(x) = volume(x + displacement(x)), (X, Y, Z) in the volume's own type.
 
@@ -90,18 +99,22 @@ def write_displacement(path, displacement, like, direction, frame="LPS"):
     ANTs read as a displacement field, or "RAS" with intent 1006. `direction` says in words from which image
     to which the points move, e.g. "fixed to moving". Raises InputError where it cannot be written.
     """
-    signs = np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3)
-    vectors = (displacement * signs).astype(np.float32)
-    nifti.save(path, vectors[..., None, :], like, INTENTS[frame])
-    sidecar = {
+    _write_vectors(path, displacement, like, frame, {
         "Content": "displacement d(x) of the total transform, affine and deformable: x moves to x + d(x)",
         "Direction": direction,
-        "Use": "pull-back: an image of the space moved to is resampled at x + d(x) onto the grid below",
-        "Frame": frame,
-        "Unit": "mm",
-        "GridShape": list(displacement.shape[:3]),
-        "GridAffineRAS": like.affine.tolist(),
-    }
+        "Use": "pull-back: an image of the space moved to is resampled at x + d(x) onto the grid below"})
+
+
+def write_force(path, force, like, content):
+    """Write driving forces (X, Y, Z, 3) in RAS mm as `write_displacement` writes: LPS mm, sidecar with `content`."""
+    _write_vectors(path, force, like, "LPS", {"Content": content})
+
+
+def _write_vectors(path, vectors, like, frame, sidecar):
+    signs = np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3)
+    nifti.save(path, (vectors * signs).astype(np.float32)[..., None, :], like, INTENTS[frame])
+    sidecar = sidecar | {"Frame": frame, "Unit": "mm", "GridShape": list(vectors.shape[:3]),
+                         "GridAffineRAS": like.affine.tolist()}
     with nifti.replacing(_sidecar(path)) as temporary:
         temporary.write_text(json.dumps(sidecar, indent=2) + "\n")
 

@@ -1,0 +1,25 @@
+"""Score a checkpoint on held-out pairs: summary.json, pairs.csv, report.md and figures."""
+
+import argparse
+
+from drivenmorph_jax import errors
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Settings that the checkpoint was trained with are changed by --config.KEY=VALUE. Example:\n\n"
+               "  python eval.py --checkpoint runs/malf --out scores --data brains/ --split test")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the --workdir of a training")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results; made where it is missing")
+    parser.add_argument("--data", metavar="DIR",
+                        help="folder of ID_t1.nii.gz and ID_seg.nii.gz to score on, instead of the training's data set")
+    parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
+    flags, settings = parser.parse_known_args()
+
+    from drivenmorph_jax.evaluation import evaluate_checkpoint
+    evaluate_checkpoint(flags.checkpoint, flags.out, flags.data, flags.split, settings)
+
+
+if __name__ == "__main__":
+    errors.run(main)
