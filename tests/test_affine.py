@@ -34,7 +34,10 @@ def error(template, found, true):
 
 
 @pytest.mark.parametrize("angles, shift, scales", [
-    ((5, -8, 6), (5, -7, 3), (1.08, 0.95, 1.03)), ((30, 0, 0), (40, 0, 0), (1, 1, 1)), ((0, 30, 0), (20, -20, -28), (1, 1, 1))])
+    ((5, -8, 6), (5, -7, 3), (1.08, 0.95, 1.03)),
+    ((30, 0, 0), (40, 0, 0), (1, 1, 1)),
+    ((0, 30, 0), (20, -20, -28), (1, 1, 1)),
+])
 def test_a_known_affine_is_recovered(template, angles, shift, scales):
     moving, true = moved(template, angles, shift, scales)
     assert error(template, np.eye(4), true) > 5
@@ -50,18 +53,10 @@ def test_the_same_input_gives_the_same_affine_and_contrast_does_not_matter(templ
     assert error(template, first, true) < 1
 
 
-def test_a_lesion_outside_the_mask_is_not_looked_at(template):
-    moving, true = moved(template, (4, -3, 0), (6, 0, -5))
-    lesion = np.zeros(template.data.shape, bool)
-    lesion[36:, :, 30:] = True  # most of one side
-    noise = np.random.default_rng(0).random(template.data.shape)
-    damaged = nifti.Volume(np.where(lesion, noise, template.data).astype(np.float32), template.affine, None, "")
-    masked = error(template, affine.register_affine(damaged, moving, fixed_mask=~lesion), true)
-    assert masked < 1.5 and masked < 0.5 * error(template, affine.register_affine(damaged, moving), true)
+def test_failure_names_both_files_and_the_remedy(template, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("All samples map outside moving image buffer")
 
-
-def test_failure_names_both_files_and_the_remedy(template):
-    mask = np.zeros(template.data.shape)  # no voxel is left to compare
-    moving, _ = moved(template, (0, 0, 0), (0, 0, 0))
-    with pytest.raises(InputError, match="moved could not be aligned to mni .*--no-affine"):
-        affine.register_affine(template, moving, fixed_mask=mask)
+    monkeypatch.setattr(affine, "_optimise", fail)
+    with pytest.raises(InputError, match="mni could not be aligned to mni .*--no-affine"):
+        affine.register_affine(template, template)
