@@ -52,12 +52,18 @@ def feature_force(d, slope, max_step, weights=None, floor=1e-6):
     a, b, c = (diagonal + damping for diagonal in sums[:3])
     # Unit trace, so that no product of three entries leaves float32's range.
     scale = 1 / (a + b + c)
-    a, b, c, f, e, g, r, s, t = (scale * entry for entry in (a, b, c, *sums[3:9]))
-    ca, cb, cc = b * c - f * f, a * c - e * e, a * b - g * g
-    cf, ce, cg = e * g - a * f, f * g - b * e, e * f - c * g
-    determinant = a * ca + g * cg + e * ce
-    p = jnp.stack([ca * r + cg * s + ce * t, cg * r + cb * s + cf * t, ce * r + cf * s + cc * t], -1)
-    return clip_length(p / jnp.maximum(determinant, 1e-12)[..., None], max_step)
+    a, b, c, f, e, g, r, s, t, damping = (scale * entry for entry in (a, b, c, *sums[3:9], damping))
+    # L D L^T, not the adjugate: on a single strong gradient that would lose lambda^4, this only lambda^2. No pivot is
+    # below lambda^2 but by rounding.
+    ba, ca = g / a, e / a
+    b, f = jnp.maximum(b - g * ba, damping), f - e * ba
+    cb = f / b
+    c = jnp.maximum(c - e * ca - f * cb, damping)
+    s = s - ba * r
+    z = (t - ca * r - cb * s) / c
+    y = s / b - cb * z
+    x = r / a - ba * y - ca * z
+    return clip_length(jnp.stack([x, y, z], -1), max_step)
 
 
 def clip_length(p, max_step):

@@ -22,7 +22,7 @@ from drivenmorph_jax.integrate import inverse
 from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.warp import warp
 
-DEMONS_SPACING = 1.0  # mm, the working grid of Demons
+DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
 DEMONS_MULTIPLE = 4  # its three levels halve the sides twice
 REFINEMENT = {"max_step": 1.0, "sigma_fluid": 1.0, "sigma_diffusion": 0.7, "update": "compositional"}
 
@@ -59,7 +59,7 @@ def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", affin
             config, params, about = load_checkpoint(checkpoint)
             spacing, multiple = about["spacing"], grid_multiple(config)
         else:
-            spacing, multiple = DEMONS_SPACING, DEMONS_MULTIPLE
+            spacing, multiple = max(DEMONS_SPACING, float(fixed.spacing.min())), DEMONS_MULTIPLE
         out = Path(out)
         _make_folder(out)
 

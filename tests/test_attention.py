@@ -1,0 +1,96 @@
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drivenmorph_jax.attention import CrossAttention, SelfAttention, neighbourhood_attention, window_attention
+
+RNG = np.random.default_rng(0)
+
+
+def heads_of(*shape):
+    return jnp.asarray(RNG.normal(size=shape).astype(np.float32))
+
+
+def brute_force(q, k, v, radius):
+    """The definition, voxel by voxel: alpha = softmax q(x) . k(x + delta), keys and values repeated at the edge."""
+    b, *space, heads, _ = q.shape
+    attended, offset = np.zeros_like(v), np.zeros((b, *space, 3), np.float32)
+    shifts = list(product(range(-radius, radius + 1), repeat=3))
+    for n, *x, h in product(range(b), *map(range, space), range(heads)):
+        near = [tuple(np.clip(np.add(x, d), 0, np.array(space) - 1)) for d in shifts]
+        logits = np.array([q[(n, *x, h)] @ k[(n, *y, h)] for y in near])
+        alpha = np.exp(logits - logits.max())
+        alpha /= alpha.sum()
+        attended[(n, *x, h)] = sum(a * v[(n, *y, h)] for a, y in zip(alpha, near, strict=True))
+        offset[(n, *x)] += alpha @ np.array(shifts) / heads
+    return attended, offset
+
+
+@pytest.mark.parametrize("radius, shape", [(1, (2, 4, 3, 5, 2, 3)), (2, (1, 4, 5, 4, 1, 4))])
+def test_neighbourhood_attention_is_its_definition(radius, shape):
+    q, k, v = heads_of(*shape), heads_of(*shape), heads_of(*shape[:-1], 2)
+    attended, offset = neighbourhood_attention(q, k, v, radius)
+    expected, expected_offset = brute_force(*(np.asarray(x) for x in (q, k, v)), radius)
+    np.testing.assert_allclose(attended, expected, atol=1e-5)
+    np.testing.assert_allclose(offset, expected_offset, atol=1e-5)
+
+
+def test_gradient_of_neighbourhood_attention_along_a_direction():
+    arrays = tuple(heads_of(1, 4, 4, 4, 2, 3) for _ in range(3))
+    direction = tuple(heads_of(1, 4, 4, 4, 2, 3) for _ in range(3))
+    weight = heads_of(1, 4, 4, 4, 2, 3)
+
+    def f(arrays):
+        attended, offset = neighbourhood_attention(*arrays, 1)
+        return (attended * weight).sum() + (offset**2).sum()
+
+    def moved(t):
+        return f(jax.tree.map(lambda x, d: x + t * d, arrays, direction))
+
+    slope = sum(jnp.vdot(g, d) for g, d in zip(jax.grad(f)(arrays), direction, strict=True))
+    assert float(slope) == pytest.approx(float((moved(1e-2) - moved(-1e-2)) / 2e-2), rel=1e-2)
+
+
+@pytest.mark.parametrize("space", [(4, 4, 4), (5, 3, 6)])
+def test_window_attention_is_dense_attention_in_each_window(space):
+    window = 2
+    q, k, v = (heads_of(1, *space, 2, 3) for _ in range(3))
+    out = np.asarray(window_attention(q, k, v, window))
+    for corner in product(*(range(0, n, window) for n in space)):
+        part = (0, *(slice(c, c + window) for c in corner))
+        a, b, c = (np.asarray(x[part]).reshape(-1, 2, 3) for x in (q, k, v))
+        alpha = np.exp(np.einsum("qhc,khc->hqk", a, b))
+        alpha /= alpha.sum(-1, keepdims=True)
+        np.testing.assert_allclose(out[part].reshape(-1, 2, 3), np.einsum("hqk,khc->qhc", alpha, c), atol=1e-5)
+
+
+def test_cross_attention_finds_where_the_moving_image_has_it():
+    fixed = heads_of(1, 8, 8, 8, 16)
+    moving = jnp.roll(fixed, 1, axis=2)  # what is at x lies at x + (0, 1, 0)
+    module = CrossAttention(radius=1, heads=1)
+    params = module.init(jax.random.key(0), fixed, moving)
+    attended, offset = module.apply(params, fixed, moving)
+    np.testing.assert_allclose(offset[0, 2:-2, 2:-2, 2:-2].mean((0, 1, 2)), [0, 1, 0], atol=0.1)
+    error = lambda x: float(((x - fixed)[:, 2:-2, 2:-2, 2:-2] ** 2).mean())  # noqa: E731
+    assert error(attended) < 0.1 * error(moving)
+
+
+def test_equal_features_have_no_offset():
+    x = heads_of(1, 6, 6, 6, 8)
+    module = CrossAttention(radius=1, heads=2)
+    _, offset = module.apply(module.init(jax.random.key(0), x, x), x, x)
+    assert np.abs(np.asarray(offset).mean((0, 1, 2, 3))).max() < 0.05
+
+
+@pytest.mark.parametrize("kind", [{"radius": 1}, {"window": 3}])
+def test_self_attention_in_bfloat16_is_near_float32(kind):
+    tokens = heads_of(1, 6, 6, 6, 8)
+    module = SelfAttention(heads=2, **kind)
+    params = module.init(jax.random.key(0), tokens)
+    exact = module.apply(params, tokens)
+    near = SelfAttention(heads=2, dtype=jnp.bfloat16, **kind).apply(params, tokens)
+    assert exact.shape == tokens.shape
+    assert float(jnp.abs(near.astype(jnp.float32) - exact).max()) < 0.1 * float(jnp.abs(exact).max())

@@ -1,0 +1,54 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from drivenmorph_jax import grid
+
+RNG = np.random.default_rng(0)
+
+
+def test_identity_grid_holds_coordinates():
+    x = grid.identity_grid((3, 4, 5))
+    assert x.shape == (3, 4, 5, 3) and x.dtype == jnp.float32
+    np.testing.assert_array_equal(x[2, 1, 4], [2, 1, 4])
+
+
+def test_difference_is_numpy_gradient():
+    x = RNG.normal(size=(5, 6, 7, 2)).astype(np.float32)
+    for axis in range(3):
+        np.testing.assert_allclose(grid.difference(x, axis), np.gradient(x, axis=axis), atol=1e-6)
+
+
+def test_average_pool_is_the_mean_of_blocks():
+    x = RNG.normal(size=(2, 4, 6, 8, 3)).astype(np.float32)
+    out = grid.average_pool(x, 2)
+    np.testing.assert_allclose(out[1, 1, 2, 3], x[1, 2:4, 4:6, 6:8].mean((0, 1, 2)), atol=1e-6)
+    with pytest.raises(ValueError, match="multiples"):
+        grid.average_pool(x, 4)
+
+
+@pytest.mark.parametrize("shape", [(16, 24, 8), (4, 6, 2), (12, 12, 12)])
+def test_a_resized_field_is_the_same_motion_in_millimetres(shape):
+    # u = A x about the box, linear: fine and coarse coordinates obey f + 1/2 = r (c + 1/2)
+    old = (8, 12, 4)
+    matrix = RNG.normal(size=(3, 3)) * 0.1
+    ratio = np.array(shape) / old
+
+    def field(shape, scale):  # of physical coordinates y = scale^-1 (x + 1/2), in voxels of the grid
+        y = (np.moveaxis(np.indices(shape), 0, -1) + 0.5) / scale
+        return ((y @ matrix.T) * scale).astype(np.float32)
+
+    out = np.asarray(grid.resize_field(field(old, np.ones(3)), shape))
+    inside = tuple(slice(int(np.ceil(r)), n - int(np.ceil(r))) for r, n in zip(ratio, shape, strict=True))
+    np.testing.assert_allclose(out[inside], field(shape, ratio)[inside], atol=1e-5)
+
+
+def test_along_axes_filters_each_axis():
+    x = RNG.normal(size=(2, 6, 7, 8, 3)).astype(np.float32)
+    kernel = np.array([0.25, 0.5, 0.25])
+    matrices = [sum(k * np.eye(n, k=i - 1) for i, k in enumerate(kernel)) for n in x.shape[1:4]]
+    expected = x
+    for axis in (1, 2, 3):
+        expected = ndimage.convolve1d(expected, kernel, axis, mode="constant")
+    np.testing.assert_allclose(grid.along_axes([jnp.asarray(m) for m in matrices], x), expected, atol=1e-5)

@@ -1,0 +1,90 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from drivenmorph_jax.warp import compose, warp, warp_nearest
+
+RNG = np.random.default_rng(0)
+
+
+def scipy_warp(image, u, order):
+    x = np.moveaxis(np.moveaxis(np.indices(u.shape[:3]), 0, -1) + u, -1, 0)
+    return np.stack([map_coordinates(image[..., c], x, order=order, mode="nearest", prefilter=False)
+                     for c in range(image.shape[-1])], axis=-1)
+
+
+def smooth_field(shape, largest, seed=0):
+    u = gaussian_filter(np.random.default_rng(seed).normal(size=(*shape, 3)), (3, 3, 3, 0))
+    return (u * largest / np.abs(u).max()).astype(np.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16])
+def test_warp_is_scipys_linear_interpolation_also_beyond_the_edge(channels):
+    image = RNG.normal(size=(7, 8, 9, channels)).astype(np.float32)
+    u = RNG.normal(size=(5, 6, 10, 3), scale=3).astype(np.float32)
+    np.testing.assert_allclose(warp(image, u), scipy_warp(image, u, 1), atol=1e-5)
+
+
+def test_warp_maps_over_leading_axes():
+    image = RNG.normal(size=(2, 5, 6, 7, 2)).astype(np.float32)
+    u = RNG.normal(size=(2, 5, 6, 7, 3)).astype(np.float32)
+    out = warp(image, u)
+    np.testing.assert_allclose(out[1], scipy_warp(image[1], u[1], 1), atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(warp)(image, u), out, atol=1e-6)
+
+
+def test_warp_pulls_back():
+    image = np.zeros((8, 8, 8, 1), np.float32)
+    image[5, 3, 2] = 1
+    u = np.broadcast_to(np.float32([2, -1, 0]), (8, 8, 8, 3))
+    assert warp(image, u)[3, 4, 2, 0] == 1  # M(x + u(x)) with x = (3, 4, 2)
+
+
+def test_warp_keeps_the_type_of_the_image():
+    u = smooth_field((6, 6, 6), 1.0)
+    assert warp(jnp.ones((6, 6, 6, 2), jnp.bfloat16), u).dtype == jnp.bfloat16
+
+
+def test_gradients_of_warp_against_finite_differences():
+    image = RNG.normal(size=(5, 6, 5, 2)).astype(np.float32)
+    # Fractions stay off the cell boundaries, where the derivative jumps.
+    u = (RNG.integers(-2, 3, (5, 6, 5, 3)) + RNG.uniform(0.2, 0.8, (5, 6, 5, 3))).astype(np.float32)
+    check_grads(warp, (image, u), order=1, modes=["rev"], eps=1e-2, atol=2e-2, rtol=2e-2)
+
+
+def test_gradient_is_zero_along_an_axis_on_which_the_sample_lies_outside():
+    image = RNG.normal(size=(6, 6, 6, 1)).astype(np.float32)
+    u = np.zeros((6, 6, 6, 3), np.float32) + 0.3
+    u[..., 0] = 20
+    g = jax.grad(lambda u: warp(image, u).sum())(u)
+    assert not np.any(g[..., 0]) and np.any(g[..., 1])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float32])
+def test_nearest_is_scipys_and_keeps_the_type(dtype):
+    labels = RNG.integers(0, 200, (7, 8, 9, 1)).astype(dtype)
+    u = RNG.uniform(-4, 4, (7, 8, 9, 3)).astype(np.float32)
+    out = warp_nearest(labels, u)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out, scipy_warp(labels, u, 0))
+
+
+def test_linear_fields_compose_to_their_product():
+    x = np.moveaxis(np.indices((20, 20, 20)), 0, -1) - 9.5
+    a, b = (RNG.normal(size=(3, 3)) * 0.05 for _ in range(2))
+    u, s = (x @ a.T).astype(np.float32), (x @ b.T).astype(np.float32)
+    expected = x @ ((np.eye(3) + a) @ (np.eye(3) + b) - np.eye(3)).T
+    inside = (slice(5, -5),) * 3
+    np.testing.assert_allclose(compose(u, s)[inside], expected[inside], atol=1e-4)
+
+
+def test_warping_twice_is_warping_by_the_composition():
+    image = gaussian_filter(RNG.normal(size=(24, 24, 24)), 3)[..., None].astype(np.float32)
+    u, s = smooth_field((24, 24, 24), 4.0, 1), smooth_field((24, 24, 24), 4.0, 2)
+    twice = warp(warp(image, u), s)
+    right, wrong = (np.abs(twice - warp(image, field))[5:-5, 5:-5, 5:-5].mean()
+                    for field in (compose(u, s), compose(s, u)))
+    assert right < 0.5 * wrong
