@@ -83,7 +83,7 @@ def thirion_force(fixed, moving, max_step):
 
 
 def symmetric_force(fixed, moving, max_step, weights=None, floor=1e-6):
-    """The symmetric (ESM) force: the gradient is the mean of both images'. Any number of channels, as `feature_force`."""
+    """The symmetric (ESM) force: the gradient is the mean of both images'. Any channel count, as `feature_force`."""
     return feature_force(fixed - moving, 0.5 * (fixed + moving), max_step, weights, floor)
 
 

@@ -24,7 +24,7 @@ class Logs:
         self.file = path.open("a")
         self.writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self.shown = {"val Dice": f"{row['val_dice']:.4f}" for row in kept if "val_dice" in row}
+        self.shown = {}
 
     def write(self, step, row):
         if not self.main:

@@ -32,8 +32,8 @@ VIEWS = (("Axial", (0, 1), "LRPA"), ("Coronal", (0, 2), "LRIS"), ("Sagittal", (1
 LABELS = {
     "dice": "Dice", "dice_initial": "Dice before", "hd95": "HD95 (mm)", "sdlogj": "SDlogJ",
     "sdlogj_l2r": "SDlogJ (Learn2Reg)", "fold_pct": "J ≤ 0 (%)", "ndv_pct": "NDV (%)",
-    "inverse_mm": "Inverse consistency (mm)", "tre_mm": "TRE (mm)", "seconds": "Seconds a pair", "cosine": "Force cosine",
-    "pearson": "Force Pearson r", "spearman": "Force Spearman ρ", "r2": "Force R²",
+    "inverse_mm": "Inverse consistency (mm)", "tre_mm": "TRE (mm)", "seconds": "Seconds a pair",
+    "cosine": "Force cosine", "pearson": "Force Pearson r", "spearman": "Force Spearman ρ", "r2": "Force R²",
 }
 
 

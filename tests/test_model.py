@@ -1,0 +1,156 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from ml_collections import FrozenConfigDict
+from scipy.ndimage import gaussian_filter
+
+from configs.smoke import get_config
+from drivenmorph_jax import demons, model
+from drivenmorph_jax.grid import resize_field
+from drivenmorph_jax.integrate import exponential
+from drivenmorph_jax.jacobian import jacobian_determinant
+from drivenmorph_jax.warp import compose
+
+SHAPE = (1, 24, 16, 24, 1)
+
+
+def settings(**changes):
+    """Three levels, with every part in use somewhere."""
+    config = get_config().model
+    config.update(channels=(4, 4, 8), strides=(1, 2, 4), updates=(1, 2, 1), cross_radius=(0, 1, 1),
+                  self_radius=(0, 1, 0), self_window=(0, 0, 3))
+    config.update(changes)
+    return FrozenConfigDict(config)
+
+
+def images(seed=0):
+    rng = np.random.default_rng(seed)
+    pair = gaussian_filter(rng.random((2, *SHAPE)), (0, 0, 1.5, 1.5, 1.5, 0))
+    pair = (pair - pair.min()) / np.ptp(pair)
+    return jnp.asarray(pair[0], jnp.float32), jnp.asarray(pair[1], jnp.float32)
+
+
+def noisy(params, scale, seed=1):
+    """Parameters as training might leave them: no zero initialisation hides a part."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def made(scale=0.1, **changes):
+    net = model.DrivenMorph(settings(**changes))
+    fixed, moving = images()
+    return net, noisy(net.init(jax.random.key(0), fixed, moving), scale), fixed, moving
+
+
+@pytest.mark.parametrize("update", ["compositional", "log"])
+def test_decoupling_with_forces_held_the_images_do_not_reach_the_deformation(update):
+    net, params, fixed, moving = made(update=update)
+
+    def hold_forces(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        return jax.lax.stop_gradient(out) if isinstance(context.module, model.DifferenceStream) else out
+
+    def deformation(images, held):
+        if not held:
+            out = net.apply(params, *images)
+        else:
+            with nn.intercept_methods(hold_forces):
+                out = net.apply(params, *images)
+        return (out.u**2).sum() + (out.u_inverse**2).sum() + sum((u.velocity**2).sum() for u in out.updates)
+
+    held = jax.grad(deformation)((fixed, moving), True)
+    free = jax.grad(deformation)((fixed, moving), False)
+    assert all(not np.any(g) for g in held), "images reach the deformation past the forces"
+    assert all(np.any(g) for g in free)  # and through the forces they do
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize("factor", [1.0, 1e4])
+def test_no_update_moves_anything_by_more_than_the_bound(scale, factor):
+    net, params, fixed, moving = made(scale)
+    out = net.apply(params, factor * fixed, moving)
+    for update in out.updates:
+        step = exponential(update.velocity, model.STEPS)
+        for vectors in (update.force, update.velocity, step, exponential(-update.velocity, model.STEPS)):
+            length = np.linalg.norm(vectors, axis=-1)
+            assert np.isfinite(length).all() and length.max() <= 2.0 * (1 + 1e-5)
+    largest = max(float(jnp.linalg.norm(u.velocity, axis=-1).max()) for u in out.updates)
+    assert largest > 0.2  # else the bound was not tried
+
+
+@pytest.mark.parametrize("update", ["compositional", "log"])
+def test_the_result_is_a_diffeomorphism_and_comes_with_its_inverse(update):
+    net, params, fixed, moving = made(0.2, update=update, sigma_fluid=1.5)
+    out = net.apply(params, fixed, moving)
+    assert float(jnp.linalg.norm(out.u, axis=-1).max()) > 1.5
+    inside = (slice(None), *(slice(4, -4),) * 3)
+    for u, u_inverse in ((out.u, out.u_inverse), (out.u_inverse, out.u)):
+        assert float(jacobian_determinant(u)[inside].min()) > 0
+        assert float(jnp.linalg.norm(compose(u, u_inverse)[inside], axis=-1).mean()) < 0.1
+
+
+def test_the_transform_is_the_composition_of_the_exponentials_of_the_velocities():
+    net, params, fixed, moving = made(0.1)
+    out = net.apply(params, fixed, moving)
+    u = u_inverse = jnp.zeros((*out.updates[0].u.shape[:4], 3))
+    for update in out.updates:
+        space = update.velocity.shape[1:4]
+        u, u_inverse = resize_field(u, space), resize_field(u_inverse, space)
+        u = compose(u, exponential(update.velocity, model.STEPS))  # phi o exp(delta)
+        u_inverse = compose(exponential(-update.velocity, model.STEPS), u_inverse)  # exp(-delta) o phi^-1
+    np.testing.assert_allclose(out.u, u, atol=1e-4)
+    np.testing.assert_allclose(out.u_inverse, u_inverse, atol=1e-4)
+
+
+def test_before_training_the_network_is_demons_and_equal_images_stay():
+    net = model.DrivenMorph(settings())
+    fixed, moving = images()
+    params = net.init(jax.random.key(0), fixed, moving)
+    out = net.apply(params, fixed, moving)
+    for update in out.updates:  # the residual network starts at zero
+        sigma = 1.0
+        np.testing.assert_allclose(update.velocity, demons.gaussian_smooth(demons.squash(update.force, 2.0), sigma),
+                                   atol=1e-5)
+    same = net.apply(params, fixed, fixed)
+    assert float(jnp.abs(same.u).max()) < 0.5 * float(jnp.abs(out.u).max())
+
+
+def test_both_force_terms_are_returned_and_make_the_force():
+    net, params, fixed, moving = made()
+    out = net.apply(params, fixed, moving)
+    for update in out.updates:
+        np.testing.assert_allclose(update.force, demons.squash(update.demons_force + update.attention_force, 2.0),
+                                   atol=1e-5)
+    assert any(np.any(update.attention_force) for update in out.updates)
+    np.testing.assert_allclose(model.driving_force(out), sum(resize_field(u.force, SHAPE[1:4]) for u in out.updates),
+                               atol=1e-5)
+
+
+def test_rematerialisation_changes_nothing():
+    net, params, fixed, moving = made(0.1)
+    again = model.DrivenMorph(settings(remat=True))
+
+    def f(net, params):
+        return (net.apply(params, fixed, moving).u ** 2).mean()
+
+    for a, b in zip(*(jax.tree.leaves(jax.grad(f, argnums=1)(n, params)) for n in (net, again)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_bfloat16_leaves_fields_float32_and_near():
+    net, params, fixed, moving = made(0.02)
+    exact = net.apply(params, fixed, moving)
+    near = model.DrivenMorph(settings(dtype="bfloat16")).apply(params, fixed, moving)
+    for leaf in jax.tree.leaves(near):
+        assert leaf.dtype == jnp.float32
+    assert float(jnp.abs(near.u - exact.u).mean()) < 0.1 * float(jnp.abs(exact.u).mean())
+
+
+def test_pairs_of_a_batch_do_not_see_each_other():
+    net, params, fixed, moving = made(0.1)
+    other = images(3)
+    batch = net.apply(params, jnp.concatenate([fixed, other[0]]), jnp.concatenate([moving, other[1]]))
+    np.testing.assert_allclose(batch.u[:1], net.apply(params, fixed, moving).u, atol=1e-4)
