@@ -17,7 +17,9 @@ def main():
     parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
     flags, settings = parser.parse_known_args()
 
+    from drivenmorph_jax import sharding
     from drivenmorph_jax.evaluation import evaluate_checkpoint
+    sharding.start()
     evaluate_checkpoint(flags.checkpoint, flags.out, flags.data, flags.split, settings)
 
 

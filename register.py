@@ -31,7 +31,9 @@ def main():
     if flags.refine_steps < 0:
         parser.error("--refine_steps must be 0 or more")
 
+    from drivenmorph_jax import sharding
     from drivenmorph_jax.registration import register
+    sharding.start()
     summary = register(flags.fixed, flags.moving, flags.out, checkpoint=flags.checkpoint, method=flags.method,
                        affine=not flags.no_affine, refine_steps=flags.refine_steps,
                        fixed_labels=flags.fixed_labels, moving_labels=flags.moving_labels)

@@ -20,10 +20,9 @@ def main():
     # Imported late, so that --help answers at once.
     import jax
 
-    from drivenmorph_jax import configuration, report
+    from drivenmorph_jax import configuration, report, sharding
     from drivenmorph_jax.training import train_and_evaluate
-    if flags.distributed:
-        jax.distributed.initialize()
+    sharding.start(flags.distributed)
     config = configuration.override(configuration.load(flags.config), settings)
     summary = train_and_evaluate(config, flags.workdir)
     if jax.process_index() == 0:

@@ -34,7 +34,7 @@ def get_config():
 
     # Levels are listed finest first.
     config.model = ConfigDict({
-        "channels": (8, 16, 16, 32),
+        "channels": (4, 16, 16, 32),
         "strides": (1, 2, 4, 8),
         "updates": (1, 2, 2, 1),
         "cross_radius": (0, 1, 1, 2),  # of the neighbourhood cross-attention, 0 is off
@@ -42,10 +42,10 @@ def get_config():
         "self_window": (0, 0, 5, 5),  # side of the windows of self-attention
         "heads": 2,
         "max_step": 2.0,  # L, voxels of the level
-        "demons_features": 8,
+        "demons_features": 4,
         "sigma_fluid": 1.0,  # voxels, learned from there
-        "sigma_diffusion": 0.7,  # voxels, for update "log"
-        "update": "compositional",  # or "log"
+        "sigma_diffusion": 0.7,  # voxels, for update_rule "log"
+        "update_rule": "compositional",  # or "log"
         "remat": False,  # compute each level again in the backward pass: less memory, more time
         "dtype": "float32",  # or "bfloat16", for convolutions and attention
     })

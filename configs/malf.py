@@ -10,10 +10,10 @@ from configs.default import get_config as default
 
 def get_config():
     config = default()
-    config.steps = 600
+    config.steps = 300
     config.warmup_steps = 20
     config.learning_rate = 1e-3
-    config.val_every = 50
+    config.val_every = 100
     config.checkpoint_every = 25
     config.data = ConfigDict({
         "name": "folder",

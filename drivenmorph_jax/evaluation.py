@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,11 +13,12 @@ from ml_collections import FrozenConfigDict
 from scipy import ndimage
 from tqdm import tqdm
 
-from drivenmorph_jax import checkpoint, configuration, data, logs, metrics, nifti, report
+from drivenmorph_jax import checkpoint, configuration, data, logs, metrics, report, sharding
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.losses import lncc
-from drivenmorph_jax.model import DrivenMorph, driving_force
+from drivenmorph_jax.model import DrivenMorph, checked, driving_force
 from drivenmorph_jax.warp import warp
 
 
@@ -32,7 +34,7 @@ def make_predict(config):
     """
     model = DrivenMorph(FrozenConfigDict(config.model))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=sharding.compiler_options())
     def predict(params, fixed, moving):
         small = (average_pool(x[None, ..., None], config.data.downsample) for x in (fixed, moving))
         registration = model.apply({"params": params}, *small)
@@ -82,7 +84,7 @@ def evaluate(config, params, dataset, split, out, training=None):
     pairs = data.ordered_pairs(getattr(dataset, split))
     if not pairs:
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
-    out = Path(out)
+    out = make_folder(out)
     predict = make_predict(config)
     images = (pairs[0][0].image, pairs[0][1].image)
     jax.block_until_ready(predict(params, *images))  # compiles
@@ -123,7 +125,7 @@ def evaluate(config, params, dataset, split, out, training=None):
                "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, "brain")}, **scores}
     report.pairs_csv(out / "pairs.csv", rows)
     report.report_md(out / "report.md", scores, rows, figures)
-    with nifti.replacing(out / "summary.json") as temporary:
+    with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -144,7 +146,7 @@ def load_checkpoint(folder, overrides=()):
     """
     about = checkpoint.read_about(folder)
     config = configuration.override(configuration.from_dict(about["config"]), overrides)
-    model = DrivenMorph(FrozenConfigDict(config.model))
+    model = DrivenMorph(checked(config.model))
     image = jax.ShapeDtypeStruct((1, *[2 * config.model.strides[-1]] * 3, 1), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image, image)["params"]
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

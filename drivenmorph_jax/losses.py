@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from drivenmorph_jax.grid import along_axes, average_pool, difference, resize_field
 from drivenmorph_jax.warp import compose, warp
 
+SIMILARITIES = ("lncc", "mse")
+
 
 def lncc(a, b, window):
     """Mean squared local correlation coefficient of (B, D, H, W, 1) images over boxes of `window`^3 voxels, in [0, 1].

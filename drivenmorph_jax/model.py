@@ -11,13 +11,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from ml_collections import FrozenConfigDict
 
 from drivenmorph_jax import demons
 from drivenmorph_jax.attention import CrossAttention, SelfAttention
 from drivenmorph_jax.encoder import Conv, Encoder
+from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.grid import resize_field
 from drivenmorph_jax.integrate import exponential
-from drivenmorph_jax.warp import warp
+from drivenmorph_jax.warp import compose, warp
 
 # Squarings of the flow of one update: with the bound L = 2 voxels the first step moves a quarter of a voxel.
 STEPS = 3
@@ -50,6 +52,31 @@ class Registration:
 def driving_force(registration):
     """Sum of the forces of all updates, each resampled to the input grid: (B, D, H, W, 3), voxels of it."""
     return sum(resize_field(update.force, registration.u.shape[1:4]) for update in registration.updates)
+
+
+def checked(config):
+    """The model's settings, frozen, as `DrivenMorph` takes them.
+
+    Raises InputError where the levels do not fit together or a name is unknown.
+    """
+    levels = len(config.strides)
+    for name in ("channels", "updates", "cross_radius", "self_radius", "self_window"):
+        if len(config[name]) != levels:
+            raise InputError(f"model.{name} has {len(config[name])} entries and model.strides {levels}: "
+                             "give each level one in both")
+    for coarse, fine in zip(config.strides[1:], config.strides, strict=False):
+        if coarse % fine or coarse == fine:
+            raise InputError(f"model.strides is {tuple(config.strides)}: each must be a multiple of the one before")
+    for channels, *attention in zip(config.channels, config.cross_radius, config.self_radius, config.self_window,
+                                    strict=True):
+        if any(attention) and channels % config.heads:
+            raise InputError(f"model.heads is {config.heads}, which does not divide {channels} of model.channels: "
+                             "choose a divisor")
+    if config.update_rule not in ("compositional", "log"):
+        raise InputError(f"model.update_rule is {config.update_rule!r}: set it to 'compositional' or 'log'")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"model.dtype is {config.dtype!r}: set it to 'float32' or 'bfloat16'")
+    return FrozenConfigDict(config)
 
 
 class DifferenceStream(nn.Module):
@@ -119,18 +146,19 @@ class Level(nn.Module):
                                       self.dtype)
         layer = NeuralDemonsLayer(c.max_step, c.demons_features, c.sigma_fluid, self.dtype)
         updates = []
+        # Not `nn.scan`: in a loop XLA on CPU runs the convolutions seven times slower.
         for _ in range(c.updates[i]):
             force, demons_force, attention_force = difference(fixed, warp(moving, u))
             delta = layer(force, u)
-            u_before, u_inverse_before = u, u_inverse
-            if c.update == "log":
+            made = Update(force, demons_force, attention_force, delta, u, u_inverse, u, u_inverse)
+            # Both flows in one call: half the program to compile.
+            if c.update_rule == "log":
                 v = demons.log_update(v, delta, c.sigma_diffusion)
-                u, u_inverse = exponential(v, LOG_STEPS), exponential(-v, LOG_STEPS)
+                u, u_inverse = exponential(jnp.stack([v, -v]), LOG_STEPS)
             else:
-                u = demons.compositional_update(u, delta, STEPS)
-                u_inverse = demons.inverse_update(u_inverse, delta, STEPS)
-            updates.append(Update(force, demons_force, attention_force, delta, u_before, u_inverse_before, u,
-                                  u_inverse))
+                forward, backward = exponential(jnp.stack([delta, -delta]), STEPS)
+                u, u_inverse = compose(u, forward), compose(backward, u_inverse)
+            updates.append(made.replace(u=u, u_inverse=u_inverse))
         return u, u_inverse, v, tuple(updates)
 
 

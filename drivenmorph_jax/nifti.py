@@ -4,13 +4,11 @@ World coordinates are RAS millimetres throughout. A grid is (shape, affine), and
 world = affine @ (i, j, k, 1).
 """
 
-import contextlib
 import gzip
 import itertools
 import math
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -18,6 +16,7 @@ from nibabel import orientations
 from scipy import ndimage
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import replacing
 
 MOST_VOXELS = 2**30
 ENDINGS = (".nii", ".nii.gz")
@@ -68,7 +67,7 @@ def load_labels(path, image=None):
     whole = np.rint(data)
     if np.abs(data - whole).max() > 1e-3:  # a scaled file misses whole numbers by rounding
         raise InputError(f"{path} has fractional values; give a label map of whole numbers, not an image")
-    if whole.min() < 0 or whole.max() > np.iinfo(np.int32).max:
+    if whole.min() < 0 or float(whole.max()) > np.iinfo(np.int32).max:
         raise InputError(f"{path} has labels below 0 or above {np.iinfo(np.int32).max}; renumber its labels")
     if whole.max() == 0:
         raise InputError(f"{path} holds background only; give a label map with at least one label above 0")
@@ -213,21 +212,6 @@ def save(path, data, like, intent=None):
         image.header.set_intent(intent)
     with replacing(path) as temporary:
         nibabel.save(image, temporary)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary path beside `path`, with its ending, that takes its name only when the block succeeds."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # SimpleITK reports a failed write as RuntimeError
-        raise InputError(f"{path} cannot be written; choose a writable folder with room") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _read_volume(path):

@@ -18,6 +18,7 @@ from drivenmorph_jax import demons, metrics, nifti, report, transforms
 from drivenmorph_jax.affine import register_affine
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import brain, grid_multiple, load_checkpoint, make_predict
+from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.integrate import inverse
 from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.warp import warp
@@ -60,8 +61,7 @@ def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", affin
             spacing, multiple = about["spacing"], grid_multiple(config)
         else:
             spacing, multiple = max(DEMONS_SPACING, float(fixed.spacing.min())), DEMONS_MULTIPLE
-        out = Path(out)
-        _make_folder(out)
+        out = make_folder(out)
 
     with _stage("affine", seconds):
         transform = register_affine(fixed, moving) if affine else np.eye(4)
@@ -132,7 +132,7 @@ def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", affin
         report.overview(out / "overview.png", np.asarray(f), np.asarray(m), moved, u, force, metrics.jacobian(u),
                         (spacing,) * 3, _title(summary), outlines)
     summary["seconds"] = seconds | {"total": sum(seconds.values())}
-    with nifti.replacing(out / "summary.json") as temporary:
+    with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -155,13 +155,6 @@ def _stage(name, seconds):
         raise
     seconds[name] = time.perf_counter() - start
     print(f"{seconds[name]:.1f} s", flush=True)
-
-
-def _make_folder(out):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be made a folder ({error.strerror}): give another --out") from error
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
+from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.metrics import DEFINITIONS
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#E69F00", "#56B4E9", "#F0E442", "#5A5A5A"  # Okabe and Ito
@@ -421,10 +422,6 @@ def _save(figure, path):
 
 def _write(path, data):
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    make_folder(path.parent)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

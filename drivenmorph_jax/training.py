@@ -1,20 +1,19 @@
 """Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
 
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import FrozenConfigDict
 
 from drivenmorph_jax import checkpoint, data, sharding
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate, grid_multiple, make_predict, validate
+from drivenmorph_jax.files import make_folder
 from drivenmorph_jax.logs import Logs
-from drivenmorph_jax.losses import total_loss
-from drivenmorph_jax.model import DrivenMorph
+from drivenmorph_jax.losses import SIMILARITIES, total_loss
+from drivenmorph_jax.model import DrivenMorph, checked
 
 
 def make_optimizer(config):
@@ -42,7 +41,7 @@ def make_train_step(model, optimizer, config, mesh):
 
     whole = sharding.replicated(mesh)
     return jax.jit(train_step, donate_argnums=(0, 1), in_shardings=(whole, whole, sharding.split_batch(mesh)),
-                   out_shardings=whole)
+                   out_shardings=whole, compiler_options=sharding.compiler_options())
 
 
 def one_hot(batch, labels):
@@ -65,8 +64,10 @@ def train_and_evaluate(config, workdir):
       InputError: a setting that does not fit the data or the devices, a checkpoint of another model, or a loss or
         gradient that is not finite.
     """
-    workdir = Path(workdir)
-    mesh = sharding.data_parallel_mesh()
+    workdir = make_folder(workdir)
+    model, mesh = DrivenMorph(checked(config.model)), sharding.data_parallel_mesh()
+    if config.loss.similarity not in SIMILARITIES:
+        raise InputError(f"loss.similarity is {config.loss.similarity!r}: set it to one of {', '.join(SIMILARITIES)}")
     if config.batch_size % mesh.size:
         raise InputError(f"batch_size is {config.batch_size}, which {mesh.size} devices cannot share: "
                          f"set --config.batch_size={mesh.size * -(-config.batch_size // mesh.size)}")
@@ -79,12 +80,13 @@ def train_and_evaluate(config, workdir):
                                     intensity=config.data.intensity, with_labels=with_labels)
     labels = np.setdiff1d(np.unique([s.labels for s in dataset.train]), dataset.exclude) if with_labels else None
 
-    model, optimizer = DrivenMorph(FrozenConfigDict(config.model)), make_optimizer(config)
+    optimizer = make_optimizer(config)
     side = 2 * config.model.strides[-1]
     image = jnp.zeros((1, side, side, side, 1))
 
     def init():
-        params = model.init(jax.random.key(config.seed), image, image)["params"]
+        # XLA on CPU takes a second to compile threefry, JAX's usual generator, for each of the kernels.
+        params = model.init(jax.random.key(config.seed, impl="rbg"), image, image)["params"]
         return params, optimizer.init(params)
 
     whole = sharding.replicated(mesh)
@@ -95,7 +97,7 @@ def train_and_evaluate(config, workdir):
         params, opt_state, state = checkpoint.restore(latest, *shapes)
         batches.set_state(state)
     else:
-        params, opt_state = jax.jit(init, out_shardings=whole)()
+        params, opt_state = jax.jit(init, out_shardings=whole, compiler_options=sharding.compiler_options())()
     about = {"config": config.to_dict(), "commit": checkpoint.git_commit(), "spacing": dataset.spacing,
              "data": dataset.name, "exclude": list(dataset.exclude)}
     best_score = checkpoint.read_about(workdir / "best")["score"] if best.latest_step() else -np.inf

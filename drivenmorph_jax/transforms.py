@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from drivenmorph_jax import nifti
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import replacing
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 INTENTS = {"LPS": 1007, "RAS": 1006}  # vector; displacement vector
@@ -115,7 +116,7 @@ def _write_vectors(path, vectors, like, frame, sidecar):
     nifti.save(path, (vectors * signs).astype(np.float32)[..., None, :], like, INTENTS[frame])
     sidecar = sidecar | {"Frame": frame, "Unit": "mm", "GridShape": list(vectors.shape[:3]),
                          "GridAffineRAS": like.affine.tolist()}
-    with nifti.replacing(_sidecar(path)) as temporary:
+    with replacing(_sidecar(path)) as temporary:
         temporary.write_text(json.dumps(sidecar, indent=2) + "\n")
 
 
@@ -145,7 +146,7 @@ def write_affine(path, transform):
     """
     if not str(path).endswith(AFFINE_ENDINGS):
         raise InputError(f"{path} must end in {', '.join(AFFINE_ENDINGS)} to be written as an affine")
-    with nifti.replacing(path) as temporary:
+    with replacing(path) as temporary:
         sitk.WriteTransform(to_itk(transform), str(temporary))
 
 

@@ -36,18 +36,27 @@ def noisy(params, scale, seed=1):
     """Parameters as training might leave them: no zero initialisation hides a part."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(tree, [x + scale * jax.random.normal(k, x.shape)
+                                     for x, k in zip(leaves, keys, strict=True)])
+
+
+def initial(net):
+    return jax.jit(net.init)(jax.random.key(0, impl="rbg"), *images())
+
+
+def apply(net, params, fixed, moving):
+    return jax.jit(net.apply)(params, fixed, moving)
 
 
 def made(scale=0.1, **changes):
     net = model.DrivenMorph(settings(**changes))
     fixed, moving = images()
-    return net, noisy(net.init(jax.random.key(0), fixed, moving), scale), fixed, moving
+    return net, noisy(initial(net), scale), fixed, moving
 
 
 @pytest.mark.parametrize("update", ["compositional", "log"])
 def test_decoupling_with_forces_held_the_images_do_not_reach_the_deformation(update):
-    net, params, fixed, moving = made(update=update)
+    net, params, fixed, moving = made(update_rule=update)
 
     def hold_forces(call, args, kwargs, context):
         out = call(*args, **kwargs)
@@ -61,8 +70,8 @@ def test_decoupling_with_forces_held_the_images_do_not_reach_the_deformation(upd
                 out = net.apply(params, *images)
         return (out.u**2).sum() + (out.u_inverse**2).sum() + sum((u.velocity**2).sum() for u in out.updates)
 
-    held = jax.grad(deformation)((fixed, moving), True)
-    free = jax.grad(deformation)((fixed, moving), False)
+    gradient = jax.jit(jax.grad(deformation), static_argnums=1)
+    held, free = (gradient((fixed, moving), held) for held in (True, False))
     assert all(not np.any(g) for g in held), "images reach the deformation past the forces"
     assert all(np.any(g) for g in free)  # and through the forces they do
 
@@ -71,7 +80,7 @@ def test_decoupling_with_forces_held_the_images_do_not_reach_the_deformation(upd
 @pytest.mark.parametrize("factor", [1.0, 1e4])
 def test_no_update_moves_anything_by_more_than_the_bound(scale, factor):
     net, params, fixed, moving = made(scale)
-    out = net.apply(params, factor * fixed, moving)
+    out = apply(net, params, factor * fixed, moving)
     for update in out.updates:
         step = exponential(update.velocity, model.STEPS)
         for vectors in (update.force, update.velocity, step, exponential(-update.velocity, model.STEPS)):
@@ -83,18 +92,27 @@ def test_no_update_moves_anything_by_more_than_the_bound(scale, factor):
 
 @pytest.mark.parametrize("update", ["compositional", "log"])
 def test_the_result_is_a_diffeomorphism_and_comes_with_its_inverse(update):
-    net, params, fixed, moving = made(0.2, update=update, sigma_fluid=1.5)
-    out = net.apply(params, fixed, moving)
-    assert float(jnp.linalg.norm(out.u, axis=-1).max()) > 1.5
+    net, params, fixed, moving = made(0.1, update_rule=update, sigma_fluid=1.5)
+    out = apply(net, params, fixed, moving)
+    assert float(jnp.linalg.norm(out.u, axis=-1).max()) > 3  # on a grid 16 voxels wide
     inside = (slice(None), *(slice(4, -4),) * 3)
     for u, u_inverse in ((out.u, out.u_inverse), (out.u_inverse, out.u)):
         assert float(jacobian_determinant(u)[inside].min()) > 0
         assert float(jnp.linalg.norm(compose(u, u_inverse)[inside], axis=-1).mean()) < 0.1
 
 
+def test_the_log_domain_rule_makes_the_exponential_of_one_velocity():
+    net, params, fixed, moving = made(0.1, update_rule="log", strides=(4,), channels=(8,), updates=(1,),
+                                      cross_radius=(1,), self_radius=(0,), self_window=(3,))
+    made_update, = apply(net, params, fixed, moving).updates
+    v = demons.gaussian_smooth(made_update.velocity, 0.7)  # Z(0, delta) = delta
+    np.testing.assert_allclose(made_update.u, exponential(v, model.LOG_STEPS), atol=1e-5)
+    np.testing.assert_allclose(made_update.u_inverse, exponential(-v, model.LOG_STEPS), atol=1e-5)
+
+
 def test_the_transform_is_the_composition_of_the_exponentials_of_the_velocities():
     net, params, fixed, moving = made(0.1)
-    out = net.apply(params, fixed, moving)
+    out = apply(net, params, fixed, moving)
     u = u_inverse = jnp.zeros((*out.updates[0].u.shape[:4], 3))
     for update in out.updates:
         space = update.velocity.shape[1:4]
@@ -108,19 +126,19 @@ def test_the_transform_is_the_composition_of_the_exponentials_of_the_velocities(
 def test_before_training_the_network_is_demons_and_equal_images_stay():
     net = model.DrivenMorph(settings())
     fixed, moving = images()
-    params = net.init(jax.random.key(0), fixed, moving)
-    out = net.apply(params, fixed, moving)
+    params = initial(net)
+    out = apply(net, params, fixed, moving)
     for update in out.updates:  # the residual network starts at zero
         sigma = 1.0
         np.testing.assert_allclose(update.velocity, demons.gaussian_smooth(demons.squash(update.force, 2.0), sigma),
                                    atol=1e-5)
-    same = net.apply(params, fixed, fixed)
+    same = apply(net, params, fixed, fixed)
     assert float(jnp.abs(same.u).max()) < 0.5 * float(jnp.abs(out.u).max())
 
 
 def test_both_force_terms_are_returned_and_make_the_force():
     net, params, fixed, moving = made()
-    out = net.apply(params, fixed, moving)
+    out = apply(net, params, fixed, moving)
     for update in out.updates:
         np.testing.assert_allclose(update.force, demons.squash(update.demons_force + update.attention_force, 2.0),
                                    atol=1e-5)
@@ -134,16 +152,17 @@ def test_rematerialisation_changes_nothing():
     again = model.DrivenMorph(settings(remat=True))
 
     def f(net, params):
-        return (net.apply(params, fixed, moving).u ** 2).mean()
+        return (apply(net, params, fixed, moving).u ** 2).mean()
 
-    for a, b in zip(*(jax.tree.leaves(jax.grad(f, argnums=1)(n, params)) for n in (net, again)), strict=True):
+    gradient = jax.jit(jax.grad(f, argnums=1), static_argnums=0)
+    for a, b in zip(*(jax.tree.leaves(gradient(n, params)) for n in (net, again)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_bfloat16_leaves_fields_float32_and_near():
     net, params, fixed, moving = made(0.02)
-    exact = net.apply(params, fixed, moving)
-    near = model.DrivenMorph(settings(dtype="bfloat16")).apply(params, fixed, moving)
+    exact = apply(net, params, fixed, moving)
+    near = apply(model.DrivenMorph(settings(dtype="bfloat16")), params, fixed, moving)
     for leaf in jax.tree.leaves(near):
         assert leaf.dtype == jnp.float32
     assert float(jnp.abs(near.u - exact.u).mean()) < 0.1 * float(jnp.abs(exact.u).mean())
@@ -152,5 +171,5 @@ def test_bfloat16_leaves_fields_float32_and_near():
 def test_pairs_of_a_batch_do_not_see_each_other():
     net, params, fixed, moving = made(0.1)
     other = images(3)
-    batch = net.apply(params, jnp.concatenate([fixed, other[0]]), jnp.concatenate([moving, other[1]]))
-    np.testing.assert_allclose(batch.u[:1], net.apply(params, fixed, moving).u, atol=1e-4)
+    batch = apply(net, params, jnp.concatenate([fixed, other[0]]), jnp.concatenate([moving, other[1]]))
+    np.testing.assert_allclose(batch.u[:1], apply(net, params, fixed, moving).u, atol=1e-4)

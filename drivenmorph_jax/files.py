@@ -1,0 +1,31 @@
+"""Output files: whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from drivenmorph_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path`, with its ending, that takes its name only when the block succeeds."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # SimpleITK reports a failed write as RuntimeError
+        raise InputError(f"{path} cannot be written; choose a writable folder with room") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def make_folder(path):
+    """The folder `path`, made where it is missing, as a Path. Raises InputError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be made a folder ({error.strerror}): give another one") from error
+    return Path(path)

@@ -1,0 +1,37 @@
+import os
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+# Tests and the programs that they start compile the same code, each piece once, and quickly rather than well. JAX reads
+# these when it is imported, which happens only in the tests.
+CACHE = Path(tempfile.gettempdir()) / f"drivenmorph-tests-{os.getuid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """(workdir, summary) of one run of `configs/smoke.py`."""
+    from configs.smoke import get_config
+    from drivenmorph_jax.training import train_and_evaluate
+    workdir = tmp_path_factory.mktemp("smoke")
+    return workdir, train_and_evaluate(get_config(), workdir)
+
+
+@pytest.fixture(scope="session")
+def brains(tmp_path_factory):
+    """Four subjects of the smoke cohort as a folder of files, stored as LAS int16."""
+    from configs.smoke import get_config
+    from drivenmorph_jax import data
+    folder = tmp_path_factory.mktemp("brains")
+    dataset = data.load(get_config().data, ("val", "test"))
+    for subject in dataset.val + dataset.test:
+        affine = subject.affine @ np.array([[-1, 0, 0, subject.image.shape[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0],
+                                            [0, 0, 0, 1.0]])
+        for ending, voxels in (("t1", 1000 * subject.image), ("seg", subject.labels)):
+            nib.save(nib.Nifti1Image(voxels[::-1].astype(np.int16), affine), folder / f"{subject.id}_{ending}.nii.gz")
+    return folder

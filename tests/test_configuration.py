@@ -1,0 +1,57 @@
+import runpy
+from pathlib import Path
+
+import pytest
+
+from configs.default import get_config
+from drivenmorph_jax import configuration
+from drivenmorph_jax.errors import InputError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_loads_and_has_one_entry_a_level(path):
+    config = configuration.load(path)
+    lists = ("channels", "strides", "updates", "cross_radius", "self_radius", "self_window")
+    assert len({len(config.model[name]) for name in lists}) == 1
+    assert set(config) == set(get_config())
+    assert "python train.py --config" in runpy.run_path(str(path))["__doc__"]
+
+
+def test_settings_are_read_in_the_type_that_they_replace():
+    config = configuration.override(get_config(), [
+        "--config.steps=7", "--config.learning_rate=1", "--config.model.updates=[1, 1, 1, 1]",
+        "--config.model.dtype=bfloat16", "--config.model.remat=True"])
+    assert config.steps == 7 and config.model.updates == (1, 1, 1, 1) and config.model.dtype == "bfloat16"
+    assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float) and config.model.remat is True
+
+
+@pytest.mark.parametrize(("argument", "said"), [
+    ("--config.stepps=3", "did you mean --config.steps"),
+    ("--config.model.nothing.more=1", "not a setting"),
+    ("--config.model=1", "not a setting"),
+    ("--steps=3", "--config.KEY=VALUE"),
+    ("--config.steps", "--config.KEY=VALUE"),
+    ("--config.steps=many", "int"),
+    ("--config.steps=1.5", "int"),
+    ("--config.model.remat=1", "bool"),
+])
+def test_a_setting_that_does_not_fit_is_refused(argument, said):
+    with pytest.raises(InputError, match=said):
+        configuration.override(get_config(), [argument])
+
+
+def test_a_file_that_is_no_configuration_is_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        configuration.load(tmp_path / "no.py")
+    for text in ("x = 1", "get_config = (", "import no_such_package"):
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(InputError, match="bad.py"):
+            configuration.load(tmp_path / "bad.py")
+
+
+def test_a_configuration_survives_json():
+    import json
+    config = get_config()
+    assert configuration.from_dict(json.loads(config.to_json())).to_dict() == config.to_dict()

@@ -1,0 +1,43 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from drivenmorph_jax.data import Dataset
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import evaluate, evaluate_checkpoint
+
+PROMISED = ("dice", "dice_initial", "hd95", "sdlogj", "sdlogj_l2r", "fold_pct", "ndv_pct", "inverse_mm", "seconds")
+
+
+def test_scores_of_a_run_hold_every_metric_and_its_definition(smoke):
+    workdir, returned = smoke
+    out = workdir / "evaluation"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() == returned.keys() and summary["dice"] == returned["dice"]
+    for key in (*PROMISED, "tre_mm"):
+        assert set(summary[key]) == {"mean", "std"} and summary["definitions"][key]
+    assert summary["pairs"] == 2 and summary["device"]
+    rows = list(csv.DictReader((out / "pairs.csv").open()))
+    assert len(rows) == 2
+    for key in PROMISED:
+        assert np.mean([float(row[key]) for row in rows]) == pytest.approx(summary[key]["mean"])
+    assert "| Dice |" in (out / "report.md").read_text()
+    assert {path.name for path in out.glob("*.png")} >= {"best.png", "worst.png", "dice.png", "training.png"}
+
+
+def test_a_checkpoint_is_scored_on_files_as_on_the_cohort_that_they_were_written_from(smoke, brains, tmp_path):
+    workdir, summary = smoke
+    (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001"]}))
+    exclude = f"--config.data.exclude={tuple(summary['excluded_labels'])}"
+    scores = evaluate_checkpoint(workdir, tmp_path, root=brains, overrides=[exclude])
+    assert scores["dice_initial"]["mean"] == pytest.approx(summary["dice_initial"]["mean"], abs=1e-6)
+    # Files hold whole numbers and are scaled by their brightest voxels: a little other images, a little other fields.
+    assert scores["dice"]["mean"] == pytest.approx(summary["dice"]["mean"], abs=0.02)
+    assert "tre_mm" not in scores
+
+
+def test_a_split_without_pairs_is_refused(tmp_path):
+    with pytest.raises(InputError, match="test split"):
+        evaluate(None, None, Dataset("empty", (), (), (), 1.0, {}, (0,)), "test", tmp_path)

@@ -1,0 +1,181 @@
+"""The three programs as a user meets them: help, and one sentence for whatever cannot be used."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import eval as eval_program
+import register as register_program
+import train as train_program
+from drivenmorph_jax import errors
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = (20, 24, 20)
+
+
+def write(path, data, affine=None):
+    nib.save(nib.Nifti1Image(data, np.diag([2.0, 2, 2, 1]) if affine is None else affine), path)
+    return str(path)
+
+
+def blob(seed=0, shape=SHAPE):
+    x = np.moveaxis(np.indices(shape), 0, -1) - np.array(shape) / 2
+    noise = np.random.default_rng(seed).random(shape)
+    return (((x**2).sum(-1) < 64) * (500 + 500 * noise)).astype(np.float32)
+
+
+def run(program, arguments, monkeypatch, capsys):
+    """(exit status, what it said) of a program, in this process."""
+    monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
+    status = 0
+    try:
+        errors.run(program.main)
+    except SystemExit as stop:
+        status = stop.code or 0
+    return status, capsys.readouterr().err
+
+
+def refused(status, said, *words):
+    assert status not in (0, None)
+    assert "Traceback" not in said
+    sentence = said.strip().splitlines()[-1]
+    assert sentence.startswith("error: ") and len(said.strip().splitlines()) == 1
+    for word in words:
+        assert word in sentence
+
+
+@pytest.mark.parametrize("program", ["train", "eval", "register"])
+def test_help_explains_every_flag_and_shows_an_example(program):
+    done = subprocess.run([sys.executable, f"{program}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"python {program}.py --" in done.stdout
+    lines = done.stdout.split("options:")[1]
+    for flag in [word for word in lines.replace(",", " ").split() if word.startswith("--") and "." not in word]:
+        assert flag in lines
+
+
+def bad_images(folder):
+    """(name, path, words of the sentence) of every kind of image that cannot be registered."""
+    data = blob()
+    nan, infinite = data.copy(), data.copy()
+    nan[10, 10, 10], infinite[10, 10, 10] = np.nan, np.inf
+    (folder / "text.nii.gz").write_text("hello")
+    whole = (folder / "whole.nii.gz", write(folder / "whole.nii.gz", data))[0].read_bytes()
+    (folder / "cut.nii.gz").write_bytes(whole[:len(whole) // 2])
+    singular = nib.Nifti1Image(data, np.diag([2.0, 2, 2, 1]))
+    singular.header["srow_x"] = 0
+    singular.header["sform_code"], singular.header["qform_code"] = 1, 0
+    header = bytearray(whole)
+    plain = write(folder / "singular.nii", data)
+    header = bytearray(Path(plain).read_bytes())
+    header[252:256] = np.array([0, 1], "<i2").tobytes()  # qform_code 0, sform_code 1
+    header[280:296] = bytes(16)  # srow_x
+    Path(plain).write_bytes(header)
+    return {
+        "missing": (folder / "nowhere.nii.gz", "does not exist"),
+        "folder": (folder, "is a folder"),
+        "not an image": (folder / "text.nii.gz", "cannot be read"),
+        "cut short": (folder / "cut.nii.gz", "cannot be read"),
+        "2-D": (write(folder / "flat.nii.gz", data[..., 10]), "3-D"),
+        "4-D": (write(folder / "series.nii.gz", np.stack([data, data], -1)), "3-D"),
+        "empty": (write(folder / "zeros.nii.gz", 0 * data), "same value"),
+        "constant": (write(folder / "constant.nii.gz", 0 * data + 3), "same value"),
+        "NaN": (write(folder / "nan.nii.gz", nan), "NaN"),
+        "infinite": (write(folder / "infinite.nii.gz", infinite), "infinite"),
+        "singular affine": (plain, "affine"),
+    }
+
+
+KINDS = ["missing", "folder", "not an image", "cut short", "2-D", "4-D", "empty", "constant", "NaN", "infinite",
+         "singular affine"]
+
+
+@pytest.mark.parametrize("side", ["fixed", "moving"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_register_refuses_a_bad_image(kind, side, tmp_path, monkeypatch, capsys):
+    bad, word = bad_images(tmp_path)[kind]
+    good = write(tmp_path / "good.nii.gz", blob(1))
+    pair = {"fixed": good, "moving": good, side: bad}
+    out = tmp_path / "out"
+    status, said = run(register_program, ["--fixed", pair["fixed"], "--moving", pair["moving"], "--out", out,
+                                          "--method", "demons"], monkeypatch, capsys)
+    refused(status, said, str(bad), word)
+    assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--method", "demons", "--moving_labels", "other.nii.gz"], ("other.nii.gz", "grid")),
+    (["--method", "demons", "--fixed_labels", "image.nii.gz"], ("image.nii.gz", "whole numbers")),
+    ([], ("--checkpoint",)),
+    (["--checkpoint", "nothing"], ("nothing", "does not exist")),
+    (["--checkpoint", "."], ("checkpoint",)),
+])
+def test_register_refuses_what_does_not_belong(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    a, b = write("a.nii.gz", blob(0)), write("b.nii.gz", blob(1))
+    write("other.nii.gz", np.ones((8, 8, 8), np.int16)), write("image.nii.gz", blob(2))
+    status, said = run(register_program, ["--fixed", a, "--moving", b, "--out", "out", *flags], monkeypatch, capsys)
+    refused(status, said, *words)
+    assert not Path("out").exists() or not list(Path("out").iterdir())
+
+
+def test_register_refuses_images_that_do_not_overlap(tmp_path, monkeypatch, capsys):
+    far = np.diag([2.0, 2, 2, 1])
+    far[:3, 3] = 5000
+    a, b = write(tmp_path / "a.nii.gz", blob(0)), write(tmp_path / "b.nii.gz", blob(1), far)
+    status, said = run(register_program, ["--fixed", a, "--moving", b, "--out", tmp_path / "out", "--method", "demons",
+                                          "--no-affine"], monkeypatch, capsys)
+    refused(status, said, b, "overlap")
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path, monkeypatch, capsys):
+    a, b = write(tmp_path / "a.nii.gz", blob(0)), write(tmp_path / "b.nii.gz", blob(1))
+    (tmp_path / "out").write_text("")
+    for program, arguments in (
+            (register_program, ["--fixed", a, "--moving", b, "--method", "demons", "--out", tmp_path / "out"]),
+            (train_program, ["--config", ROOT / "configs/smoke.py", "--workdir", tmp_path / "out"])):
+        refused(*run(program, arguments, monkeypatch, capsys), "out", "folder")
+
+
+@pytest.mark.parametrize(("program", "arguments", "words"), [
+    (train_program, ["--config", "configs/none.py", "--workdir", "w"], ("configs/none.py", "does not exist")),
+    (train_program, ["--config", ROOT / "configs/smoke.py", "--workdir", "w", "--config.step=3"],
+     ("--config.step", "did you mean --config.steps")),
+    (train_program, ["--config", ROOT / "configs/smoke.py", "--workdir", "w", "--config.data.name=moon"],
+     ("moon", "embedded")),
+    (train_program, ["--config", ROOT / "configs/malf.py", "--workdir", "w", "--config.data.root=none"],
+     ("none", "data.root")),
+    (train_program, ["--config", ROOT / "configs/smoke.py", "--workdir", "w", "--config.model.channels=(4,)"],
+     ("model.channels", "model.strides")),
+    (train_program, ["--config", ROOT / "configs/smoke.py", "--workdir", "w", "--config.model.heads=3"],
+     ("model.heads",)),
+    (train_program, ["--config", ROOT / "configs/smoke.py", "--workdir", "w", "--config.model.update_rule=sum"],
+     ("sum", "compositional")),
+    (train_program, ["--config", ROOT / "configs/smoke.py", "--workdir", "w", "--config.loss.similarity=mi"],
+     ("mi", "lncc")),
+    (eval_program, ["--checkpoint", "none", "--out", "o"], ("none", "does not exist")),
+    (eval_program, ["--checkpoint", ".", "--out", "o"], ("checkpoint",)),
+])
+def test_bad_settings_and_checkpoints(program, arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(*run(program, arguments, monkeypatch, capsys), *words)
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+def test_eval_refuses_settings_and_models_that_do_not_fit(smoke, tmp_path, monkeypatch, capsys):
+    for flag, word in (("--config.model.channels=(4, 16)", "model"), ("--config.nothing=1", "not a setting")):
+        refused(*run(eval_program, ["--checkpoint", smoke[0], "--out", tmp_path / "o", flag], monkeypatch, capsys),
+                word)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_program_ends_so_from_the_shell_too(tmp_path):
+    done = subprocess.run([sys.executable, "register.py", "--fixed", "no.nii", "--moving", "no.nii", "--out",
+                           str(tmp_path / "out"), "--method", "demons"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ)
+    assert done.returncode == 2 and done.stderr == "error: no.nii does not exist; check the path\n"
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,167 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs.smoke import get_config
+from drivenmorph_jax import checkpoint, logs, sharding, training
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def latest_bits(workdir):
+    """Every array in the newest `latest` checkpoint, and the state of its data."""
+    import orbax.checkpoint as ocp
+    path = checkpoint._newest(Path(workdir) / "latest")
+    arrays = [ocp.StandardCheckpointer().restore(path / item) for item in ("params", "opt_state")]
+    data = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "data")
+    return [np.asarray(x) for x in jax.tree.leaves(arrays)], data
+
+
+def test_a_run_learns_and_leaves_what_it_promises(smoke):
+    workdir, summary = smoke
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert {"similarity", "smoothness", "level", "force", "gradient_norm", "update_norm"} <= set(rows[0])
+    assert "val_dice" in rows[2] and "val_dice" in rows[5] and "val_dice" not in rows[1]
+    assert list((workdir / "tensorboard").glob("events*"))
+    about = checkpoint.read_about(workdir)
+    assert about["config"]["steps"] == 6 and {"commit", "spacing", "score"} <= set(about)
+    assert about["commit"] == checkpoint.git_commit()
+    assert summary["dice"]["mean"] > summary["dice_initial"]["mean"] + 0.02
+    assert summary["fold_pct"]["mean"] < 0.01 and summary["inverse_mm"]["mean"] < 1.0
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch):
+    workdir, summary = smoke
+    make = training.make_train_step
+
+    def dying(*arguments):
+        step, calls = make(*arguments), iter(range(1, 7))
+
+        def until_five(*state):
+            if next(calls) == 5:
+                raise KeyboardInterrupt  # step 4 is done but in no checkpoint
+            return step(*state)
+        return until_five
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "make_train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            training.train_and_evaluate(get_config(), tmp_path)
+    assert not (tmp_path / "evaluation").exists()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a killed process may leave half a line
+    again = training.train_and_evaluate(get_config(), tmp_path)
+
+    (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path), latest_bits(workdir)
+    assert data == wanted_data
+    for a, b in zip(arrays, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in logs.read(folder)]
+                    for folder in (tmp_path, workdir)]
+    assert without_time[0] == without_time[1]
+    assert again["dice"] == summary["dice"]
+
+
+def test_a_finished_run_is_only_scored_again(smoke):
+    workdir, summary = smoke
+    before = (workdir / "metrics.jsonl").read_text()
+    again = training.train_and_evaluate(get_config(), workdir)
+    assert again["dice"] == summary["dice"] and (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_named(tmp_path, monkeypatch):
+    real, calls = sharding.global_batch, []
+
+    def poisoned(batch, mesh):
+        calls.append(0)
+        if len(calls) == 2:
+            batch["fixed"] = np.full_like(batch["fixed"], np.nan)
+        return real(batch, mesh)
+
+    monkeypatch.setattr(sharding, "global_batch", poisoned)
+    with pytest.raises(InputError, match="step 2"):
+        training.train_and_evaluate(get_config(), tmp_path)
+    assert [row["step"] for row in logs.read(tmp_path)] == [1]
+
+
+def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):
+    workdir, _ = smoke
+    config = get_config()
+    config.model.channels = (4, 16)
+    with pytest.raises(InputError, match="another model"):
+        training.train_and_evaluate(config, workdir)
+    with pytest.raises(InputError, match="model"):
+        load_checkpoint(workdir, ["--config.model.channels=(4, 16)"])
+    with pytest.raises(InputError, match="no checkpoint"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_schedule_warms_up_and_falls():
+    config = get_config()
+    config.steps, config.warmup_steps, config.learning_rate = 100, 10, 1e-3
+    optimizer, params = training.make_optimizer(config), {"w": np.ones(3, np.float32)}
+    state, sizes = optimizer.init(params), []
+    for _ in range(100):
+        update, state = optimizer.update({"w": np.full(3, 1e3, np.float32)}, state, params)
+        sizes.append(float(abs(update["w"]).max()))
+    assert sizes[0] < 1e-9 and np.argmax(sizes) == 10 and sizes[10] == pytest.approx(1e-3, rel=1e-3)
+    assert sizes[-1] < 1e-5
+
+
+DEVICES = """
+import jax, numpy as np, sys
+from ml_collections import FrozenConfigDict
+from configs.smoke import get_config
+from drivenmorph_jax import sharding, training
+from drivenmorph_jax.model import DrivenMorph
+config = get_config()
+config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(1,), self_radius=(0,), self_window=(4,))
+config.warmup_steps = 0
+model, optimizer = DrivenMorph(FrozenConfigDict(config.model)), training.make_optimizer(config)
+rng = np.random.default_rng(0)
+batch = {key: rng.random((8, 16, 16, 16, 1), np.float32) for key in ("fixed", "moving")}
+init = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), batch["fixed"], batch["moving"])["params"])()
+for n in (1, 2, 8):
+    mesh = jax.make_mesh((n,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
+    params = jax.device_put(jax.tree.map(np.asarray, init), sharding.replicated(mesh))
+    state = jax.device_put(optimizer.init(params), sharding.replicated(mesh))
+    step, losses, first = training.make_train_step(model, optimizer, config, mesh), [], params
+    for _ in range(3):
+        split = sharding.global_batch(batch, mesh)
+        assert {s.data.shape[0] for s in split["fixed"].addressable_shards} == {8 // n}
+        params, state, row = step(params, state, split)
+        losses.append(float(row["loss"]))
+    assert all(x.is_deleted() for x in jax.tree.leaves(first)), "the state is not donated"
+    print(*losses)
+"""
+
+
+def test_the_loss_is_the_same_on_1_2_and_8_devices():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run([sys.executable, "-c", DEVICES], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two, eight = np.loadtxt(done.stdout.splitlines())
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    assert one[-1] != one[0]
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch, tmp_path):
+    class Mesh:
+        size = 3
+    monkeypatch.setattr(sharding, "data_parallel_mesh", lambda: Mesh)
+    with pytest.raises(InputError, match="batch_size=3"):
+        training.train_and_evaluate(get_config(), tmp_path)
