@@ -1,6 +1,9 @@
 """DrivenMorph on the embedded cohort: real anatomy with known deformations, nothing to download.
 
 python train.py --config configs/default.py --workdir runs/default
+
+2 CPU cores: 8 minutes, most of them 70 steps at 4 to 5 seconds and 90 seconds of compilation. Expect a mean Dice of .66
+on the 6 test pairs, from .43, without folding (measured).
 """
 
 from ml_collections import ConfigDict
