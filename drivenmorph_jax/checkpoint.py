@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 
 from drivenmorph_jax.errors import InputError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step that it takes
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step that it takes,
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and at exit of every array that it did not find fitting
 
 
 def manager(folder):

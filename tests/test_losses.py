@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from test_model import SHAPE, images, made
+from test_model import ONE_LEVEL, SHAPE, images, made
 from test_warp import smooth_field
 
 from configs.smoke import get_config
@@ -84,8 +84,7 @@ def test_supervision_teaches_the_force_and_not_the_target():
 
 @pytest.mark.parametrize("similarity", ["lncc", "mse"])
 def test_every_part_of_the_loss_counts_and_its_gradient_is_right(similarity):
-    net, params, fixed, moving = made(0.05, strides=(1, 2), channels=(4, 8), updates=(1, 1), cross_radius=(0, 1),
-                                      self_radius=(0, 0), self_window=(0, 3))
+    net, params, fixed, moving = made(0.05, **ONE_LEVEL)
     config = {**get_config().loss, "similarity": similarity, "dice": 0.3, "window": 5}
     labels = [(x[..., 0] > 0.5).astype(jnp.float32)[..., None] for x in (fixed, moving)]
     batch = {"fixed": fixed, "moving": moving, "fixed_labels": labels[0], "moving_labels": labels[1]}

@@ -14,6 +14,9 @@ from drivenmorph_jax.jacobian import jacobian_determinant
 from drivenmorph_jax.warp import compose
 
 SHAPE = (1, 24, 16, 24, 1)
+# For what needs no more than that: three levels take half a minute to compile.
+ONE_LEVEL = {"strides": (2,), "channels": (4,), "updates": (2,), "cross_radius": (1,), "self_radius": (0,),
+             "self_window": (3,)}
 
 
 def settings(**changes):
@@ -154,10 +157,8 @@ def test_both_force_terms_are_returned_and_make_the_force():
 
 
 def test_rematerialisation_changes_nothing():
-    level = {"strides": (2,), "channels": (4,), "updates": (2,), "cross_radius": (1,), "self_radius": (0,),
-             "self_window": (3,)}
-    net, params, fixed, moving = made(0.1, **level)
-    again = model.DrivenMorph(settings(remat=True, **level))
+    net, params, fixed, moving = made(0.1, **ONE_LEVEL)
+    again = model.DrivenMorph(settings(remat=True, **ONE_LEVEL))
 
     def f(net, params):
         return (apply(net, params, fixed, moving).u ** 2).mean()
