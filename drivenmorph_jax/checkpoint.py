@@ -13,8 +13,7 @@ import orbax.checkpoint as ocp
 
 from drivenmorph_jax.errors import InputError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step that it takes,
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and at exit of every array that it did not find fitting
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step that it takes
 
 
 def manager(folder):
@@ -36,6 +35,7 @@ def restore(manager, params, opt_state):
 
     Raises InputError where the checkpoint belongs to another model or is damaged.
     """
+    _check(manager.directory, manager.directory / str(manager.latest_step()), params)
     args = ocp.args.Composite(params=ocp.args.StandardRestore(params), data=ocp.args.JsonRestore(),
                               opt_state=ocp.args.StandardRestore(opt_state))
     try:
@@ -43,7 +43,6 @@ def restore(manager, params, opt_state):
     except Exception as error:  # Orbax raises nearly anything
         raise InputError(f"{manager.directory} holds a checkpoint of another model, or a damaged one: "
                          "use another --workdir, or the settings that it was made with") from error
-    _check(manager.directory, found.params, params)
     return found.params, found.opt_state, found.data
 
 
@@ -66,13 +65,11 @@ def read_params(folder, params):
     Raises InputError where they belong to another model or are damaged.
     """
     path = _newest(folder)
+    _check(folder, path, params)
     try:
-        found = ocp.StandardCheckpointer().restore(path / "params", params)
+        return ocp.StandardCheckpointer().restore(path / "params", params)
     except Exception as error:
-        raise InputError(f"{folder} does not fit this model, or is damaged: use it with the model settings that it was "
-                         "trained with") from error
-    _check(folder, found, params)
-    return found
+        raise InputError(f"{folder} holds a damaged checkpoint: use another, or train again") from error
 
 
 def git_commit():
@@ -100,9 +97,14 @@ def _newest(folder):
     raise InputError(f"{folder} holds no checkpoint: give the --workdir of a training, or its best or latest")
 
 
-def _check(folder, found, wanted):
-    """Orbax restores a part of a tree, or another shape, without a word."""
-    same = jax.tree.structure(found) == jax.tree.structure(wanted) and all(
-        a.shape == b.shape for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
+def _check(folder, path, wanted):
+    """Compare shapes before anything is read: Orbax restores a part of a tree without a word, and of another shape it
+    complains once more, with a traceback, when the program ends."""
+    try:
+        stored = ocp.StandardCheckpointHandler().metadata(Path(path) / "params").tree
+    except Exception as error:
+        raise InputError(f"{folder} holds a damaged checkpoint: use another, or train again") from error
+    same = jax.tree.structure(stored) == jax.tree.structure(wanted) and all(
+        a.shape == b.shape for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(wanted), strict=True))
     if not same:
-        raise InputError(f"{folder} belongs to another model: use it with the model settings that it was trained with")
+        raise InputError(f"{folder} belongs to another model: use it with the settings that it was trained with")

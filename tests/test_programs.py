@@ -170,8 +170,8 @@ def test_bad_settings_and_checkpoints(program, arguments, words, tmp_path, monke
                                             ("--config.nothing=1", "not a setting")])
 def test_eval_refuses_settings_and_models_that_do_not_fit(flag, word, smoke, tmp_path):
     # A process of its own: what libraries say when it ends counts too.
-    done = subprocess.run([sys.executable, "eval.py", "--checkpoint", str(smoke[0]), "--out", str(tmp_path / "o"), flag],
-                          cwd=ROOT, capture_output=True, text=True)
+    flags = ["--checkpoint", str(smoke[0]), "--out", str(tmp_path / "o"), flag]
+    done = subprocess.run([sys.executable, "eval.py", *flags], cwd=ROOT, capture_output=True, text=True)
     refused(done.returncode, done.stderr, word)
     assert not (tmp_path / "o").exists()
 
