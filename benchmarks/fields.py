@@ -1,6 +1,6 @@
 """Warp and exponential of one 160x192x160 field against `jax.scipy.ndimage.map_coordinates`, as ratios in one run.
 
-python benchmarks/fields.py
+python -m benchmarks.fields
 
 The floor of a warp of C channels is one read of the field and of the image and one write: 4 (3 + 2 C) bytes a voxel, at
 the rate of a plain copy, which is measured beside it. Gathers read each voxel up to eight times from cache.
