@@ -3,6 +3,8 @@
 A grid of shape (D, H, W) has its voxel centres at the integers. Two grids over the same box share its *edges*, not
 its outer voxel centres: fine coordinate f and coarse coordinate c of a grid r times coarser obey
 f + 1/2 = r (c + 1/2), which is what average pooling does and `jax.image.resize` assumes.
+
+Functions of a field know the number of axes from its last one; where nothing tells it, `dims` does.
 """
 
 from functools import partial
@@ -12,13 +14,19 @@ import jax.numpy as jnp
 
 
 def identity_grid(shape):
-    """Coordinates x of every voxel: (D, H, W, 3) float32, in voxels, last axis in the order of the array's axes."""
+    """Coordinates x of every voxel: (*shape, n) float32, in voxels, last axis in the order of the n axes of `shape`."""
     return jnp.stack(jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in shape), indexing="ij"), axis=-1)
+
+
+def spatial_shape(u):
+    """(D, H, W) of a field (..., D, H, W, 3), (H, W) of (..., H, W, 2)."""
+    return u.shape[-1 - u.shape[-1]:-1]
 
 
 def resize(x, shape):
     """Resample (..., D, H, W, C) linearly to the spatial `shape`, without smoothing before it is made smaller."""
-    return jax.image.resize(x, (*x.shape[:-4], *shape, x.shape[-1]), "linear", antialias=False)
+    batch = x.shape[:-1 - len(shape)]
+    return jax.image.resize(x, (*batch, *shape, x.shape[-1]), "linear", antialias=False)
 
 
 def resize_field(u, shape):
@@ -26,29 +34,28 @@ def resize_field(u, shape):
 
     u'(x') = (n'/n) u(x), per axis: the same motion in millimetres.
     """
-    scale = jnp.array([new / old for new, old in zip(shape, u.shape[-4:-1], strict=True)], u.dtype)
+    scale = jnp.array([new / old for new, old in zip(shape, spatial_shape(u), strict=True)], u.dtype)
     return resize(u, shape) * scale
 
 
-def average_pool(x, factor=2):
+def average_pool(x, factor=2, dims=3):
     """Mean over blocks of factor^3 voxels: (..., D, H, W, C) -> (..., D/f, H/f, W/f, C).
 
     Raises ValueError where a side is no multiple of the factor.
     """
-    *batch, d, h, w, c = x.shape
-    if d % factor or h % factor or w % factor:
-        raise ValueError(f"average_pool by {factor} needs sides that are multiples of it, got {(d, h, w)}")
-    n = len(batch)
-    blocks = x.reshape(*batch, d // factor, factor, h // factor, factor, w // factor, factor, c)
-    return blocks.mean(axis=(n + 1, n + 3, n + 5))
+    batch, space = x.shape[:-1 - dims], x.shape[-1 - dims:-1]
+    if any(n % factor for n in space):
+        raise ValueError(f"average_pool by {factor} needs sides that are multiples of it, got {space}")
+    blocks = x.reshape(*batch, *(side for n in space for side in (n // factor, factor)), x.shape[-1])
+    return blocks.mean(axis=tuple(len(batch) + 2 * axis + 1 for axis in range(dims)))
 
 
-def difference(x, axis):
+def difference(x, axis, dims=3):
     """Derivative of (..., D, H, W, C) along spatial `axis` (0, 1, 2), per voxel: central, one-sided at the border.
 
     (x(p + e) - x(p - e)) / 2 inside, as `numpy.gradient`.
     """
-    axis -= 4
+    axis -= dims + 1
     n = x.shape[axis]
     part = partial(jax.lax.slice_in_dim, x, axis=axis)
     inside = 0.5 * (part(2, n) - part(0, n - 2))
@@ -60,6 +67,7 @@ def along_axes(matrices, x):
 
     As a matrix product it has no kernel radius, treats the border exactly, and runs at the rate of a matrix unit.
     """
-    for axis, matrix in enumerate(matrices):
-        x = jnp.moveaxis(jnp.tensordot(matrix.astype(x.dtype), x, (1, x.ndim - 4 + axis)), 0, x.ndim - 4 + axis)
+    first = x.ndim - 1 - len(matrices)
+    for axis, matrix in enumerate(matrices, first):
+        x = jnp.moveaxis(jnp.tensordot(matrix.astype(x.dtype), x, (1, axis)), 0, axis)
     return x

@@ -9,13 +9,18 @@ def jacobian_determinant(u):
     """det(I + grad u) at every voxel, by central differences (one-sided at the border).
 
     Args:
-      u: (..., D, H, W, 3) displacement in voxels.
+      u: (..., D, H, W, 3) displacement in voxels, or (..., H, W, 2).
 
     Returns:
       (..., D, H, W). Above 1 the transform expands, at or below 0 it folds.
     """
-    a, b, c = (jnp.moveaxis(difference(u, axis), -1, 0) for axis in range(3))
-    a, b, c = (a[0] + 1, a[1], a[2]), (b[0], b[1] + 1, b[2]), (c[0], c[1], c[2] + 1)
-    return (a[0] * (b[1] * c[2] - b[2] * c[1])
-            - a[1] * (b[0] * c[2] - b[2] * c[0])
-            + a[2] * (b[0] * c[1] - b[1] * c[0]))
+    dims = u.shape[-1]
+    rows = [jnp.moveaxis(difference(u, axis, dims), -1, 0) for axis in range(dims)]
+    return _determinant([[x + (i == j) for j, x in enumerate(row)] for i, row in enumerate(rows)])
+
+
+def _determinant(rows):
+    if len(rows) == 1:
+        return rows[0][0]
+    minors = (_determinant([row[:j] + row[j + 1:] for row in rows[1:]]) for j in range(len(rows)))
+    return sum((-1) ** j * x * minor for j, (x, minor) in enumerate(zip(rows[0], minors, strict=True)))
