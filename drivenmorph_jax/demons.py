@@ -1,93 +1,25 @@
 """The Demons algorithm as plain functions: force -> smooth -> exponentiate -> update, coarse to fine.
 
-Every force solves the same damped Gauss-Newton step per voxel,
+The forces are in `forces.py`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
 
-  (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = sum_k w_k d_k^2 / (4 L^2),
-
-with d = fixed - moving the difference, J its gradient. Written with A = sqrt(w) J and b = sqrt(w) d, the step is
-(A^T A + lambda^2 I)^-1 A^T b, whose operator norm is max s / (s^2 + lambda^2) <= 1 / (2 lambda) over singular values s
-of A. As |b| = 2 L lambda, |p| <= L for every input: one update never moves a voxel further than L.
-
-References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009;
-"Symmetric log-domain diffeomorphic registration", 2008.
+References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
 """
 
 from functools import partial
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
+from drivenmorph_jax import sharding
+from drivenmorph_jax.forces import lncc_force, scale_longest, symmetric_force
 from drivenmorph_jax.grid import along_axes, average_pool, difference, resize_field
 from drivenmorph_jax.integrate import exponential
 from drivenmorph_jax.warp import compose, warp
 
 
-def feature_force(d, slope, max_step, weights=None, floor=1e-6):
-    """The multichannel Demons force: the damped step above, by a closed-form 3x3 symmetric solve per voxel.
-
-    Args:
-      d: (..., D, H, W, C) differences fixed - moving.
-      slope: (..., D, H, W, C), what the gradients J_k are taken of, by central differences.
-      max_step: the bound L, in voxels.
-      weights: (..., D, H, W, C), non-negative; one where left out.
-      floor: added to lambda^2, keeps the solve and its derivative tame in flat regions; it only shortens the step.
-
-    Returns:
-      p (..., D, H, W, 3) in voxels, |p| <= L; zero where d or the gradients are.
-    """
-    weights = jnp.ones_like(d) if weights is None else weights
-
-    # One channel at a time: ten sums over a short trailing axis do not vectorise, and all gradients at once are three
-    # more feature maps to write and read. Floor: read d, slope and weights once.
-    @jax.checkpoint
-    def add(sums, channel):
-        d, slope, w = channel
-        x, y, z = (difference(slope[..., None], axis)[..., 0] for axis in range(3))
-        products = (x, x), (y, y), (z, z), (y, z), (x, z), (x, y), (x, d), (y, d), (z, d), (d, d)
-        return tuple(total + w * p * q for total, (p, q) in zip(sums, products, strict=True)), None
-
-    channels = tuple(jnp.moveaxis(x, -1, 0) for x in (d, slope, weights))
-    sums, _ = jax.lax.scan(add, (jnp.zeros(d.shape[:-1], d.dtype),) * 10, channels)
-    damping = sums[9] / (4 * max_step**2) + floor
-    a, b, c = (diagonal + damping for diagonal in sums[:3])
-    # Unit trace, so that no product of three entries leaves float32's range.
-    scale = 1 / (a + b + c)
-    a, b, c, f, e, g, r, s, t, damping = (scale * entry for entry in (a, b, c, *sums[3:9], damping))
-    # L D L^T, not the adjugate: on a single strong gradient that would lose lambda^4, this only lambda^2. No pivot is
-    # below lambda^2 but by rounding.
-    ba, ca = g / a, e / a
-    b, f = jnp.maximum(b - g * ba, damping), f - e * ba
-    cb = f / b
-    c = jnp.maximum(c - e * ca - f * cb, damping)
-    s = s - ba * r
-    z = (t - ca * r - cb * s) / c
-    y = s / b - cb * z
-    x = r / a - ba * y - ca * z
-    return clip_length(jnp.stack([x, y, z], -1), max_step)
-
-
-def clip_length(p, max_step):
-    """p min(1, L / |p|): vectors (..., 3) no longer than L; only rounding makes this act on a Demons force."""
-    square = (p * p).sum(-1, keepdims=True)
-    return p * jnp.minimum(1, max_step * jax.lax.rsqrt(jnp.maximum(square, 1e-12)))
-
-
-def squash(p, max_step):
-    """p / sqrt(1 + |p|^2 / L^2): the same direction, shorter than L, and smooth."""
-    return p * jax.lax.rsqrt(1 + (p * p).sum(-1, keepdims=True) / max_step**2)
-
-
-def thirion_force(fixed, moving, max_step):
-    """Thirion's force: the gradient is the fixed image's. Images (..., D, H, W, C) -> (..., D, H, W, 3) voxels."""
-    return feature_force(fixed - moving, fixed, max_step)
-
-
-def symmetric_force(fixed, moving, max_step, weights=None, floor=1e-6):
-    """The symmetric (ESM) force: the gradient is the mean of both images'. Any channel count, as `feature_force`."""
-    return feature_force(fixed - moving, 0.5 * (fixed + moving), max_step, weights, floor)
-
-
-def gaussian_smooth(x, sigma):
+def gaussian_smooth(x, sigma, dims=3):
     """Separable Gaussian of standard deviation `sigma` voxels (a number or traced) over (..., D, H, W, C).
 
     The weights are renormalised at the border, so every output is a weighted mean of inputs and no bound on |x| is
@@ -98,13 +30,14 @@ def gaussian_smooth(x, sigma):
         kernel = jnp.exp(-0.5 * (distance / jnp.maximum(sigma, 1e-3)) ** 2)
         return kernel / kernel.sum(1, keepdims=True)
 
-    return along_axes([matrix(n) for n in x.shape[-4:-1]], x)
+    return along_axes([matrix(n) for n in x.shape[-1 - dims:-1]], x)
 
 
 def lie_bracket(v, u):
     """[v, u] = Dv u - Du v of velocities (..., D, H, W, 3), in voxels."""
-    return sum(difference(v, axis) * u[..., axis, None] - difference(u, axis) * v[..., axis, None]
-               for axis in range(3))
+    dims = v.shape[-1]
+    return sum(difference(v, axis, dims) * u[..., axis, None] - difference(u, axis, dims) * v[..., axis, None]
+               for axis in range(dims))
 
 
 def bch(v, u):
@@ -125,44 +58,139 @@ def inverse_update(u_inverse, delta, steps=4):
 
 def log_update(v, delta, sigma):
     """v <- K_diff * Z(v, delta): the log-domain update, whose transform is exp(v) and inverse exp(-v)."""
-    return gaussian_smooth(bch(v, delta), sigma)
+    return gaussian_smooth(bch(v, delta), sigma, v.shape[-1])
 
 
-@partial(jax.jit, static_argnames=("force", "iterations", "update", "max_step"))
-def demons_level(fixed, moving, field, *, force, iterations, max_step, sigma_fluid, sigma_diffusion, update):
-    """`iterations` of Demons at one resolution, from `field` (a displacement, or a velocity for update="log")."""
-    def step(_, field):
-        u = exponential(field) if update == "log" else field
-        delta = gaussian_smooth(force(fixed, warp(moving, u), max_step), sigma_fluid)
-        if update == "log":
-            return log_update(field, delta, sigma_diffusion)
-        return gaussian_smooth(compositional_update(field, delta), sigma_diffusion)
+def symmetric_log_update(v, delta, delta_back, sigma):
+    """v <- K_diff * (Z(v, delta) - Z(-v, delta_back)) / 2, with `delta_back` the update that exp(-v) asks for.
 
-    return jax.lax.fori_loop(0, iterations, step, field)
+    Swapping the two images changes the sign of v, to the last bit but for rounding: the inverse is the same result.
+
+    Reference: Vercauteren et al., "Symmetric log-domain diffeomorphic registration: a demons-based approach", 2008.
+    """
+    return gaussian_smooth(0.5 * (bch(v, delta) - bch(-v, delta_back)), sigma, v.shape[-1])
 
 
-def demons(fixed, moving, *, force=symmetric_force, iterations=(100, 60, 30), max_step=1.0, sigma_fluid=1.0,
-           sigma_diffusion=1.0, update="compositional", initial=None):
-    """Register two images by multi-resolution Demons, with no network.
+class Registered(NamedTuple):
+    """What `demons` found: `u` (*space, n) in voxels; `velocity` whose exponential it is, for update="log", else None;
+    `energies`, one array a level, coarse to fine, its entries after an early stop nan."""
+    u: chex.Array
+    velocity: chex.Array | None
+    energies: tuple[chex.Array, ...]
+
+
+# Squarings of the flow of one update: with a step of one voxel of the image, half of one of the field, the first moves
+# an eighth of a voxel.
+UPDATE_STEPS = 2
+# Iterations over which the energy is averaged before it is compared.
+PATIENCE = 5
+
+
+@partial(jax.jit, compiler_options=sharding.compiler_options(),
+         static_argnames=("force", "iterations", "update", "max_step", "scale", "tolerance"))
+def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, sigma_fluid, sigma_diffusion, update,
+                 tolerance):
+    """Up to `iterations` of Demons at one resolution: one program, with nothing but the loop's end decided outside.
 
     Args:
-      fixed, moving: (..., D, H, W, C) on one grid, comparable intensities; sides multiples of 2^(levels - 1).
-      force: function (fixed, warped moving, max_step) -> (..., D, H, W, 3).
-      iterations: coarse to fine, one entry a level; each level has twice the resolution of the one before.
-      max_step: bound L on one update, in voxels of its level.
-      sigma_fluid, sigma_diffusion: Gaussian smoothing of the update and of the total, in voxels of the level.
-      update: "compositional" (phi <- phi o exp(delta)) or "log" (v <- Z(v, delta)).
-      initial: displacement (or velocity) to start from, at full resolution.
+      fixed, moving: (*space, C).
+      field: displacement, or velocity for update="log", on the grid of the images or on one `stride` times coarser, in
+        voxels of its own grid. The force is averaged over the images' voxels that a voxel of the field covers.
+      The others as in `demons`.
 
     Returns:
-      Displacement (..., D, H, W, 3) in voxels; for update="log" the velocity, whose exponential it is.
+      The new field, and the energy before each iteration (iterations,).
     """
-    levels = len(iterations)
-    field = jnp.zeros((*fixed.shape[:-1], 3), jnp.float32) if initial is None else initial
+    dims = field.shape[-1]
+    space = fixed.shape[:-1]
+    stride = space[0] // field.shape[0]
+
+    def delta(fixed, moving, u):
+        p, energy = force(fixed, warp(moving, resize_field(u, space) if stride > 1 else u), max_step)
+        p = gaussian_smooth(average_pool(p, stride, dims) / stride, sigma_fluid, dims)
+        return scale_longest(p, max_step / stride) if scale else p, energy
+
+    def step(i, state):
+        field, energies = state
+        if update == "log":
+            there, energy = delta(fixed, moving, exponential(field))
+            back, energy_back = delta(moving, fixed, exponential(-field))
+            field, energy = symmetric_log_update(field, there, back, sigma_diffusion), 0.5 * (energy + energy_back)
+        else:
+            there, energy = delta(fixed, moving, field)
+            field = gaussian_smooth(compositional_update(field, there, UPDATE_STEPS), sigma_diffusion, dims)
+        return field, energies.at[i].set(energy)
+
+    state = field, jnp.full(iterations, jnp.nan)
+    if not tolerance:
+        return jax.lax.fori_loop(0, iterations, step, state)
+
+    def going_on(state):
+        i, (_, energies) = state
+        last = [jax.lax.dynamic_slice_in_dim(energies, i - k * PATIENCE, PATIENCE).mean() for k in (1, 2)]
+        return (i < iterations) & ((i < 2 * PATIENCE) | (last[1] - last[0] > tolerance * last[1]))
+
+    return jax.lax.while_loop(going_on, lambda state: (state[0] + 1, step(*state)), (0, state))[1]
+
+
+def demons(fixed, moving, *, force=lncc_force, iterations=(100, 50, 20), stride=2, max_step=1.0, scale=True,
+           sigma_fluid=0.87, sigma_diffusion=0.35, update="compositional", tolerance=5e-4, initial=None):
+    """Register two images by multi-resolution Demons, with no network.
+
+    At every level, until the energy stands still:
+
+      delta = K_fluid * force(fixed, moving o phi),   phi <- K_diff * (phi o exp(delta))
+
+    The defaults are for local correlation; `INTENSITY` holds those for the Demons forces.
+
+    Args:
+      fixed, moving: (*space, C) on one grid, of values of about 0 to 1; sides multiples of stride 2^(levels - 1). For
+        `lncc_force` one channel, for the others any number: intensities, `mind` descriptors, a network's features.
+      force: function (fixed, warped moving, max_step) -> (p, energy), see `forces.py`.
+      iterations: largest number at each level, coarse to fine; each has twice the resolution of the one before.
+      stride: the field's grid is this many times coarser than the images' of its level.
+      max_step: L, in voxels of the level's images: what one update moves a voxel at most.
+      scale: make the longest vector of every smoothed update L, for forces whose length means nothing, as a gradient's.
+      sigma_fluid, sigma_diffusion: Gaussian smoothing of the update and of the total, in voxels of the level's field.
+      update: "compositional", or "log" for v <- K_diff * (Z(v, delta) - Z(-v, delta_back)) / 2, phi = exp(v), which is
+        symmetric: swapped images give the inverse.
+      tolerance: a level ends when the energy's mean over 5 iterations falls by less than this part of it. With 0 the
+        loop has a fixed length, which `jax.grad` needs.
+      initial: displacement (or velocity) (*space, n) to start from, in voxels of the images.
+
+    Returns:
+      A `Registered`, with the displacement on the images' grid.
+
+    Raises:
+      ValueError: a side that the levels and the stride do not divide, or an unknown `update`.
+    """
+    if update not in ("compositional", "log"):
+        raise ValueError(f"update is {update!r}: set it to 'compositional' or 'log'")
+    space, levels, dims = fixed.shape[:-1], len(iterations), fixed.ndim - 1
+    multiple = stride * 2 ** (levels - 1)
+    if any(n % multiple for n in space):
+        raise ValueError(f"{levels} levels with stride {stride} need sides that are multiples of {multiple}, "
+                         f"got {space}: pad the images or take fewer levels")
+    field = jnp.zeros((*space, dims), jnp.float32) if initial is None else initial
+    energies = []
     for level, count in enumerate(iterations):
         factor = 2 ** (levels - 1 - level)
-        small_fixed, small_moving = average_pool(fixed, factor), average_pool(moving, factor)
-        field = resize_field(field, small_fixed.shape[-4:-1])
-        field = demons_level(small_fixed, small_moving, field, force=force, iterations=count, max_step=max_step,
-                             sigma_fluid=sigma_fluid, sigma_diffusion=sigma_diffusion, update=update)
-    return field
+        field = resize_field(field, [n // (factor * stride) for n in space])
+        field, trace = demons_level(average_pool(fixed, factor, dims), average_pool(moving, factor, dims), field,
+                                    force=force, iterations=count, max_step=max_step, scale=scale,
+                                    sigma_fluid=sigma_fluid, sigma_diffusion=sigma_diffusion, update=update,
+                                    tolerance=tolerance)
+        energies.append(trace)
+    field = resize_field(field, space)
+    if update == "log":
+        return Registered(exponential(field), field, tuple(energies))
+    return Registered(field, None, tuple(energies))
+
+
+# Settings of `demons` for `symmetric_force` and `thirion_force`, on intensities or any feature stack.
+INTENSITY = {"force": symmetric_force, "max_step": 2.0, "scale": False, "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
+
+
+def refine(fixed, moving, u, steps):
+    """Carry a registration further: `steps` iterations of `demons` at full resolution, from the displacement `u`."""
+    return demons(fixed, moving, iterations=(steps,), initial=u).u

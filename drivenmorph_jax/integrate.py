@@ -25,12 +25,12 @@ def exponential(v, steps=7):
     return jax.lax.fori_loop(0, steps, lambda _, s: compose(s, s), v / 2**steps)
 
 
-def inverse(u, iterations=20):
-    """Displacement w of the inverse of id + u, by the fixed point w(x) <- -u(x + w(x)).
+def inverse(u, iterations=40):
+    """Displacement w of the inverse of id + u, by the damped fixed point w(x) <- w(x) - (w(x) + u(x + w(x))) / 2.
 
-    Converges where u is a contraction (every directional derivative below one in size). For a field that came from
-    velocities, exponentials of the negative ones are exact and cheaper.
+    Without the damping it converges only where u is a contraction; with it, wherever phi stretches less than fourfold.
+    For a field that came from velocities, exponentials of the negative ones are exact and cheaper.
 
     Reference: Chen, Lu, Chen, Ruan, "A simple fixed-point approach to invert a deformation field", 2008.
     """
-    return jax.lax.fori_loop(0, iterations, lambda _, w: w - compose(u, w), jnp.zeros_like(u))
+    return jax.lax.fori_loop(0, iterations, lambda _, w: w - 0.5 * compose(u, w), jnp.zeros_like(u))

@@ -4,6 +4,7 @@ The two streams meet in one array. `DifferenceStream` sees features and returns 
 and the deformation so far and returns a velocity. Nothing else passes.
 """
 
+from functools import partial
 from typing import Any
 
 import chex
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
-from drivenmorph_jax import demons
+from drivenmorph_jax import demons, forces
 from drivenmorph_jax.attention import CrossAttention, SelfAttention
 from drivenmorph_jax.encoder import Conv, Encoder
 from drivenmorph_jax.errors import InputError
@@ -107,9 +108,10 @@ class DifferenceStream(nn.Module):
         head = Conv(fixed.shape[-1] + 1, self.dtype, nn.initializers.normal(1e-2), name="head")(tokens)
         head = head.astype(jnp.float32)
         weights = jax.nn.softplus(head[..., :-1])
-        demons_force = demons.symmetric_force(fixed, attended, self.max_step, weights, FLOOR)
+        force = partial(forces.feature_force, max_step=self.max_step, floor=FLOOR)
+        demons_force = jax.vmap(lambda d, slope, w: force(d, slope, weights=w))(d, 0.5 * (fixed + attended), weights)
         attention_force = jax.nn.sigmoid(head[..., -1:]) * offset
-        return demons.squash(demons_force + attention_force, self.max_step), demons_force, attention_force
+        return forces.squash(demons_force + attention_force, self.max_step), demons_force, attention_force
 
 
 class NeuralDemonsLayer(nn.Module):
@@ -130,7 +132,7 @@ class NeuralDemonsLayer(nn.Module):
         x = nn.leaky_relu(Conv(self.features, self.dtype, name="residual_b")(x))
         residual = Conv(3, self.dtype, nn.initializers.zeros, name="residual_out")(x).astype(jnp.float32)
         sigma = self.sigma * jnp.exp(self.param("log_sigma", nn.initializers.zeros, ()))
-        return demons.gaussian_smooth(demons.squash(force + residual, self.max_step), sigma)
+        return demons.gaussian_smooth(forces.squash(force + residual, self.max_step), sigma)
 
 
 class Level(nn.Module):

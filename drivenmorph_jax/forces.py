@@ -1,0 +1,206 @@
+"""Forces: from a fixed and a warped moving image to the step that each voxel should take.
+
+Every function here takes images (*space, C) of any number of axes, with no batch (use `jax.vmap`), and those that drive
+`demons.demons` share one form,
+
+  force(fixed, warped, max_step) -> (p, energy)
+
+with p (*space, n) in voxels and `energy` the number that the force descends, for the convergence test.
+
+The Demons forces solve the same damped Gauss-Newton step per voxel,
+
+  (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = sum_k w_k d_k^2 / (4 L^2),
+
+with d = fixed - warped the difference, J its gradient. Written with A = sqrt(w) J and b = sqrt(w) d, the step is
+(A^T A + lambda^2 I)^-1 A^T b, whose operator norm is max s / (s^2 + lambda^2) <= 1 / (2 lambda) over singular values s
+of A. As |b| = 2 L lambda, |p| <= L for every input: one update never moves a voxel further than L.
+
+References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from drivenmorph_jax.grid import average_pool, difference
+
+
+def feature_force(d, slope, max_step, weights=None, floor=1e-6):
+    """The multichannel Demons force: the damped step above, by a closed-form symmetric solve per voxel.
+
+    Args:
+      d: (*space, C) differences fixed - moving.
+      slope: (*space, C), what the gradients J_k are taken of, by central differences.
+      max_step: the bound L, in voxels.
+      weights: (*space, C), non-negative; one where left out.
+      floor: added to lambda^2, keeps the solve and its derivative tame in flat regions; it only shortens the step.
+
+    Returns:
+      p (*space, n) in voxels, |p| <= L; zero where d or the gradients are.
+    """
+    dims = d.ndim - 1
+    weights = jnp.ones_like(d) if weights is None else weights
+    pairs = list(itertools.combinations_with_replacement(range(dims), 2))
+
+    # One channel at a time: sums over a short trailing axis do not vectorise, and all gradients at once are n more
+    # feature maps to write and read. Floor: read d, slope and weights once.
+    @jax.checkpoint
+    def add(sums, channel):
+        d, slope, w = channel
+        x = [difference(slope[..., None], axis, dims)[..., 0] for axis in range(dims)]
+        products = [(x[i], x[j]) for i, j in pairs] + [(x[i], d) for i in range(dims)] + [(d, d)]
+        return tuple(total + w * p * q for total, (p, q) in zip(sums, products, strict=True)), None
+
+    channels = tuple(jnp.moveaxis(x, -1, 0) for x in (d, slope, weights))
+    sums, _ = jax.lax.scan(add, (jnp.zeros(d.shape[:-1], d.dtype),) * (len(pairs) + dims + 1), channels)
+    damping = sums[-1] / (4 * max_step**2) + floor
+    matrix = {(i, j): total + damping * (i == j) for (i, j), total in zip(pairs, sums, strict=False)}
+    # Unit trace, so that no product of entries leaves float32's range.
+    scale = 1 / sum(matrix[i, i] for i in range(dims))
+    matrix = {ij: scale * entry for ij, entry in matrix.items()}
+    p = _solve(matrix, [scale * entry for entry in sums[len(pairs):-1]], scale * damping)
+    return clip_length(jnp.stack(p, -1), max_step)
+
+
+def _solve(matrix, right, least):
+    """x of the symmetric system, whose upper triangle is matrix[i, j], i <= j, and whose eigenvalues are >= `least`.
+
+    L D L^T, not the adjugate: on a single strong gradient that would lose lambda^4, this only lambda^2. No pivot is
+    below lambda^2 but by rounding.
+    """
+    matrix, right, dims = dict(matrix), list(right), len(right)
+    for k in range(dims):
+        if k:
+            matrix[k, k] = jnp.maximum(matrix[k, k], least)
+        for i in range(k + 1, dims):
+            factor = matrix[k, i] / matrix[k, k]
+            right[i] = right[i] - factor * right[k]
+            for j in range(i, dims):
+                matrix[i, j] = matrix[i, j] - factor * matrix[k, j]
+    for k in reversed(range(dims)):
+        right[k] = (right[k] - sum(matrix[k, j] * right[j] for j in range(k + 1, dims))) / matrix[k, k]
+    return right
+
+
+def clip_length(p, max_step):
+    """p min(1, L / |p|): vectors (..., n) no longer than L; only rounding makes this act on a Demons force."""
+    square = (p * p).sum(-1, keepdims=True)
+    return p * jnp.minimum(1, max_step * jax.lax.rsqrt(jnp.maximum(square, 1e-12)))
+
+
+def squash(p, max_step):
+    """p / sqrt(1 + |p|^2 / L^2): the same direction, shorter than L, and smooth."""
+    return p * jax.lax.rsqrt(1 + (p * p).sum(-1, keepdims=True) / max_step**2)
+
+
+def thirion_force(fixed, warped, max_step):
+    """Thirion's force: the gradient is the fixed image's. Its energy is the mean of d^2."""
+    d = fixed - warped
+    return feature_force(d, fixed, max_step), (d * d).mean()
+
+
+def symmetric_force(fixed, warped, max_step):
+    """The symmetric (ESM) force of Vercauteren: the gradient is the mean of both images'. Its energy: the mean of d^2.
+
+    With features or MIND descriptors as channels it is the multichannel force.
+    """
+    d = fixed - warped
+    return feature_force(d, 0.5 * (fixed + warped), max_step), (d * d).mean()
+
+
+def lncc_gradient(fixed, warped, radius, block, floor):
+    """The squared local correlation of one-channel images, and its gradient with respect to `warped`.
+
+    With <.> the mean over the window around y, a and b the deviations of both images from theirs,
+
+      cc(y) = <a b>^2 / (<a a> <b b>),   A = <a b> / (<a a> <b b>),   B = A <a b> / <b b>,
+      d(mean_y cc) / d warped(x)  ~  S A fixed - S B warped - S (A mean_fixed - B mean_warped)   at x,
+
+    S being the window mean over y. Windows mean over x and the adjoint over y take the same neighbours, so no scatter
+    is needed. The statistics live on blocks of voxels: means over a block once, then separable means over
+    (2 radius + 1)^n blocks, at 1 / block^n of the cost. Args and source as `lncc_force`.
+
+    Returns:
+      The gradient (*space) times half the number of voxels, and the mean of cc.
+    """
+    dims = fixed.ndim - 1
+    f, m = fixed[..., 0], warped[..., 0]
+
+    def mean(x):
+        return box_mean(average_pool(x[..., None], block, dims)[..., 0], radius)
+
+    mean_f, mean_m = mean(f), mean(m)
+    ff = jnp.maximum(mean(f * f) - mean_f**2, 0) + floor
+    mm = jnp.maximum(mean(m * m) - mean_m**2, 0) + floor
+    fm = mean(f * m) - mean_f * mean_m
+    a = fm / (ff * mm)
+    b = a * fm / mm
+
+    def spread(x):
+        x = box_mean(x, radius)
+        for axis in range(dims):
+            x = jnp.repeat(x, block, axis)
+        return x
+
+    return spread(a) * f - spread(b) * m - spread(a * mean_f - b * mean_m), (fm * a).mean()
+
+
+def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4):
+    """Up the gradient of the squared local correlation of one-channel images: p = L g grad(warped) / max |g grad|.
+
+    Args:
+      fixed, warped: (*space, 1), values of about 0 to 1, sides multiples of `block`.
+      max_step: L, in voxels, the length of the longest vector.
+      radius: of the window, in blocks: it is (2 radius + 1) * block voxels wide.
+      floor: added to both variances, so that noise in flat regions does not count as structure.
+
+    Returns:
+      p (*space, n) with g of `lncc_gradient`, and the energy 1 - mean cc.
+
+    Reference: Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", 2008; the exact
+      derivative as in Hermosillo, Chefd'hotel, Faugeras, "Variational methods for multimodal image matching", 2002.
+    """
+    g, correlation = lncc_gradient(fixed, warped, radius, block, floor)
+    dims = fixed.ndim - 1
+    p = jnp.stack([g * difference(warped, axis, dims)[..., 0] for axis in range(dims)], -1)
+    return scale_longest(p, max_step), 1 - correlation
+
+
+def scale_longest(p, max_step):
+    """p L / max |p|: vectors (*space, n), the longest of which is L; zero stays zero."""
+    return p * (max_step / jnp.maximum(jnp.sqrt((p * p).sum(-1).max()), 1e-12))
+
+
+def box_mean(x, radius):
+    """Sum of x (*space) over (2 radius + 1)^n voxels around each, zero beyond the border, over their number."""
+    for axis, n in enumerate(x.shape):
+        padded = jnp.pad(x, [(radius, radius) if axis == other else (0, 0) for other in range(x.ndim)])
+        x = sum(jax.lax.slice_in_dim(padded, k, k + n, axis=axis) for k in range(2 * radius + 1)) / (2 * radius + 1)
+    return x
+
+
+def mind(image, distance=1, radius=1):
+    """The modality-independent neighbourhood descriptor: (*space, 1) -> (*space, 2 n), values in (0, 1].
+
+    With D(x, r) the mean of (I(y) - I(y + r))^2 over the window around x, r one of the 2 n steps of `distance` voxels
+    along the axes, and V(x) the mean of D over r,
+
+      MIND(x, r) = exp(-D(x, r) / V(x)) / max over r.
+
+    An image and its negative have the same descriptor. V is kept between a thousandth and a thousand times its mean,
+    so that flat regions have a descriptor of ones.
+
+    Reference: Heinrich et al., "MIND: modality independent neighbourhood descriptor for multi-modal deformable
+      registration", 2012.
+    """
+    x, distances = image[..., 0], []
+    for axis in range(x.ndim):
+        for step in (-distance, distance):
+            index = jnp.clip(jnp.arange(x.shape[axis]) + step, 0, x.shape[axis] - 1)
+            distances.append(box_mean((x - jnp.take(x, index, axis)) ** 2, radius))
+    distances = jnp.stack(distances, -1)
+    variance = distances.mean(-1, keepdims=True)
+    typical = variance.mean() + 1e-12
+    variance = jnp.clip(variance, 1e-3 * typical, 1e3 * typical)
+    return jnp.exp((distances.min(-1, keepdims=True) - distances) / variance)
