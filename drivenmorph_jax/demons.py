@@ -107,7 +107,10 @@ def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, si
 
     def delta(fixed, moving, u):
         p, energy = force(fixed, warp(moving, resize_field(u, space) if stride > 1 else u), max_step)
-        p = gaussian_smooth(average_pool(p, stride, dims) / stride, sigma_fluid, dims)
+        # One component at a time: XLA then never writes the vectors of a fine force.
+        coarser = p.shape[0] // field.shape[0]
+        p = jnp.stack([average_pool(x[..., None], coarser, dims)[..., 0] for x in jnp.moveaxis(p, -1, 0)], -1)
+        p = gaussian_smooth(p / stride, sigma_fluid, dims)
         return scale_longest(p, max_step / stride) if scale else p, energy
 
     def step(i, state):
@@ -188,7 +191,8 @@ def demons(fixed, moving, *, force=lncc_force, iterations=(100, 50, 20), stride=
 
 
 # Settings of `demons` for `symmetric_force` and `thirion_force`, on intensities or any feature stack.
-INTENSITY = {"force": symmetric_force, "max_step": 2.0, "scale": False, "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
+INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False,
+             "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
 
 
 def refine(fixed, moving, u, steps):

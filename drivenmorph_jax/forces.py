@@ -5,7 +5,8 @@ Every function here takes images (*space, C) of any number of axes, with no batc
 
   force(fixed, warped, max_step) -> (p, energy)
 
-with p (*space, n) in voxels and `energy` the number that the force descends, for the convergence test.
+with p (*space, n) in voxels of the images, on their grid or on one a whole number of times coarser, and `energy` the
+number that the force descends, for the convergence test.
 
 The Demons forces solve the same damped Gauss-Newton step per voxel,
 
@@ -40,6 +41,12 @@ def feature_force(d, slope, max_step, weights=None, floor=1e-6):
       p (*space, n) in voxels, |p| <= L; zero where d or the gradients are.
     """
     dims = d.ndim - 1
+    if d.shape[-1] == 1:
+        # p = w d J / (w J J^T + lambda^2), fused into one pass.
+        w = 1 if weights is None else weights
+        slopes = [difference(slope, axis, dims) for axis in range(dims)]
+        along = w * d / (w * sum(x * x for x in slopes) + w * d * d / (4 * max_step**2) + floor)
+        return clip_length(jnp.concatenate([along * x for x in slopes], -1), max_step)
     weights = jnp.ones_like(d) if weights is None else weights
     pairs = list(itertools.combinations_with_replacement(range(dims), 2))
 
@@ -109,45 +116,17 @@ def symmetric_force(fixed, warped, max_step):
     return feature_force(d, 0.5 * (fixed + warped), max_step), (d * d).mean()
 
 
-def lncc_gradient(fixed, warped, radius, block, floor):
-    """The squared local correlation of one-channel images, and its gradient with respect to `warped`.
+def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4):
+    """Up the gradient of the squared local correlation of one-channel images, computed directly.
 
-    With <.> the mean over the window around y, a and b the deviations of both images from theirs,
+    With <.> the mean over the window around y, a and b the deviations of both images from theirs, S the mean over the
+    windows around x, and the image M = `warped`, F = `fixed`,
 
       cc(y) = <a b>^2 / (<a a> <b b>),   A = <a b> / (<a a> <b b>),   B = A <a b> / <b b>,
-      d(mean_y cc) / d warped(x)  ~  S A fixed - S B warped - S (A mean_fixed - B mean_warped)   at x,
+      g(x) = S A F - S B M - S (A mean_F - B mean_M)  ~  d(mean_y cc) / d M(x),   p = mean over blocks of g grad M.
 
-    S being the window mean over y. Windows mean over x and the adjoint over y take the same neighbours, so no scatter
-    is needed. The statistics live on blocks of voxels: means over a block once, then separable means over
-    (2 radius + 1)^n blocks, at 1 / block^n of the cost. Args and source as `lncc_force`.
-
-    Returns:
-      The gradient (*space) times half the number of voxels, and the mean of cc.
-    """
-    dims = fixed.ndim - 1
-    f, m = fixed[..., 0], warped[..., 0]
-
-    def mean(x):
-        return box_mean(average_pool(x[..., None], block, dims)[..., 0], radius)
-
-    mean_f, mean_m = mean(f), mean(m)
-    ff = jnp.maximum(mean(f * f) - mean_f**2, 0) + floor
-    mm = jnp.maximum(mean(m * m) - mean_m**2, 0) + floor
-    fm = mean(f * m) - mean_f * mean_m
-    a = fm / (ff * mm)
-    b = a * fm / mm
-
-    def spread(x):
-        x = box_mean(x, radius)
-        for axis in range(dims):
-            x = jnp.repeat(x, block, axis)
-        return x
-
-    return spread(a) * f - spread(b) * m - spread(a * mean_f - b * mean_m), (fm * a).mean()
-
-
-def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4):
-    """Up the gradient of the squared local correlation of one-channel images: p = L g grad(warped) / max |g grad|.
+    The windows around x are those whose own window holds x, so no scatter is needed. The statistics live on blocks of
+    voxels: sums over a block once, then separable sums over (2 radius + 1)^n blocks at 1 / block^n of the cost.
 
     Args:
       fixed, warped: (*space, 1), values of about 0 to 1, sides multiples of `block`.
@@ -156,15 +135,27 @@ def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4):
       floor: added to both variances, so that noise in flat regions does not count as structure.
 
     Returns:
-      p (*space, n) with g of `lncc_gradient`, and the energy 1 - mean cc.
+      p (*space / block, n), and the energy 1 - mean cc.
 
     Reference: Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", 2008; the exact
       derivative as in Hermosillo, Chefd'hotel, Faugeras, "Variational methods for multimodal image matching", 2002.
     """
-    g, correlation = lncc_gradient(fixed, warped, radius, block, floor)
     dims = fixed.ndim - 1
-    p = jnp.stack([g * difference(warped, axis, dims)[..., 0] for axis in range(dims)], -1)
-    return scale_longest(p, max_step), 1 - correlation
+    f, m = fixed[..., 0], warped[..., 0]
+
+    def pool(x):
+        return average_pool(x[..., None], block, dims)[..., 0]
+
+    mean_f, mean_m = box_mean(pool(f), radius), box_mean(pool(m), radius)
+    ff = jnp.maximum(box_mean(pool(f * f), radius) - mean_f**2, 0) + floor
+    mm = jnp.maximum(box_mean(pool(m * m), radius) - mean_m**2, 0) + floor
+    fm = box_mean(pool(f * m), radius) - mean_f * mean_m
+    a = fm / (ff * mm)
+    b = a * fm / mm
+    of_f, of_m, constant = (box_mean(x, radius) for x in (a, b, a * mean_f - b * mean_m))
+    slopes = [difference(warped, axis, dims)[..., 0] for axis in range(dims)]
+    p = jnp.stack([of_f * pool(f * x) - of_m * pool(m * x) - constant * pool(x) for x in slopes], -1)
+    return scale_longest(p, max_step), 1 - (fm * a).mean()
 
 
 def scale_longest(p, max_step):

@@ -66,6 +66,8 @@ def _corners(shape, low, fraction, i):
 @jax.custom_vjp
 def _warp(image, u):
     flat = image.reshape(-1, image.shape[-1])
+    if image.shape[-1] == 1:
+        return _warp_one(flat[:, 0], image.shape[:-1], u)[..., None]
 
     def side(i, out):
         low, fraction, _ = _cell(image.shape[:-1], u)
@@ -74,6 +76,18 @@ def _warp(image, u):
         return out
 
     return jax.lax.fori_loop(0, 2, side, jnp.zeros((*u.shape[:-1], image.shape[-1]), image.dtype))
+
+
+def _warp_one(flat, shape, u):
+    """One channel: rows of one value are slow to gather, so one flat array, and all corners in one pass."""
+    def once(state):
+        low, fraction, _ = _cell(shape, u)
+        return state[0] + 1, sum(math.prod(weights).astype(flat.dtype) * flat.at[index].get(mode="clip")
+                                 for i in (0, 1) for index, weights, _ in _corners(shape, low, fraction, i))
+
+    # One trip, but the compiler must not know it: it would drop the loop and fuse the gathers into all that reads them.
+    trips = 1 + jnp.isnan(u.ravel()[0]).astype(jnp.int32)
+    return jax.lax.while_loop(lambda state: state[0] < trips, once, (0, jnp.zeros(u.shape[:-1], flat.dtype)))[1]
 
 
 def _warp_forward(image, u):

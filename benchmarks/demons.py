@@ -1,0 +1,169 @@
+"""Classical registration of the ordered pairs of one split, against SimpleITK, greedy, ANTsPy and syntx where installed.
+
+python -m benchmarks.demons --data FOLDER [--split test] [--pairs 12] [--methods affine lncc ...] [--out results.json]
+
+The folder is as `eval.py --data` takes it: ID_t1.nii.gz and ID_seg.nii.gz, affinely aligned on one grid. Every method
+runs as a command of its own, which starts Python, reads two files and writes one displacement field (.nii, ITK's
+convention), one after the other on the same pair; the seconds are those of the whole command. All fields are then
+scored by the same code. The first pair of ours compiles; later ones find the compiled code, as users do.
+
+The floor of one iteration at the finest level, local correlation: read both images, write and read the warped one, read
+and write the field and its update at an eighth of the voxels: 4 + 12 / 8 floats a voxel at the rate of a plain copy.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+ITK = {"iterations": (100, 60, 30), "sigma": 1.5}
+METHODS = {  # name: the package it needs
+    "affine": None, "itk-demons": "SimpleITK", "esm": None, "greedy": "picsl_greedy", "lncc": None, "mind": None,
+    "ants-syn": "ants", "syntx": "syntx"}
+
+
+def ours(fixed, moving, out, features=lambda x: x, **settings):
+    import jax.numpy as jnp
+    import nibabel
+
+    from drivenmorph_jax import demons, sharding
+
+    sharding.start()
+    files = nibabel.load(fixed), nibabel.load(moving)
+    f, m = (jnp.asarray(x)[..., None] for x in (file.get_fdata(dtype=np.float32) for file in files))
+    f, m = (features(x / jnp.percentile(x[x > 0], 99.5)) for x in (f, m))
+    registered = demons.demons(f, m, **settings)
+    # Voxels to LPS millimetres, on one grid.
+    mm = np.asarray(registered.u) @ (np.diag([-1, -1, 1]) @ files[0].affine[:3, :3]).T.astype(np.float32)
+    image = nibabel.Nifti1Image(mm[:, :, :, None], files[0].affine)
+    image.header.set_intent("vector")
+    nibabel.save(image, out)
+
+
+def lncc(fixed, moving, out):
+    ours(fixed, moving, out)
+
+
+def esm(fixed, moving, out):
+    from drivenmorph_jax.demons import INTENSITY
+    ours(fixed, moving, out, **INTENSITY)
+
+
+def mind(fixed, moving, out):
+    from drivenmorph_jax import forces
+    from drivenmorph_jax.demons import INTENSITY
+    ours(fixed, moving, out, forces.mind, **INTENSITY)
+
+
+def itk_demons(fixed, moving, out):
+    import SimpleITK as sitk
+
+    f, m = (sitk.ReadImage(path, sitk.sitkFloat32) for path in (fixed, moving))
+    m = sitk.HistogramMatching(m, f, 128, 10, True)
+    registration = sitk.DiffeomorphicDemonsRegistrationFilter()
+    registration.SetStandardDeviations(ITK["sigma"])
+    field = None
+    for factor, count in zip((4, 2, 1), ITK["iterations"], strict=True):
+        small = [sitk.Shrink(sitk.SmoothingRecursiveGaussian(x, 0.5 * factor), [factor] * 3) if factor > 1 else x
+                 for x in (f, m)]
+        registration.SetNumberOfIterations(count)
+        field = (registration.Execute(*small) if field is None
+                 else registration.Execute(*small, sitk.Resample(field, small[0])))
+    sitk.WriteImage(field, out)
+
+
+def greedy(fixed, moving, out):
+    from picsl_greedy import Greedy3D
+    Greedy3D().execute(f"-d 3 -m WNCC 2x2x2 -i {fixed} {moving} -n 100x50x20 -o {out}")
+
+
+def ants_syn(fixed, moving, out):
+    import ants
+    found = ants.registration(ants.image_read(fixed), ants.image_read(moving), "SyNOnly", reg_iterations=(100, 70, 20),
+                              initial_transform="Identity")
+    field = [path for path in found["fwdtransforms"] if path.endswith(".nii.gz")][0]
+    ants.image_write(ants.image_read(field), out)
+
+
+def score(fixed, moving, out):
+    """Dice, folding and SDlogJ of the field in the file `out`, or of none, by the metrics of the project."""
+    from drivenmorph_jax import metrics
+    from drivenmorph_jax.evaluation import brain
+
+    u = np.zeros((*fixed.image.shape, 3), np.float32)
+    if out is not None:
+        import nibabel
+        file = nibabel.load(out)
+        world = file.get_fdata(dtype=np.float32)[:, :, :, 0] * np.float32([-1, -1, 1])
+        u = world @ np.linalg.inv(file.affine[:3, :3]).T.astype(np.float32)
+    inside, jacobian = brain(fixed.image), metrics.jacobian(u)
+    return {"dice": metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, u), EXCLUDE),
+            "fold_pct": metrics.fold_pct(jacobian, inside), "sdlogj": metrics.sdlogj(jacobian, inside)}
+
+
+EXCLUDE = (0, 1, 42, 43, 46, 63, 64)  # background and scraps of the MICCAI 2012 label set
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of aligned images and labels")
+    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
+    parser.add_argument("--pairs", type=int, help="only the first of them")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:5], choices=METHODS)
+    parser.add_argument("--out", help="JSON file for every number")
+    parser.add_argument("--one", nargs=4, metavar=("METHOD", "FIXED", "MOVING", "OUT"), help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.one:
+        method, *files = flags.one
+        return globals()[method.replace("-", "_")](*files)
+    if not flags.data:
+        parser.error("give --data FOLDER")
+
+    from drivenmorph_jax import data
+    cohort = data.load(ConfigDict({"name": "folder", "root": flags.data, "exclude": EXCLUDE, "splits": None}),
+                       (flags.split,))
+    rows, methods = [], []
+    for method in flags.methods:
+        if METHODS[method] and importlib.util.find_spec(METHODS[method]) is None:
+            print(f"{method} is left out: the package {METHODS[method]} is not installed")
+        else:
+            methods.append(method)
+    for fixed, moving in data.ordered_pairs(getattr(cohort, flags.split))[:flags.pairs]:
+        files = [str(Path(flags.data) / f"{subject.id}_t1.nii.gz") for subject in (fixed, moving)]
+        for method in methods:
+            with tempfile.TemporaryDirectory() as folder:
+                out, seconds = None, 0.0
+                if method != "affine":
+                    out = str(Path(folder) / "displacement.nii")
+                    start = time.perf_counter()
+                    done = subprocess.run([sys.executable, "-m", "benchmarks.demons", "--one", method, *files, out],
+                                          capture_output=True, text=True)
+                    seconds = time.perf_counter() - start
+                    if done.returncode:
+                        print(f"{method} failed on {fixed.id} {moving.id}: {done.stderr.strip()[-300:]}", flush=True)
+                        continue
+                rows.append({"fixed": fixed.id, "moving": moving.id, "method": method, "seconds": seconds,
+                             **score(fixed, moving, out)})
+                print("{fixed} {moving} {method:12} Dice {dice:.4f}  folding {fold_pct:.5f} %  SDlogJ {sdlogj:.3f}  "
+                      "{seconds:6.1f} s".format(**rows[-1]), flush=True)
+        if flags.out:
+            Path(flags.out).write_text(json.dumps(rows, indent=1))
+
+    print(f"\n{'':12}{'pairs':>6}{'Dice':>8}{'median':>8}{'folding %':>11}{'SDlogJ':>8}{'median s':>10}")
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        if mine:
+            d, f, j, s = (np.array([row[key] for row in mine]) for key in ("dice", "fold_pct", "sdlogj", "seconds"))
+            print(f"{method:12}{len(mine):6}{d.mean():8.4f}{np.median(d):8.4f}{f.mean():11.5f}{j.mean():8.3f}"
+                  f"{np.median(s):10.1f}")
+
+
+if __name__ == "__main__":
+    main()
