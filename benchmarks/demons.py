@@ -37,8 +37,8 @@ def ours(fixed, moving, out, features=lambda x: x, **settings):
 
     sharding.start()
     files = nibabel.load(fixed), nibabel.load(moving)
-    f, m = (jnp.asarray(x)[..., None] for x in (file.get_fdata(dtype=np.float32) for file in files))
-    f, m = (features(x / jnp.percentile(x[x > 0], 99.5)) for x in (f, m))
+    f, m = (file.get_fdata(dtype=np.float32) for file in files)
+    f, m = (features(jnp.asarray(x / np.percentile(x[x > 0], 99.5))[..., None]) for x in (f, m))
     registered = demons.demons(f, m, **settings)
     # Voxels to LPS millimetres, on one grid.
     mm = np.asarray(registered.u) @ (np.diag([-1, -1, 1]) @ files[0].affine[:3, :3]).T.astype(np.float32)

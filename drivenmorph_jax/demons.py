@@ -177,17 +177,27 @@ def demons(fixed, moving, *, force=lncc_force, iterations=(100, 50, 20), stride=
     field = jnp.zeros((*space, dims), jnp.float32) if initial is None else initial
     energies = []
     for level, count in enumerate(iterations):
-        factor = 2 ** (levels - 1 - level)
-        field = resize_field(field, [n // (factor * stride) for n in space])
-        field, trace = demons_level(average_pool(fixed, factor, dims), average_pool(moving, factor, dims), field,
-                                    force=force, iterations=count, max_step=max_step, scale=scale,
+        small = _at_level(fixed, moving, field, 2 ** (levels - 1 - level), stride)
+        field, trace = demons_level(*small, force=force, iterations=count, max_step=max_step, scale=scale,
                                     sigma_fluid=sigma_fluid, sigma_diffusion=sigma_diffusion, update=update,
                                     tolerance=tolerance)
         energies.append(trace)
+    field, u = _at_end(field, space, update)
+    return Registered(u, field if update == "log" else None, tuple(energies))
+
+
+# Compiled, since every operation outside a compiled function is compiled by itself.
+@partial(jax.jit, static_argnames=("factor", "stride"))
+def _at_level(fixed, moving, field, factor, stride):
+    dims = field.shape[-1]
+    field = resize_field(field, [n // (factor * stride) for n in fixed.shape[:-1]])
+    return average_pool(fixed, factor, dims), average_pool(moving, factor, dims), field
+
+
+@partial(jax.jit, static_argnames=("space", "update"))
+def _at_end(field, space, update):
     field = resize_field(field, space)
-    if update == "log":
-        return Registered(exponential(field), field, tuple(energies))
-    return Registered(field, None, tuple(energies))
+    return field, exponential(field) if update == "log" else field
 
 
 # Settings of `demons` for `symmetric_force` and `thirion_force`, on intensities or any feature stack.

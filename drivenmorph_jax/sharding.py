@@ -13,6 +13,8 @@ def start(distributed=False):
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "drivenmorph_jax"))
+    # By default what compiles within a second is not kept: a program of many small parts waits for all of them again.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if distributed:
         jax.distributed.initialize()
 
