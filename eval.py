@@ -15,12 +15,16 @@ def main():
     parser.add_argument("--data", metavar="DIR",
                         help="folder of ID_t1.nii.gz and ID_seg.nii.gz to score on, instead of the training's data set")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
+    parser.add_argument("--refine_steps", type=int, default=0, metavar="N",
+                        help="iterations of Demons by local correlation after the network; default: 0")
     flags, settings = parser.parse_known_args()
+    if flags.refine_steps < 0:
+        parser.error("--refine_steps must be 0 or more")
 
     from drivenmorph_jax import sharding
     from drivenmorph_jax.evaluation import evaluate_checkpoint
     sharding.start()
-    evaluate_checkpoint(flags.checkpoint, flags.out, flags.data, flags.split, settings)
+    evaluate_checkpoint(flags.checkpoint, flags.out, flags.data, flags.split, settings, flags.refine_steps)
 
 
 if __name__ == "__main__":

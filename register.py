@@ -20,10 +20,13 @@ def main():
     parser.add_argument("--method", default="drivenmorph", choices=["drivenmorph", "demons"],
                         help="the network, or the classical Demons algorithm, which needs no checkpoint; "
                              "default: drivenmorph")
+    parser.add_argument("--force", default="lncc", choices=["lncc", "intensity", "mind"],
+                        help="of --method demons: local correlation; intensities, for images of one scanner; or MIND "
+                             "descriptors, for images of two contrasts; default: lncc")
     parser.add_argument("--no-affine", action="store_true",
                         help="skip the affine alignment: the files' world coordinates agree already")
     parser.add_argument("--refine_steps", type=int, default=0, metavar="N",
-                        help="iterations of Demons after the method; default: 0")
+                        help="iterations of Demons by local correlation after the method; default: 0")
     parser.add_argument("--moving_labels", metavar="FILE", help="label map of the moving image, to be warped with it")
     parser.add_argument("--fixed_labels", metavar="FILE",
                         help="label map of the fixed image; with --moving_labels, Dice is reported")
@@ -35,7 +38,7 @@ def main():
     from drivenmorph_jax.registration import register
     sharding.start()
     summary = register(flags.fixed, flags.moving, flags.out, checkpoint=flags.checkpoint, method=flags.method,
-                       affine=not flags.no_affine, refine_steps=flags.refine_steps,
+                       force=flags.force, affine=not flags.no_affine, refine_steps=flags.refine_steps,
                        fixed_labels=flags.fixed_labels, moving_labels=flags.moving_labels)
     for name in ("similarity", "dice"):
         if f"{name}_after" in summary:

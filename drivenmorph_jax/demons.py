@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from drivenmorph_jax import sharding
 from drivenmorph_jax.forces import lncc_force, scale_longest, symmetric_force
 from drivenmorph_jax.grid import along_axes, average_pool, difference, resize_field
-from drivenmorph_jax.integrate import exponential
+from drivenmorph_jax.integrate import exponential, inverse
 from drivenmorph_jax.warp import compose, warp
 
 
@@ -206,5 +206,20 @@ INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2
 
 
 def refine(fixed, moving, u, steps):
-    """Carry a registration further: `steps` iterations of `demons` at full resolution, from the displacement `u`."""
+    """Carry a registration further: up to `steps` iterations of `demons` by local correlation at full resolution.
+
+    Args:
+      fixed, moving: (*space, 1), values of about 0 to 1, sides even.
+      u: (*space, n) displacement to start from, in voxels.
+
+    Returns:
+      The displacement (*space, n).
+    """
     return demons(fixed, moving, iterations=(steps,), initial=u).u
+
+
+@partial(jax.jit, static_argnames="stride")
+def coarse_inverse(u, stride=2):
+    """Displacement of the inverse of id + u, found on the coarser grid that `demons` keeps its field on."""
+    space = u.shape[:-1]
+    return resize_field(inverse(resize_field(u, [n // stride for n in space])), space)

@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 from scipy import ndimage
 from tqdm import tqdm
 
-from drivenmorph_jax import checkpoint, configuration, data, logs, metrics, report, sharding
+from drivenmorph_jax import checkpoint, configuration, data, demons, logs, metrics, report, sharding
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import average_pool, resize_field
@@ -27,10 +27,11 @@ def grid_multiple(config):
     return config.data.downsample * config.model.strides[-1]
 
 
-def make_predict(config):
+def make_predict(config, refine_steps=0):
     """A jitted function (params, fixed, moving (D, H, W)) -> u, u_inverse, driving force (D, H, W, 3), in voxels.
 
-    The network sees the images pooled by `data.downsample`; its fields are resampled to their grid.
+    The network sees the images pooled by `data.downsample`; its fields are resampled to their grid, and `refine_steps`
+    iterations of `demons.refine` follow.
     """
     model = DrivenMorph(FrozenConfigDict(config.model))
 
@@ -39,7 +40,11 @@ def make_predict(config):
         small = (average_pool(x[None, ..., None], config.data.downsample) for x in (fixed, moving))
         registration = model.apply({"params": params}, *small)
         fields = registration.u, registration.u_inverse, driving_force(registration)
-        return tuple(resize_field(field, fixed.shape)[0] for field in fields)
+        u, u_inverse, force = (resize_field(field, fixed.shape)[0] for field in fields)
+        if refine_steps:
+            u = demons.refine(fixed[..., None], moving[..., None], u, refine_steps)
+            u_inverse = demons.coarse_inverse(u)
+        return u, u_inverse, force
 
     return predict
 
@@ -69,7 +74,7 @@ def brain(image):
     return ndimage.binary_fill_holes(image > 0)
 
 
-def evaluate(config, params, dataset, split, out, training=None):
+def evaluate(config, params, dataset, split, out, training=None, refine_steps=0):
     """Score every ordered pair of a split and write `summary.json`, `pairs.csv`, `report.md` and figures to `out`.
 
     Args:
@@ -77,6 +82,7 @@ def evaluate(config, params, dataset, split, out, training=None):
       params: of `DrivenMorph(config.model)`.
       split: "train", "val" or "test".
       training: folder whose `metrics.jsonl` gives the training curves, where there is one.
+      refine_steps: iterations of Demons after the network.
 
     Returns:
       The summary. Raises InputError where the split has no pair.
@@ -85,7 +91,7 @@ def evaluate(config, params, dataset, split, out, training=None):
     if not pairs:
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
     out = make_folder(out)
-    predict = make_predict(config)
+    predict = make_predict(config, refine_steps)
     images = (pairs[0][0].image, pairs[0][1].image)
     jax.block_until_ready(predict(params, *images))  # compiles
 
@@ -120,6 +126,7 @@ def evaluate(config, params, dataset, split, out, training=None):
 
     scores = metrics.summarise(rows)
     summary = {"data": dataset.name, "split": split, "pairs": len(rows), "spacing_mm": dataset.spacing,
+               "refine_steps": refine_steps,
                "device": jax.devices()[0].device_kind, "excluded_labels": list(dataset.exclude),
                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, "brain")}, **scores}
@@ -154,7 +161,7 @@ def load_checkpoint(folder, overrides=()):
     return config, checkpoint.read_params(folder, shapes), about
 
 
-def evaluate_checkpoint(folder, out, root=None, split="test", overrides=()):
+def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refine_steps=0):
     """`evaluate` a checkpoint on its own data set, or on the folder `root`, and print the table.
 
     The folder is downsampled by the whole number that brings its voxels nearest to those the network was trained on.
@@ -170,7 +177,8 @@ def evaluate_checkpoint(folder, out, root=None, split="test", overrides=()):
     dataset = data.load(config.data, (split,))
     if not config.data.downsample:
         config.data.downsample = max(1, round(voxel / dataset.spacing))
-    summary = evaluate(config, params, data.padded(dataset, grid_multiple(config)), split, out, folder)
+    summary = evaluate(config, params, data.padded(dataset, grid_multiple(config)), split, out, folder,
+                       refine_steps)
     print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
     print(f"Report and figures: {Path(out) / 'report.md'}")
     return summary

@@ -14,32 +14,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drivenmorph_jax import demons, metrics, nifti, report, transforms
+from drivenmorph_jax import demons, forces, metrics, nifti, report, transforms
 from drivenmorph_jax.affine import register_affine
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import brain, grid_multiple, load_checkpoint, make_predict
 from drivenmorph_jax.files import make_folder, replacing
-from drivenmorph_jax.integrate import inverse
+from drivenmorph_jax.grid import resize
 from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.warp import warp
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
-DEMONS_MULTIPLE = 4  # its three levels halve the sides twice
-REFINEMENT = {"max_step": 1.0, "sigma_fluid": 1.0, "sigma_diffusion": 0.7, "update": "compositional"}
+DEMONS_MULTIPLE = 8  # its three levels halve the sides twice, and the field is half as fine
+FORCES = {  # name: what makes the features of an image, and the settings of `demons`
+    "lncc": (lambda x: x, {}),
+    "intensity": (lambda x: x, demons.INTENSITY),
+    "mind": (forces.mind, demons.INTENSITY),
+}
 
 NETWORK_FORCE = "driving force of the network: the sum over its updates, on the fixed grid"
-DEMONS_FORCE = "symmetric Demons force between the fixed and the affinely aligned moving image, on the fixed grid"
+DEMONS_FORCE = "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"
 
 
-def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", affine=True, refine_steps=0,
-             fixed_labels=None, moving_labels=None):
+def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", force="lncc", affine=True,
+             refine_steps=0, fixed_labels=None, moving_labels=None):
     """Register the NIfTI file `moving` to `fixed` and write every result to the folder `out`.
 
     Args:
       checkpoint: a training's folder, for method "drivenmorph".
       method: "drivenmorph", or "demons", which needs no checkpoint.
+      force: of method "demons": "lncc" (local correlation), "intensity" (symmetric Demons force, for images of one
+        scanner) or "mind" (the same on MIND descriptors, for images of two contrasts).
       affine: align by an affine first; else the files' own world coordinates are the alignment.
-      refine_steps: iterations of Demons after the method, on its working grid.
+      refine_steps: iterations of Demons by local correlation after the method, on its working grid.
       fixed_labels, moving_labels: label maps on the grids of their images.
 
     Returns:
@@ -77,13 +83,15 @@ def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", affin
         if method == "drivenmorph":
             u, u_inverse, force = make_predict(config)(params, f, m)
         else:
-            u = demons.demons(f[..., None], m[..., None])
-            force = demons.symmetric_force(f[..., None], m[..., None], REFINEMENT["max_step"])
+            features, settings = FORCES[force]
+            features = features(f[..., None]), features(m[..., None])
+            u = demons.demons(*features, **settings).u
+            vectors, _ = settings.get("force", forces.lncc_force)(*features, settings.get("max_step", 1.0))
+            force = resize(vectors, shape)
         if refine_steps:
-            u = demons.demons_level(f[..., None], m[..., None], u, force=demons.symmetric_force,
-                                    iterations=refine_steps, **REFINEMENT)
+            u = demons.refine(f[..., None], m[..., None], u, refine_steps)
         if refine_steps or method == "demons":
-            u_inverse = jax.jit(inverse)(u)
+            u_inverse = demons.coarse_inverse(u)
         u, u_inverse, force = (np.asarray(x) for x in (u, u_inverse, force))
 
     with _stage("transform", seconds):

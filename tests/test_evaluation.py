@@ -38,6 +38,15 @@ def test_a_checkpoint_is_scored_on_files_as_on_the_cohort_that_they_were_written
     assert "tre_mm" not in scores
 
 
+def test_refinement_goes_on_from_the_network(smoke, brains, tmp_path):
+    (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001"]}))
+    plain, refined = (evaluate_checkpoint(smoke[0], tmp_path / str(steps), root=brains, refine_steps=steps)
+                      for steps in (0, 10))
+    assert (plain["refine_steps"], refined["refine_steps"]) == (0, 10)
+    assert refined["dice"]["mean"] > plain["dice"]["mean"]
+    assert refined["fold_pct"]["mean"] == 0 and refined["inverse_mm"]["mean"] < 1  # of 5 mm voxels
+
+
 def test_a_split_without_pairs_is_refused(tmp_path):
     with pytest.raises(InputError, match="test split"):
         evaluate(None, None, Dataset("empty", (), (), (), 1.0, {}, (0,)), "test", tmp_path)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,3 +53,18 @@ def test_along_axes_filters_each_axis():
     for axis in (1, 2, 3):
         expected = ndimage.convolve1d(expected, kernel, axis, mode="constant")
     np.testing.assert_allclose(grid.along_axes([jnp.asarray(m) for m in matrices], x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 7), (3, 4, 5)])
+def test_doubling_is_jaxs_linear_resize_in_any_number_of_dimensions(shape):
+    x = RNG.normal(size=(2, *shape, 3)).astype(np.float32)
+    double = tuple(2 * n for n in shape)
+    expected = jax.image.resize(x, (2, *double, 3), "linear")
+    np.testing.assert_allclose(grid.resize(x, double), expected, atol=1e-5)
+
+
+def test_planes_are_pooled_and_differentiated_as_volumes_are():
+    x = RNG.normal(size=(6, 8, 2)).astype(np.float32)
+    np.testing.assert_allclose(grid.average_pool(x, 2, dims=2)[1, 3], x[2:4, 6:8].mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(grid.difference(x, 1, dims=2), np.gradient(x, axis=1), atol=1e-6)
+    assert grid.resize_field(jnp.ones((6, 8, 2)), (12, 4)).shape == (12, 4, 2)

@@ -15,6 +15,12 @@ def test_linear_map_has_its_determinant_everywhere(seed):
     np.testing.assert_allclose(out, np.linalg.det(np.eye(3) + matrix), atol=1e-4)
 
 
+def test_linear_map_of_the_plane():
+    matrix = np.array([[0.2, -0.7], [0.4, 0.1]])
+    out = jacobian_determinant((X[:, :, 0, :2] @ matrix.T).astype(np.float32))
+    np.testing.assert_allclose(out, np.linalg.det(np.eye(2) + matrix), atol=1e-4)
+
+
 def test_closed_form_of_a_curved_field():
     # phi = (x + .01 x^2, y + .1 sin(.5 z), z): det = 1 + .02 x, and central differences are exact on parabolas
     u = np.stack([0.01 * X[..., 0] ** 2, 0.1 * np.sin(0.5 * X[..., 2]), 0 * X[..., 0]], -1)

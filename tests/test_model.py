@@ -7,7 +7,7 @@ from ml_collections import FrozenConfigDict
 from scipy.ndimage import gaussian_filter
 
 from configs.smoke import get_config
-from drivenmorph_jax import demons, model
+from drivenmorph_jax import demons, forces, model
 from drivenmorph_jax.grid import resize_field
 from drivenmorph_jax.integrate import exponential
 from drivenmorph_jax.jacobian import jacobian_determinant
@@ -133,7 +133,7 @@ def test_before_training_the_network_is_demons():
     out = apply(net, params, fixed, moving)
     for update in out.updates:  # the residual network starts at zero
         sigma = 1.0
-        np.testing.assert_allclose(update.velocity, demons.gaussian_smooth(demons.squash(update.force, 2.0), sigma),
+        np.testing.assert_allclose(update.velocity, demons.gaussian_smooth(forces.squash(update.force, 2.0), sigma),
                                    atol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_both_force_terms_are_returned_and_make_the_force():
     net, params, fixed, moving = made()
     out = apply(net, params, fixed, moving)
     for update in out.updates:
-        np.testing.assert_allclose(update.force, demons.squash(update.demons_force + update.attention_force, 2.0),
+        np.testing.assert_allclose(update.force, forces.squash(update.demons_force + update.attention_force, 2.0),
                                    atol=1e-5)
     assert any(np.any(update.attention_force) for update in out.updates)
     np.testing.assert_allclose(model.driving_force(out), sum(resize_field(u.force, SHAPE[1:4]) for u in out.updates),

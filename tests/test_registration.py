@@ -108,6 +108,14 @@ def test_a_labelled_pair_that_shares_its_grid_needs_no_affine(brains, smoke, tmp
     assert "affine" in summary["seconds"] and summary["affine"] is False
 
 
+@pytest.mark.parametrize("force", ["intensity", "mind"])
+def test_every_force_of_demons_registers(force, brains, tmp_path):
+    names = [str(brains / f"sub-00{i}_{kind}.nii.gz") for kind in ("t1", "seg") for i in (0, 1)]
+    summary = register(*names[:2], tmp_path, method="demons", force=force, affine=False, fixed_labels=names[2],
+                       moving_labels=names[3])
+    assert summary["dice_after"] > summary["dice_before"] + 0.05 and summary["fold_pct"] < 0.01
+
+
 def test_progress_is_told_by_stage(brains, tmp_path, capsys):
     register(*(str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)), tmp_path, method="demons", affine=False)
     told = capsys.readouterr().out

@@ -28,6 +28,27 @@ def test_warp_is_scipys_linear_interpolation_also_beyond_the_edge(channels):
     np.testing.assert_allclose(warp(image, u), scipy_warp(image, u, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_warp_in_two_dimensions_is_scipys_and_has_its_derivative(channels):
+    image = RNG.normal(size=(7, 9, channels)).astype(np.float32)
+    u = RNG.normal(size=(5, 6, 2), scale=2).astype(np.float32)
+    x = np.moveaxis(np.moveaxis(np.indices((5, 6)), 0, -1) + u, -1, 0)
+    expected = np.stack([map_coordinates(image[..., c], x, order=1, mode="nearest") for c in range(channels)], -1)
+    np.testing.assert_allclose(warp(image, u), expected, atol=1e-5)
+    nearest = map_coordinates(image[..., 0], x, order=0, mode="nearest")
+    np.testing.assert_array_equal(warp_nearest(image, u)[..., 0], nearest)
+    inside = jnp.clip(u, -0.4, 0.4)[:4, :4]
+    check_grads(lambda image, u: warp(image, u + jnp.array([1.1, 1.1])), (image, inside), 1, ("rev",), atol=2e-2,
+                rtol=2e-2)
+
+
+def test_warp_by_nothing_finite_reads_no_foreign_memory():
+    image = RNG.normal(size=(5, 6, 7, 1)).astype(np.float32)
+    for bad in (np.nan, np.inf, -np.inf):
+        out = np.asarray(warp(image, np.full((5, 6, 7, 3), bad, np.float32)))
+        assert not np.isfinite(out).any() or np.abs(out).max() <= np.abs(image).max()
+
+
 def test_warp_maps_over_leading_axes():
     image = RNG.normal(size=(2, 5, 6, 7, 2)).astype(np.float32)
     u = RNG.normal(size=(2, 5, 6, 7, 3)).astype(np.float32)
