@@ -12,7 +12,6 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax import sharding
 from drivenmorph_jax.forces import lncc_force, scale_longest, symmetric_force
 from drivenmorph_jax.grid import along_axes, average_pool, difference, resize_field
 from drivenmorph_jax.integrate import exponential, inverse
@@ -86,8 +85,7 @@ UPDATE_STEPS = 2
 PATIENCE = 5
 
 
-@partial(jax.jit, compiler_options=sharding.compiler_options(),
-         static_argnames=("force", "iterations", "update", "max_step", "scale", "tolerance"))
+@partial(jax.jit, static_argnames=("force", "iterations", "update", "max_step", "scale", "tolerance"))
 def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, sigma_fluid, sigma_diffusion, update,
                  tolerance):
     """Up to `iterations` of Demons at one resolution: one program, with nothing but the loop's end decided outside.
@@ -125,7 +123,7 @@ def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, si
         return field, energies.at[i].set(energy)
 
     state = field, jnp.full(iterations, jnp.nan)
-    if not tolerance:
+    if not tolerance or iterations <= 2 * PATIENCE:
         return jax.lax.fori_loop(0, iterations, step, state)
 
     def going_on(state):
@@ -220,6 +218,7 @@ def refine(fixed, moving, u, steps):
 
 @partial(jax.jit, static_argnames="stride")
 def coarse_inverse(u, stride=2):
-    """Displacement of the inverse of id + u, found on the coarser grid that `demons` keeps its field on."""
+    """Displacement of the inverse of id + u, found on the coarser grid of `demons`' fields and finished on u's own."""
     space = u.shape[:-1]
-    return resize_field(inverse(resize_field(u, [n // stride for n in space])), space)
+    coarse = inverse(resize_field(u, [n // stride for n in space]))
+    return inverse(u, 5, resize_field(coarse, space))
