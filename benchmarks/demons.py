@@ -30,37 +30,32 @@ METHODS = {  # name: the package it needs
     "ants-syn": "ants", "syntx": "syntx"}
 
 
-def ours(fixed, moving, out, features=lambda x: x, **settings):
+def ours(fixed, moving, out, settings, features=lambda x: x):
     import jax.numpy as jnp
-    import nibabel
 
-    from drivenmorph_jax import demons, sharding
+    from drivenmorph_jax import demons, nifti, sharding, transforms
 
     sharding.start()
-    files = nibabel.load(fixed), nibabel.load(moving)
-    f, m = (file.get_fdata(dtype=np.float32) for file in files)
-    f, m = (features(jnp.asarray(x / np.percentile(x[x > 0], 99.5))[..., None]) for x in (f, m))
-    registered = demons.demons(f, m, **settings)
-    # Voxels to LPS millimetres, on one grid.
-    mm = np.asarray(registered.u) @ (np.diag([-1, -1, 1]) @ files[0].affine[:3, :3]).T.astype(np.float32)
-    image = nibabel.Nifti1Image(mm[:, :, :, None], files[0].affine)
-    image.header.set_intent("vector")
-    nibabel.save(image, out)
+    volumes = [nifti.load_image(path) for path in (fixed, moving)]
+    u = demons.demons(*(features(jnp.asarray(nifti.normalise(x.data))[..., None]) for x in volumes), **settings).u
+    mm = np.asarray(u) @ volumes[0].affine[:3, :3].T.astype(np.float32)
+    transforms.write_displacement(out, mm, volumes[0], "fixed to moving")
 
 
 def lncc(fixed, moving, out):
-    ours(fixed, moving, out)
+    from drivenmorph_jax.demons import LNCC
+    ours(fixed, moving, out, LNCC)
 
 
 def esm(fixed, moving, out):
     from drivenmorph_jax.demons import INTENSITY
-    ours(fixed, moving, out, **INTENSITY)
+    ours(fixed, moving, out, INTENSITY)
 
 
 def mind(fixed, moving, out):
-    from drivenmorph_jax import forces
     from drivenmorph_jax.demons import INTENSITY
-    ours(fixed, moving, out, forces.mind, **INTENSITY)
+    from drivenmorph_jax.forces import mind
+    ours(fixed, moving, out, INTENSITY, mind)
 
 
 def itk_demons(fixed, moving, out):
@@ -106,15 +101,13 @@ def _save(f, m, found, out):
 
 def score(fixed, moving, out):
     """Dice, folding and SDlogJ of the field in the file `out`, or of none, by the metrics of the project."""
-    from drivenmorph_jax import metrics
+    from drivenmorph_jax import metrics, transforms
     from drivenmorph_jax.evaluation import brain
 
     u = np.zeros((*fixed.image.shape, 3), np.float32)
     if out is not None:
-        import nibabel
-        file = nibabel.load(out)
-        world = file.get_fdata(dtype=np.float32)[:, :, :, 0] * np.float32([-1, -1, 1])
-        u = world @ np.linalg.inv(file.affine[:3, :3]).T.astype(np.float32)
+        displacement, affine = transforms.read_displacement(out)
+        u = displacement @ np.linalg.inv(affine[:3, :3]).T.astype(np.float32)
     inside, jacobian = brain(fixed.image), metrics.jacobian(u)
     return {"dice": metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, u), EXCLUDE),
             "fold_pct": metrics.fold_pct(jacobian, inside), "sdlogj": metrics.sdlogj(jacobian, inside)}
@@ -131,13 +124,11 @@ def iteration(force, shape=(160, 192, 160)):
     copied = jnp.zeros((*shape, 16))
     rate = 2 * copied.nbytes / seconds(lambda x: x + 1, copied)
     fixed, moving = (demons.gaussian_smooth(jax.random.uniform(jax.random.key(k), (*shape, 1)), 1.0) for k in (0, 1))
-    settings = {"sigma_fluid": 0.87, "sigma_diffusion": 0.35} | (demons.INTENSITY if force == "esm" else {})
-    settings.setdefault("force", demons.lncc_force)
+    settings = (demons.INTENSITY if force == "esm" else demons.LNCC) | {"update": "compositional", "tolerance": 0.0}
 
     def run(count):
-        return seconds(lambda f, m, u: demons.demons_level(
-            f, m, u, **{"max_step": 1.0, "scale": True, "update": "compositional", "tolerance": 0.0}
-            | settings | {"iterations": count}), fixed, moving, jnp.zeros((*(n // 2 for n in shape), 3)))
+        return seconds(lambda *x: demons.demons_level(*x, **settings | {"iterations": count}), fixed, moving,
+                       jnp.zeros((*(n // 2 for n in shape), 3)))
 
     return (run(6) - run(2)) / 4, 4 * (4 + 12 / 8) * np.prod(shape) / rate
 

@@ -70,6 +70,14 @@ def symmetric_log_update(v, delta, delta_back, sigma):
     return gaussian_smooth(0.5 * (bch(v, delta) - bch(-v, delta_back)), sigma, v.shape[-1])
 
 
+# Settings of `demons`: for local correlation of one channel, and for `symmetric_force` and `thirion_force` on
+# intensities or any feature stack.
+LNCC = {"force": lncc_force, "iterations": (100, 50, 20), "max_step": 1.0, "scale": True, "sigma_fluid": 0.87,
+        "sigma_diffusion": 0.35}
+INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False,
+             "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
+
+
 class Registered(NamedTuple):
     """What `demons` found: `u` (*space, n) in voxels; `velocity` whose exponential it is, for update="log", else None;
     `energies`, one array a level, coarse to fine, its entries after an early stop nan."""
@@ -134,15 +142,16 @@ def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, si
     return jax.lax.while_loop(going_on, lambda state: (state[0] + 1, step(*state)), (0, state))[1]
 
 
-def demons(fixed, moving, *, force=lncc_force, iterations=(100, 50, 20), stride=2, max_step=1.0, scale=True,
-           sigma_fluid=0.87, sigma_diffusion=0.35, update="compositional", tolerance=5e-4, initial=None):
+def demons(fixed, moving, *, force=LNCC["force"], iterations=LNCC["iterations"], stride=2, max_step=LNCC["max_step"],
+           scale=LNCC["scale"], sigma_fluid=LNCC["sigma_fluid"], sigma_diffusion=LNCC["sigma_diffusion"],
+           update="compositional", tolerance=5e-4, initial=None):
     """Register two images by multi-resolution Demons, with no network.
 
     At every level, until the energy stands still:
 
       delta = K_fluid * force(fixed, moving o phi),   phi <- K_diff * (phi o exp(delta))
 
-    The defaults are for local correlation; `INTENSITY` holds those for the Demons forces.
+    The defaults are `LNCC`, for local correlation; `INTENSITY` holds those for the Demons forces.
 
     Args:
       fixed, moving: (*space, C) on one grid, of values of about 0 to 1; sides multiples of stride 2^(levels - 1). For
@@ -196,11 +205,6 @@ def _at_level(fixed, moving, field, factor, stride):
 def _at_end(field, space, update):
     field = resize_field(field, space)
     return field, exponential(field) if update == "log" else field
-
-
-# Settings of `demons` for `symmetric_force` and `thirion_force`, on intensities or any feature stack.
-INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False,
-             "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
 
 
 def refine(fixed, moving, u, steps):

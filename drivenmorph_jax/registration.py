@@ -26,7 +26,7 @@ from drivenmorph_jax.warp import warp
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
 DEMONS_MULTIPLE = 8  # its three levels halve the sides twice, and the field is half as fine
 FORCES = {  # name: what makes the features of an image, and the settings of `demons`
-    "lncc": (lambda x: x, {}),
+    "lncc": (lambda x: x, demons.LNCC),
     "intensity": (lambda x: x, demons.INTENSITY),
     "mind": (forces.mind, demons.INTENSITY),
 }
@@ -86,8 +86,7 @@ def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", force
             features, settings = FORCES[force]
             features = features(f[..., None]), features(m[..., None])
             u = demons.demons(*features, **settings).u
-            vectors, _ = settings.get("force", forces.lncc_force)(*features, settings.get("max_step", 1.0))
-            force = resize(vectors, shape)
+            force = resize(settings["force"](*features, settings["max_step"])[0], shape)
         if refine_steps:
             u = demons.refine(f[..., None], m[..., None], u, refine_steps)
         if refine_steps or method == "demons":

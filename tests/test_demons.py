@@ -73,7 +73,8 @@ def pair(shape=(32, 40, 32), largest=4.0):
     return np.asarray(warp(moving, u)), moving, u, ball > 0.5
 
 
-SETTINGS = {"lncc": {}, "symmetric": demons.INTENSITY, "thirion": demons.INTENSITY | {"force": forces.thirion_force}}
+SETTINGS = {"lncc": demons.LNCC, "symmetric": demons.INTENSITY,
+            "thirion": demons.INTENSITY | {"force": forces.thirion_force}}
 
 
 def registered(fixed, moving, name, **settings):
