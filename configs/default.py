@@ -32,21 +32,25 @@ def get_config():
         "smoothness": (16.0, 8.0),  # mm
         "downsample": 1,  # the network sees images pooled by this factor
         "flip": False,  # mirror half of the pairs
-        "intensity": 0.1,  # strength of random contrast changes
+        "affine": 0.0,  # strengths of random changes of each image, see `data/augmentation.py`
+        "intensity": 0.1,
+        "bias": 0.0,
+        "noise": 0.0,
     })
 
     # Levels are listed finest first.
     config.model = ConfigDict({
-        "channels": (4, 16, 16, 32),
-        "strides": (1, 2, 4, 8),
-        "updates": (1, 2, 2, 1),
-        "cross_radius": (0, 1, 1, 2),  # of the neighbourhood cross-attention, 0 is off
-        "self_radius": (0, 1, 0, 0),  # of the neighbourhood self-attention
-        "self_window": (0, 0, 5, 5),  # side of the windows of self-attention
+        "channels": (4, 16, 32),  # the first two of each are the image and its local normalisation
+        "strides": (1, 2, 4),
+        "field_stride": 2,  # the field of a level is this many times coarser than its features
+        "updates": (2, 2, 2),
+        "cross_radius": (0, 1, 2),  # of the neighbourhood cross-attention, 0 is off
+        "self_radius": (0, 1, 0),  # of the neighbourhood self-attention
+        "self_window": (0, 0, 5),  # side of the windows of self-attention
         "heads": 2,
-        "max_step": 2.0,  # L, voxels of the level
+        "max_step": 2.0,  # L, voxels of the level's features
         "demons_features": 4,
-        "sigma_fluid": 1.0,  # voxels, learned from there
+        "sigma_fluid": 0.7,  # voxels of the field, learned from there
         "sigma_diffusion": 0.7,  # voxels, for update_rule "log"
         "update_rule": "compositional",  # or "log"
         "remat": False,  # compute each level again in the backward pass: less memory, more time

@@ -25,6 +25,9 @@ def get_config():
         "exclude": (0, 1, 42, 43, 46, 63, 64),  # background and scraps
         "downsample": 2,
         "flip": True,
-        "intensity": 0.1,
+        "affine": 0.02,
+        "intensity": 0.2,
+        "bias": 0.1,
+        "noise": 0.02,
     })
     return config

@@ -115,6 +115,9 @@ def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, si
         p, energy = force(fixed, warp(moving, resize_field(u, space) if stride > 1 else u), max_step)
         # One component at a time: XLA then never writes the vectors of a fine force.
         coarser = p.shape[0] // field.shape[0]
+        if not coarser:
+            raise ValueError(f"the force comes on a grid of {p.shape[:-1]}, coarser than the field's {field.shape[:-1]}: "
+                             "raise stride, or for lncc_force lower block")
         p = jnp.stack([average_pool(x[..., None], coarser, dims)[..., 0] for x in jnp.moveaxis(p, -1, 0)], -1)
         p = gaussian_smooth(p / stride, sigma_fluid, dims)
         return scale_longest(p, max_step / stride) if scale else p, energy
@@ -172,7 +175,8 @@ def demons(fixed, moving, *, force=LNCC["force"], iterations=LNCC["iterations"],
       A `Registered`, with the displacement on the images' grid.
 
     Raises:
-      ValueError: a side that the levels and the stride do not divide, or an unknown `update`.
+      ValueError: a side that the levels and the stride do not divide, a force on a coarser grid than the field's, or
+        an unknown `update`.
     """
     if update not in ("compositional", "log"):
         raise ValueError(f"update is {update!r}: set it to 'compositional' or 'log'")

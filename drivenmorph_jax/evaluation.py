@@ -18,13 +18,13 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.losses import lncc
-from drivenmorph_jax.model import DrivenMorph, checked, driving_force
+from drivenmorph_jax.model import DrivenMorph, checked, driving_force, multiple
 from drivenmorph_jax.warp import warp
 
 
 def grid_multiple(config):
     """What every side of an image must be a multiple of."""
-    return config.data.downsample * config.model.strides[-1]
+    return config.data.downsample * multiple(config.model)
 
 
 def make_predict(config, refine_steps=0):
@@ -154,7 +154,7 @@ def load_checkpoint(folder, overrides=()):
     about = checkpoint.read_about(folder)
     config = configuration.override(configuration.from_dict(about["config"]), overrides)
     model = DrivenMorph(checked(config.model))
-    image = jax.ShapeDtypeStruct((1, *[2 * config.model.strides[-1]] * 3, 1), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *[2 * multiple(config.model)] * 3, 1), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image, image)["params"]
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), shapes)

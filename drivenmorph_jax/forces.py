@@ -116,14 +116,15 @@ def symmetric_force(fixed, warped, max_step):
     return feature_force(d, 0.5 * (fixed + warped), max_step), (d * d).mean()
 
 
-def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4):
+def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4, power=0.7):
     """Up the gradient of the squared local correlation of one-channel images, computed directly.
 
     With <.> the mean over the window around y, a and b the deviations of both images from theirs, S the mean over the
     windows around x, and the image M = `warped`, F = `fixed`,
 
       cc(y) = <a b>^2 / (<a a> <b b>),   A = <a b> / (<a a> <b b>),   B = A <a b> / <b b>,
-      g(x) = S A F - S B M - S (A mean_F - B mean_M)  ~  d(mean_y cc) / d M(x),   p = mean over blocks of g grad M.
+      g(x) = S A F - S B M - S (A mean_F - B mean_M)  ~  d(mean_y cc) / d M(x),   q = mean over blocks of g grad M,
+      p = q / |q| (|q| / max |q|)^power L.
 
     The windows around x are those whose own window holds x, so no scatter is needed. The statistics live on blocks of
     voxels: sums over a block once, then separable sums over (2 radius + 1)^n blocks at 1 / block^n of the cost.
@@ -133,6 +134,7 @@ def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4):
       max_step: L, in voxels, the length of the longest vector.
       radius: of the window, in blocks: it is (2 radius + 1) * block voxels wide.
       floor: added to both variances, so that noise in flat regions does not count as structure.
+      power: 1 for the gradient itself; below, long vectors, those at strong edges, count for less.
 
     Returns:
       p (*space / block, n), and the energy 1 - mean cc.
@@ -155,7 +157,9 @@ def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4):
     of_f, of_m, constant = (box_mean(x, radius) for x in (a, b, a * mean_f - b * mean_m))
     slopes = [difference(warped, axis, dims)[..., 0] for axis in range(dims)]
     p = jnp.stack([of_f * pool(f * x) - of_m * pool(m * x) - constant * pool(x) for x in slopes], -1)
-    return scale_longest(p, max_step), 1 - (fm * a).mean()
+    p = scale_longest(p, 1)
+    # The floor keeps the derivative of the power finite where p is zero.
+    return max_step * p * ((p * p).sum(-1, keepdims=True) + 1e-8) ** ((power - 1) / 2), 1 - (fm * a).mean()
 
 
 def scale_longest(p, max_step):

@@ -18,12 +18,13 @@ from drivenmorph_jax import demons, forces
 from drivenmorph_jax.attention import CrossAttention, SelfAttention
 from drivenmorph_jax.encoder import Conv, Encoder
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.grid import resize_field
+from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.integrate import exponential
 from drivenmorph_jax.warp import compose, warp
 
-# Squarings of the flow of one update: with the bound L = 2 voxels the first step moves a quarter of a voxel.
-STEPS = 3
+# Squarings of the flow of one update: with the bound L = 2 voxels of the level, 1 of its field, the first step moves a
+# quarter of one.
+STEPS = 2
 LOG_STEPS = 7
 # Features have unit variance; below this squared slope a voxel is flat, and only amplifies noise.
 FLOOR = 1e-2
@@ -31,7 +32,8 @@ FLOOR = 1e-2
 
 @flax.struct.dataclass
 class Update:
-    """One update, on its level's grid (..., D, H, W, 3), in voxels of it; `u` and `u_inverse` are what it led to."""
+    """One update, on the grid of its level's field (..., D, H, W, 3), in voxels of it; `u` and `u_inverse` are what it
+    led to."""
     force: chex.Array
     demons_force: chex.Array
     attention_force: chex.Array
@@ -48,6 +50,11 @@ class Registration:
     u: chex.Array
     u_inverse: chex.Array
     updates: tuple[Update, ...]
+
+
+def multiple(config):
+    """What every side of the model's images must be a multiple of."""
+    return config.strides[-1] * config.field_stride
 
 
 def driving_force(registration):
@@ -136,7 +143,11 @@ class NeuralDemonsLayer(nn.Module):
 
 
 class Level(nn.Module):
-    """All updates of one level, with shared parameters: features and state in, state and the `Update`s out."""
+    """All updates of one level, with shared parameters: features and state in, state and the `Update`s out.
+
+    The field lies on a grid `field_stride` times coarser than the features: the force is averaged to it, so that
+    smoothing, composition and R cost a part of what they would on the features' grid.
+    """
     config: Any
     index: int
     dtype: Any
@@ -144,13 +155,15 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, fixed, moving, u, u_inverse, v):
         c, i = self.config, self.index
+        space, stride = fixed.shape[1:4], c.field_stride
         difference = DifferenceStream(c.max_step, c.heads, c.cross_radius[i], c.self_radius[i], c.self_window[i],
                                       self.dtype)
-        layer = NeuralDemonsLayer(c.max_step, c.demons_features, c.sigma_fluid, self.dtype)
+        layer = NeuralDemonsLayer(c.max_step / stride, c.demons_features, c.sigma_fluid, self.dtype)
         updates = []
         # Not `nn.scan`: in a loop XLA on CPU runs the convolutions seven times slower.
         for _ in range(c.updates[i]):
-            force, demons_force, attention_force = difference(fixed, warp(moving, u))
+            force, demons_force, attention_force = (
+                average_pool(p, stride) / stride for p in difference(fixed, warp(moving, resize_field(u, space))))
             delta = layer(force, u)
             made = Update(force, demons_force, attention_force, delta, u, u_inverse, u, u_inverse)
             # Both flows in one call: half the program to compile.
@@ -165,7 +178,7 @@ class Level(nn.Module):
 
 
 class DrivenMorph(nn.Module):
-    """Register (B, D, H, W, 1) images in [0, 1]; every side a multiple of the coarsest stride.
+    """Register (B, D, H, W, 1) images in [0, 1]; every side a multiple of the coarsest stride times `field_stride`.
 
     Levels are listed finest first, as in the config: `strides`, `channels`, `updates`, `cross_radius`, `self_radius`,
     `self_window` (0 is off). phi = exp(delta_1) o ... o exp(delta_n), inverse exp(-delta_n) o ... o exp(-delta_1).
@@ -179,12 +192,13 @@ class DrivenMorph(nn.Module):
         encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, name="encoder")
         fixed_pyramid, moving_pyramid = encoder(fixed), encoder(moving)
         level = nn.remat(Level) if c.remat else Level
-        u = u_inverse = v = jnp.zeros((fixed.shape[0], *fixed_pyramid[-1].shape[1:4], 3))
+        levels = len(c.strides)
+        u = u_inverse = v = jnp.zeros((fixed.shape[0], *(n // multiple(c) for n in fixed.shape[1:4]), 3))
         updates = ()
-        for i in reversed(range(len(c.strides))):
-            space = fixed_pyramid[i].shape[1:4]
+        for i in reversed(range(levels)):
+            space = [n // c.field_stride for n in fixed_pyramid[i].shape[1:4]]
             u, u_inverse, v = (resize_field(x, space) for x in (u, u_inverse, v))
-            u, u_inverse, v, made = level(c, i, dtype, name=f"level{i}")(
+            u, u_inverse, v, made = level(c, i, dtype, name=f"level{levels - 1 - i}")(
                 fixed_pyramid[i], moving_pyramid[i], u, u_inverse, v)
             updates += made
         space = fixed.shape[1:4]

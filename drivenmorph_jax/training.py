@@ -13,7 +13,7 @@ from drivenmorph_jax.evaluation import evaluate, grid_multiple, make_predict, va
 from drivenmorph_jax.files import make_folder
 from drivenmorph_jax.logs import Logs
 from drivenmorph_jax.losses import SIMILARITIES, total_loss
-from drivenmorph_jax.model import DrivenMorph, checked
+from drivenmorph_jax.model import DrivenMorph, checked, multiple
 
 
 def make_optimizer(config):
@@ -76,12 +76,12 @@ def train_and_evaluate(config, workdir):
         raise InputError(f"{dataset.name} has {len(dataset.val)} subjects in its val split: put at least 2 there")
     with_labels = config.loss.dice > 0
     batches = data.training_batches(dataset.train, config.batch_size // jax.process_count(), config.seed,
-                                    downsample=config.data.downsample, flip=config.data.flip,
-                                    intensity=config.data.intensity, with_labels=with_labels)
+                                    with_labels=with_labels, **{key: config.data[key] for key in (
+                                        "downsample", "flip", "affine", "intensity", "bias", "noise")})
     labels = np.setdiff1d(np.unique([s.labels for s in dataset.train]), dataset.exclude) if with_labels else None
 
     optimizer = make_optimizer(config)
-    side = 2 * config.model.strides[-1]
+    side = 2 * multiple(config.model)
     image = jnp.zeros((1, side, side, side, 1))
 
     def init():

@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drivenmorph_jax.encoder import Encoder, conv3d, instance_norm
+from scipy import ndimage
+
+from drivenmorph_jax.encoder import FLOOR, Encoder, conv3d, instance_norm, local_norm
 from drivenmorph_jax.grid import average_pool
 
 RNG = np.random.default_rng(0)
@@ -23,7 +25,27 @@ def test_pyramid_holds_the_image_itself_first_and_is_normalised():
     for x, stride in zip(pyramid, (1, 2, 8), strict=True):
         assert x.dtype == jnp.float32
         np.testing.assert_allclose(x.mean((1, 2, 3)), 0, atol=1e-4)
-        np.testing.assert_allclose(x[..., :1], instance_norm(average_pool(image, stride)), atol=1e-5)
+        pooled = average_pool(image, stride)
+        np.testing.assert_allclose(x[..., :1], instance_norm(pooled), atol=1e-5)
+        np.testing.assert_allclose(x[..., 1:2], instance_norm(local_norm(pooled)), atol=1e-5)
+
+
+def test_local_normalisation_is_scipys_and_blind_to_contrast():
+    image = RNG.random((1, 12, 14, 16, 1), np.float32)
+    x = image[0, ..., 0]
+    mean, square = (ndimage.uniform_filter(y, 5, mode="constant") for y in (x, x * x))
+    expected = (x - mean) / np.sqrt(np.maximum(square - mean**2, 0) + FLOOR)
+    np.testing.assert_allclose(local_norm(image)[0, ..., 0], expected, atol=1e-4)
+    inside = (0, *(slice(2, -2),) * 3, 0)  # beyond the border is zero
+    np.testing.assert_allclose(local_norm(3 * image + 1)[inside], local_norm(image)[inside], atol=0.02)
+
+
+def test_a_level_of_two_channels_learns_nothing_and_leaves_the_coarser_ones_their_parameters():
+    image = jnp.asarray(RNG.random((1, 16, 16, 16, 1), np.float32))
+    fine, coarse = Encoder(channels=(2, 4, 6), strides=(1, 2, 4)), Encoder(channels=(4, 6), strides=(1, 2))
+    params = coarse.init(jax.random.key(0, impl="rbg"), average_pool(image))
+    for x, expected in zip(fine.apply(params, image)[1:], coarse.apply(params, average_pool(image)), strict=True):
+        np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
 def test_a_constant_image_gives_finite_features_and_gradients():

@@ -137,7 +137,7 @@ def local_correlation(fixed, warped, radius, floor):
 @pytest.mark.parametrize("shape", [(12, 14), (8, 10, 12)])
 def test_lncc_force_is_the_gradient_of_the_local_correlation(shape):
     fixed, warped = np.abs(normal(*shape, 1, scale=0.3)), np.abs(normal(*shape, 1, scale=0.3))
-    p, energy = forces.lncc_force(fixed, warped, 1.5, radius=1, block=1, floor=1e-3)
+    p, energy = forces.lncc_force(fixed, warped, 1.5, radius=1, block=1, floor=1e-3, power=1.0)
     assert energy == pytest.approx(1 - local_correlation(fixed, warped, 1, 1e-3), abs=1e-4)
     # Finite differences of SciPy's correlation, times the image gradient: along the force to a common factor.
     slope = np.stack([np.gradient(warped[..., 0], axis=axis) for axis in range(len(shape))], -1)
@@ -156,10 +156,14 @@ def test_lncc_force_is_the_gradient_of_the_local_correlation(shape):
 
 def test_lncc_force_on_blocks_is_the_gradient_of_its_own_energy():
     fixed, warped = (np.abs(normal(8, 8, 12, 1, scale=0.3)) for _ in range(2))
-    p, _ = forces.lncc_force(fixed, warped, 1.0, radius=1, block=2)
+    p, _ = forces.lncc_force(fixed, warped, 1.0, radius=1, block=2, power=1.0)
     g = -jax.grad(lambda m: forces.lncc_force(fixed, m, 1.0, radius=1, block=2)[1])(warped)
     expected = average_pool(jnp.concatenate([g * difference(warped, axis) for axis in range(3)], -1))
-    np.testing.assert_allclose(p, expected / np.linalg.norm(expected, axis=-1).max(), atol=1e-4)
+    expected /= np.linalg.norm(expected, axis=-1).max()
+    np.testing.assert_allclose(p, expected, atol=1e-4)
+    p, _ = forces.lncc_force(fixed, warped, 2.0, radius=1, block=2)
+    length = np.linalg.norm(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(p, 2 * expected * length**-0.3, atol=5e-3)
 
 
 def test_lncc_force_does_not_mind_gain_and_offset_and_is_bounded():

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drivenmorph_jax.data.augmentation import add_bias, add_noise, apply_affine, change_contrast, random_affine
 from drivenmorph_jax.data.subject import ordered_pairs
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.grid import average_pool
@@ -12,8 +13,8 @@ from drivenmorph_jax.grid import average_pool
 READERS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches
 
 
-def training_batches(subjects, batch_size, seed, *, downsample=1, flip=False, intensity=0.0,
-                     with_labels=False):
+def training_batches(subjects, batch_size, seed, *, downsample=1, flip=False, affine=0.0, intensity=0.0, bias=0.0,
+                     noise=0.0, with_labels=False):
     """Batches of random ordered pairs of different subjects, without end, every pair once before any again.
 
     The order and the augmentation follow from the seed and a pair's place in the sequence alone. Process p of
@@ -26,8 +27,8 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, flip=False, in
       seed: integer.
       downsample: factor by which images are average-pooled, and labels strided, once at the start.
       flip: mirror both images of a random half of the pairs along the first axis, left to right.
-      intensity: strength s of the change of contrast, image^exp(s a) exp(s b), a and b standard normal,
-        for each image separately; the result is clipped to [0, 1].
+      affine, intensity, bias, noise: strengths of the changes of `data.augmentation`, drawn for each image
+        separately.
       with_labels: add the label maps.
 
     Returns:
@@ -44,17 +45,19 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, flip=False, in
     labels = {subject: _strided(subject, downsample) for subject in subjects} if with_labels else {}
 
     def example(pair, rng):
-        # Numbers are drawn whether used or not: switching one augmentation leaves the other as it is.
-        mirrored, contrast = rng.random() < 0.5, np.exp(intensity * rng.standard_normal((2, 2)))
+        # Numbers are drawn whether used or not: switching one augmentation leaves the others as they are.
+        mirrored = rng.random() < 0.5
         side = slice(None, None, -1) if flip and mirrored else slice(None)
         batch = {}
-        for role, subject, (gamma, gain) in zip(("fixed", "moving"), pair, contrast, strict=True):
-            image = images[subject][side]
-            if intensity:
-                image = np.clip(np.float32(gain) * image ** np.float32(gamma), 0, 1)
+        for role, subject in zip(("fixed", "moving"), pair, strict=True):
+            image, matrix = images[subject][side], random_affine(rng, affine)
+            image = apply_affine(image, matrix, 1) if affine else image
+            for change, strength in ((change_contrast, intensity), (add_bias, bias), (add_noise, noise)):
+                image = change(image, rng, strength)
             batch[role] = image[..., None]
             if with_labels:
-                batch[f"{role}_labels"] = labels[subject][side]
+                found = labels[subject][side]
+                batch[f"{role}_labels"] = apply_affine(found, matrix, 0) if affine else found
         return batch
 
     return iter(
