@@ -116,8 +116,8 @@ def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, si
         # One component at a time: XLA then never writes the vectors of a fine force.
         coarser = p.shape[0] // field.shape[0]
         if not coarser:
-            raise ValueError(f"the force comes on a grid of {p.shape[:-1]}, coarser than the field's {field.shape[:-1]}: "
-                             "raise stride, or for lncc_force lower block")
+            raise ValueError(f"the force comes on a grid of {p.shape[:-1]}, coarser than the field's "
+                             f"{field.shape[:-1]}: raise stride, or for lncc_force lower block")
         p = jnp.stack([average_pool(x[..., None], coarser, dims)[..., 0] for x in jnp.moveaxis(p, -1, 0)], -1)
         p = gaussian_smooth(p / stride, sigma_fluid, dims)
         return scale_longest(p, max_step / stride) if scale else p, energy

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from scipy import ndimage
 
 from drivenmorph_jax.encoder import FLOOR, Encoder, conv3d, instance_norm, local_norm

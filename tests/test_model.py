@@ -96,9 +96,9 @@ def test_no_update_moves_anything_by_more_than_the_bound(scale, factor):
 
 @pytest.mark.parametrize("update", ["compositional", "log"])
 def test_the_result_is_a_diffeomorphism_and_comes_with_its_inverse(update):
-    net, params, fixed, moving = made(0.1, update_rule=update, sigma_fluid=1.5)
+    net, params, fixed, moving = made(0.1, update_rule=update, sigma_fluid=1.0)
     out = apply(net, params, fixed, moving)
-    assert float(jnp.linalg.norm(out.u, axis=-1).max()) > 3  # on a grid 16 voxels wide
+    assert float(jnp.linalg.norm(out.u, axis=-1).max()) > 2  # on a grid 16 voxels wide
     inside = (slice(None), *(slice(4, -4),) * 3)
     for u, u_inverse in ((out.u, out.u_inverse), (out.u_inverse, out.u)):
         assert float(jacobian_determinant(u)[inside].min()) > 0
@@ -123,6 +123,7 @@ def test_the_transform_is_the_composition_of_the_exponentials_of_the_velocities(
         u, u_inverse = resize_field(u, space), resize_field(u_inverse, space)
         u = compose(u, exponential(update.velocity, model.STEPS))  # phi o exp(delta)
         u_inverse = compose(exponential(-update.velocity, model.STEPS), u_inverse)  # exp(-delta) o phi^-1
+    u, u_inverse = resize_field(u, SHAPE[1:4]), resize_field(u_inverse, SHAPE[1:4])
     np.testing.assert_allclose(out.u, u, atol=1e-4)
     np.testing.assert_allclose(out.u_inverse, u_inverse, atol=1e-4)
 
