@@ -160,7 +160,8 @@ def demons(fixed, moving, *, force=LNCC["force"], iterations=LNCC["iterations"],
       fixed, moving: (*space, C) on one grid, of values of about 0 to 1; sides multiples of stride 2^(levels - 1). For
         `lncc_force` one channel, for the others any number: intensities, `mind` descriptors, a network's features.
       force: function (fixed, warped moving, max_step) -> (p, energy), see `forces.py`.
-      iterations: largest number at each level, coarse to fine; each has twice the resolution of the one before.
+      iterations: largest number at each level, coarse to fine; each has twice the resolution of the one before. 0
+        leaves a level out.
       stride: the field's grid is this many times coarser than the images' of its level.
       max_step: L, in voxels of the level's images: what one update moves a voxel at most.
       scale: make the longest vector of every smoothed update L, for forces whose length means nothing, as a gradient's.
@@ -188,6 +189,9 @@ def demons(fixed, moving, *, force=LNCC["force"], iterations=LNCC["iterations"],
     field = jnp.zeros((*space, dims), jnp.float32) if initial is None else initial
     energies = []
     for level, count in enumerate(iterations):
+        if not count:
+            energies.append(jnp.zeros(0))
+            continue
         small = _at_level(fixed, moving, field, 2 ** (levels - 1 - level), stride)
         field, trace = demons_level(*small, force=force, iterations=count, max_step=max_step, scale=scale,
                                     sigma_fluid=sigma_fluid, sigma_diffusion=sigma_diffusion, update=update,

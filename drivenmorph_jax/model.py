@@ -75,6 +75,9 @@ def checked(config):
     for coarse, fine in zip(config.strides[1:], config.strides, strict=False):
         if coarse % fine or coarse == fine:
             raise InputError(f"model.strides is {tuple(config.strides)}: each must be a multiple of the one before")
+    if min(config.channels) < 2:
+        raise InputError(f"model.channels is {tuple(config.channels)}: give each level at least 2, the image and its "
+                         "local normalisation")
     for channels, *attention in zip(config.channels, config.cross_radius, config.self_radius, config.self_window,
                                     strict=True):
         if any(attention) and channels % config.heads:

@@ -142,6 +142,13 @@ def test_demons_goes_on_from_an_initial_field():
     assert ((warp(moving, u) - fixed) ** 2).mean() < 0.05 * ((moving - fixed) ** 2).mean()
 
 
+def test_a_level_of_no_iterations_is_left_out():
+    fixed, moving, *_ = pair()
+    found = registered(fixed, moving, "symmetric", iterations=(5, 0))
+    assert [len(energies) for energies in found.energies] == [5, 0]
+    assert found.u.shape == (*fixed.shape[:-1], 3) and np.any(found.u)
+
+
 def test_refinement_improves_half_a_registration():
     fixed, moving, true, brain = pair()
     start = jnp.asarray(0.5 * true)

@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 from configs.smoke import get_config
 from drivenmorph_jax import demons, forces, model
+from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.grid import resize_field
 from drivenmorph_jax.integrate import exponential
 from drivenmorph_jax.jacobian import jacobian_determinant
@@ -182,3 +183,12 @@ def test_pairs_of_a_batch_do_not_see_each_other():
     other = images(3)
     batch = apply(net, params, jnp.concatenate([fixed, other[0]]), jnp.concatenate([moving, other[1]]))
     np.testing.assert_allclose(batch.u[:1], apply(net, params, fixed, moving).u, atol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"channels": (1, 4, 8)}, "at least 2"), ({"channels": (4, 8)}, "give each level one"),
+    ({"strides": (1, 2, 3)}, "multiple of the one before"), ({"heads": 3}, "does not divide"),
+    ({"update_rule": "sum"}, "compositional"), ({"dtype": "int8"}, "bfloat16")])
+def test_settings_that_do_not_fit_are_refused_in_a_sentence(changes, said):
+    with pytest.raises(InputError, match=said):
+        model.checked(settings(**changes))
