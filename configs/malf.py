@@ -2,8 +2,9 @@
 
 python train.py --config configs/malf.py --workdir runs/malf --config.data.root=FOLDER
 
-Measured on 2 CPU cores with an earlier model and less augmentation: after 200 of the 300 steps, mean Dice .597 on the 6
-val pairs at full resolution, from .456 after the affine, without folding. The present one has not been trained to the end.
+Measured on 2 CPU cores with an earlier model and less augmentation: after 200 of the 300 steps, mean Dice .597 on the
+6 val pairs at full resolution, from .456 after the affine, without folding. The present one has not been trained to
+the end.
 """
 
 from ml_collections import ConfigDict, config_dict
