@@ -157,6 +157,15 @@ def test_both_force_terms_are_returned_and_make_the_force():
                                atol=1e-5)
 
 
+def test_on_the_features_grid_the_force_is_the_squashed_sum_of_its_terms():
+    stream = model.DifferenceStream(max_step=2.0, heads=2, cross_radius=1, self_radius=1, self_window=0)
+    fixed, moving = (jnp.asarray(np.random.default_rng(k).normal(size=(1, 8, 8, 8, 4)), jnp.float32) for k in (0, 1))
+    params = noisy(stream.init(jax.random.key(0, impl="rbg"), fixed, moving), 0.1)
+    force, demons_force, attention_force = stream.apply(params, fixed, moving)
+    np.testing.assert_allclose(force, forces.squash(demons_force + attention_force, 2.0), atol=1e-5)
+    assert np.any(attention_force)
+
+
 def test_rematerialisation_changes_nothing():
     net, params, fixed, moving = made(0.1, **ONE_LEVEL)
     again = model.DrivenMorph(settings(remat=True, **ONE_LEVEL))
