@@ -108,15 +108,19 @@ def _save(f, m, found, out):
     ants.image_write(ants.image_read(composed), out)
 
 
-def score(fixed, moving, out):
-    """Dice, folding and SDlogJ of the field in the file `out`, or of none, by the metrics of the project."""
-    from drivenmorph_jax import metrics, transforms
+def read(out):
+    """The field in the file `out`: (D, H, W, 3), voxels."""
+    from drivenmorph_jax import transforms
+
+    displacement, affine = transforms.read_displacement(out)
+    return displacement @ np.linalg.inv(affine[:3, :3]).T.astype(np.float32)
+
+
+def score(fixed, moving, u):
+    """Dice, folding and SDlogJ of a displacement in voxels, by the metrics of the project."""
+    from drivenmorph_jax import metrics
     from drivenmorph_jax.evaluation import brain
 
-    u = np.zeros((*fixed.image.shape, 3), np.float32)
-    if out is not None:
-        displacement, affine = transforms.read_displacement(out)
-        u = displacement @ np.linalg.inv(affine[:3, :3]).T.astype(np.float32)
     inside, jacobian = brain(fixed.image), metrics.jacobian(u)
     return {"dice": metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, u), EXCLUDE),
             "fold_pct": metrics.fold_pct(jacobian, inside), "sdlogj": metrics.sdlogj(jacobian, inside)}
@@ -145,6 +149,13 @@ def iteration(force, shape=(160, 192, 160)):
 EXCLUDE = (0, 1, 42, 43, 46, 63, 64)  # background and scraps of the MICCAI 2012 label set
 
 
+def pairs(folder, split, count):
+    """The first `count` ordered pairs of a split, or all for None."""
+    from drivenmorph_jax import data
+    cohort = data.load(ConfigDict({"name": "folder", "root": folder, "exclude": EXCLUDE, "splits": None}), (split,))
+    return data.ordered_pairs(getattr(cohort, split))[:count]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of aligned images and labels")
@@ -160,20 +171,17 @@ def main():
     if not flags.data:
         parser.error("give --data FOLDER")
 
-    from drivenmorph_jax import data
-    cohort = data.load(ConfigDict({"name": "folder", "root": flags.data, "exclude": EXCLUDE, "splits": None}),
-                       (flags.split,))
     rows, methods = [], []
     for method in flags.methods:
         if METHODS[method] and importlib.util.find_spec(METHODS[method]) is None:
             print(f"{method} is left out: the package {METHODS[method]} is not installed")
         else:
             methods.append(method)
-    for fixed, moving in data.ordered_pairs(getattr(cohort, flags.split))[:flags.pairs]:
+    for fixed, moving in pairs(flags.data, flags.split, flags.pairs):
         files = [str(Path(flags.data) / f"{subject.id}_t1.nii.gz") for subject in (fixed, moving)]
         for method in methods:
             with tempfile.TemporaryDirectory() as folder:
-                out, seconds = None, 0.0
+                u, seconds = np.zeros((*fixed.image.shape, 3), np.float32), 0.0
                 if method != "affine":
                     out = str(Path(folder) / "displacement.nii")
                     start = time.perf_counter()
@@ -183,8 +191,9 @@ def main():
                     if done.returncode:
                         print(f"{method} failed on {fixed.id} {moving.id}: {done.stderr.strip()[-300:]}", flush=True)
                         continue
+                    u = read(out)
                 rows.append({"fixed": fixed.id, "moving": moving.id, "method": method, "seconds": seconds,
-                             **score(fixed, moving, out)})
+                             **score(fixed, moving, u)})
                 print("{fixed} {moving} {method:12} Dice {dice:.4f}  folding {fold_pct:.5f} %  SDlogJ {sdlogj:.3f}  "
                       "{seconds:6.1f} s".format(**rows[-1]), flush=True)
         if flags.out:

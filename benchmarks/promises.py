@@ -14,11 +14,10 @@ import argparse
 
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from benchmarks.demons import EXCLUDE
-from drivenmorph_jax import data, demons, metrics, sharding
+from benchmarks.demons import pairs, score
+from drivenmorph_jax import demons, sharding
 from drivenmorph_jax.evaluation import brain
 from drivenmorph_jax.forces import mind
 from drivenmorph_jax.warp import compose
@@ -34,32 +33,26 @@ def main():
     parser.add_argument("--pairs", type=int, help="only the first of them")
     flags = parser.parse_args()
     sharding.start()
-    cohort = data.load(ConfigDict({"name": "folder", "root": flags.data, "exclude": EXCLUDE, "splits": None}),
-                       (flags.split,))
     rows = []
-    for fixed, moving in tqdm(data.ordered_pairs(getattr(cohort, flags.split))[:flags.pairs], unit="pair"):
-        inside = brain(fixed.image)
+    for fixed, moving in tqdm(pairs(flags.data, flags.split, flags.pairs), unit="pair"):
         f, m = (jnp.asarray(subject.image)[..., None] for subject in (fixed, moving))
-        row = {}
-
-        def score(name, u, fixed=fixed, moving=moving, inside=inside, row=row):
-            u = np.asarray(u)
-            row[f"Dice, {name}"] = metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, u), EXCLUDE)
-            row[f"folding %, {name}"] = metrics.fold_pct(metrics.jacobian(u), inside)
-
-        for name, image in (("MIND", m), ("MIND, inverted", jnp.where(m > 0, 1 - m, 0))):
-            score(name, demons.demons(mind(f), mind(image), **demons.INTENSITY).u)
+        found = {name: demons.demons(mind(f), mind(image), **demons.INTENSITY).u
+                 for name, image in (("MIND", m), ("MIND, inverted", jnp.where(m > 0, 1 - m, 0)))}
         there, back = demons.demons(f, m, **LOG).u, demons.demons(m, f, **LOG).u
-        score("log domain", there)
-        row["swap error, voxels"] = float(jnp.linalg.norm(compose(back, there), axis=-1)[inside].mean())
+        found["log domain"] = there
         for name, settings in (("ESM", demons.INTENSITY), ("LNCC", demons.LNCC)):
-            u = demons.demons(f, m, **settings).u
-            score(name, u)
-            score(f"{name} refined", demons.refine(f, m, u, REFINE_STEPS))
+            found[name] = demons.demons(f, m, **settings).u
+            found[f"{name} refined"] = demons.refine(f, m, found[name], REFINE_STEPS)
+        row = {}
+        for name, u in found.items():
+            scores = score(fixed, moving, np.asarray(u))
+            row |= {f"Dice, {name}": scores["dice"], f"folding %, {name}": scores["fold_pct"]}
+        distance = jnp.linalg.norm(compose(back, there), axis=-1)
+        row["swap error, voxels"] = float(distance[brain(fixed.image)].mean())
         rows.append(row)
         tqdm.write(f"{fixed.id} {moving.id}  " + "  ".join(f"{key} {value:.5f}" for key, value in row.items()))
 
-    print(f"\n{'':32}{'mean':>9}{'least':>9}{'most':>9}")
+    print(f"\n{'':42}{'mean':>9}{'least':>9}{'most':>9}")
     changes = {f"change of Dice, {a} to {b}": [row[f"Dice, {b}"] - row[f"Dice, {a}"] for row in rows]
                for a, b in (("MIND", "MIND, inverted"), ("ESM", "ESM refined"), ("LNCC", "LNCC refined"))}
     for key, values in ({key: [row[key] for row in rows] for key in rows[0]} | changes).items():

@@ -75,6 +75,9 @@ def checked(config):
     for coarse, fine in zip(config.strides[1:], config.strides, strict=False):
         if coarse % fine or coarse == fine:
             raise InputError(f"model.strides is {tuple(config.strides)}: each must be a multiple of the one before")
+    if config.get("field_stride", 0) < 1:
+        raise InputError("model.field_stride is missing or below 1: set it to 1 or more; weights of an earlier version "
+                         "must be trained again")
     if min(config.channels) < 2:
         raise InputError(f"model.channels is {tuple(config.channels)}: give each level at least 2, the image and its "
                          "local normalisation")

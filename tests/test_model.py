@@ -197,7 +197,8 @@ def test_pairs_of_a_batch_do_not_see_each_other():
 @pytest.mark.parametrize(("changes", "said"), [
     ({"channels": (1, 4, 8)}, "at least 2"), ({"channels": (4, 8)}, "give each level one"),
     ({"strides": (1, 2, 3)}, "multiple of the one before"), ({"heads": 3}, "does not divide"),
-    ({"update_rule": "sum"}, "compositional"), ({"dtype": "int8"}, "bfloat16")])
+    ({"update_rule": "sum"}, "compositional"), ({"dtype": "int8"}, "bfloat16"),
+    ({"field_stride": 0}, "field_stride")])
 def test_settings_that_do_not_fit_are_refused_in_a_sentence(changes, said):
     with pytest.raises(InputError, match=said):
         model.checked(settings(**changes))
