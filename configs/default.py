@@ -6,7 +6,7 @@ python train.py --config configs/default.py --workdir runs/default
 of .746 on the 6 test pairs, from .434, without folding (measured; the times beside other work).
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config():
@@ -17,6 +17,7 @@ def get_config():
     config.learning_rate = 1e-3
     config.warmup_steps = 10
     config.clip = 1.0  # largest norm of the gradient
+    config.init = config_dict.placeholder(str)  # a checkpoint to begin with, whose levels are the coarsest of the model
     config.val_every = 35
     config.checkpoint_every = 10
 

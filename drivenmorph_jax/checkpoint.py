@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drivenmorph_jax.errors import InputError
 
@@ -72,6 +73,23 @@ def read_params(folder, params):
         raise InputError(f"{folder} holds a damaged checkpoint: use another, or train again") from error
 
 
+def read_into(folder, params):
+    """`params` with those that the checkpoint holds in their place: a model may have levels that it has not.
+
+    Raises InputError where the checkpoint holds parameters that `params` lacks or has in another shape.
+    """
+    path, found = _newest(folder), flatten_dict(params)
+    stored = flatten_dict(_stored(folder, path))
+    for name, x in stored.items():
+        if name not in found or found[name].shape != x.shape:
+            wanted = found[name].shape if name in found else "none"
+            raise InputError(f"{folder} cannot begin this model: it holds {'/'.join(name)} of shape {tuple(x.shape)}, "
+                             f"the model {wanted}; give one whose levels are the coarsest of this model")
+    return unflatten_dict(found | flatten_dict(read_params(
+        folder, unflatten_dict({name: jax.ShapeDtypeStruct(found[name].shape, found[name].dtype,
+                                                           sharding=found[name].sharding) for name in stored}))))
+
+
 def git_commit():
     """The commit of the source tree, "-dirty" added where files differ from it; None where it is no git tree."""
     def git(*arguments):
@@ -97,13 +115,18 @@ def _newest(folder):
     raise InputError(f"{folder} holds no checkpoint: give the --workdir of a training, or its best or latest")
 
 
+def _stored(folder, path):
+    """Shapes and types of the parameters on disk."""
+    try:
+        return ocp.StandardCheckpointHandler().metadata(Path(path) / "params").tree
+    except Exception as error:
+        raise InputError(f"{folder} holds a damaged checkpoint: use another, or train again") from error
+
+
 def _check(folder, path, wanted):
     """Compare shapes before anything is read: Orbax restores a part of a tree without a word, and of another shape it
     complains once more, with a traceback, when the program ends."""
-    try:
-        stored = ocp.StandardCheckpointHandler().metadata(Path(path) / "params").tree
-    except Exception as error:
-        raise InputError(f"{folder} holds a damaged checkpoint: use another, or train again") from error
+    stored = _stored(folder, path)
     same = jax.tree.structure(stored) == jax.tree.structure(wanted) and all(
         a.shape == b.shape for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(wanted), strict=True))
     if not same:

@@ -54,7 +54,8 @@ def train_and_evaluate(config, workdir):
     """Train `DrivenMorph`, or go on where the last run in `workdir` was stopped, and score it on held-out pairs.
 
     Args:
-      config: as `configs/default.py` makes it.
+      config: as `configs/default.py` makes it; `init` names a checkpoint to begin with, whose levels are the coarsest
+        of this model.
       workdir: gets `latest/` and `best/` checkpoints, `metrics.jsonl`, `tensorboard/` and `evaluation/`.
 
     Returns:
@@ -98,6 +99,8 @@ def train_and_evaluate(config, workdir):
         batches.set_state(state)
     else:
         params, opt_state = jax.jit(init, out_shardings=whole, compiler_options=sharding.compiler_options())()
+        if config.init:
+            params = checkpoint.read_into(config.init, params)
     about = {"config": config.to_dict(), "commit": checkpoint.git_commit(), "spacing": dataset.spacing,
              "data": dataset.name, "exclude": list(dataset.exclude)}
     best_score = checkpoint.read_about(workdir / "best")["score"] if best.latest_step() else -np.inf

@@ -108,6 +108,27 @@ def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):
         load_checkpoint(tmp_path / "nowhere")
 
 
+def test_a_model_with_a_finer_level_begins_with_the_parameters_of_a_coarser_one(smoke, tmp_path):
+    config = get_config()
+    config.model.update({"strides": (1, 2, 8), "channels": (2, 4, 8), "updates": (1, 1, 1),
+                         "cross_radius": (0, 0, 1), "self_radius": (0, 0, 0), "self_window": (0, 0, 4)})
+    config.data.shape = (32, 48, 32)
+    config.steps, config.learning_rate, config.init = 1, 0.0, str(smoke[0])
+    training.train_and_evaluate(config, tmp_path)
+    old, new = (dict(jax.tree.leaves_with_path(load_checkpoint(folder)[1])) for folder in (smoke[0], tmp_path))
+    assert len(new) > len(old)
+    assert all(np.array_equal(new[path], x) for path, x in old.items())
+
+
+def test_a_checkpoint_of_a_finer_model_is_no_beginning_for_a_coarser_one(smoke, tmp_path):
+    config = get_config()
+    config.init = str(smoke[0])
+    for name in ("strides", "channels", "updates", "cross_radius", "self_radius", "self_window"):
+        config.model[name] = config.model[name][1:]
+    with pytest.raises(InputError, match="cannot begin this model: it holds .* of shape"):
+        training.train_and_evaluate(config, tmp_path)
+
+
 def test_schedule_warms_up_and_falls():
     config = get_config()
     config.steps, config.warmup_steps, config.learning_rate = 100, 10, 1e-3

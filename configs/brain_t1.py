@@ -1,0 +1,23 @@
+"""The network of weights/brain-t1: configs/malf.py at half resolution, and a level at full resolution on top of it.
+
+python train.py --config configs/malf.py --workdir runs/malf --config.data.root=FOLDER
+python train.py --config configs/brain_t1.py --workdir runs/brain_t1 --config.data.root=FOLDER --config.init=runs/malf
+"""
+
+from configs.malf import get_config as malf
+
+
+def get_config():
+    config = malf()
+    config.steps = 200
+    config.learning_rate = 5e-4
+    config.val_every = 50
+    config.checkpoint_every = 10
+    config.data.downsample = 1
+    config.model.strides = (1, 2, 4, 8)
+    config.model.channels = (2, 4, 16, 32)
+    config.model.updates = (3, 3, 3, 3)
+    config.model.cross_radius = (0, 0, 0, 2)
+    config.model.self_radius = (0, 0, 0, 0)
+    config.model.self_window = (0, 0, 0, 5)
+    return config
