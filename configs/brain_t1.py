@@ -14,6 +14,7 @@ def get_config():
     config.val_every = 50
     config.checkpoint_every = 10
     config.data.downsample = 1
+    config.data.crop = (96, 96, 96)
     config.model.strides = (1, 2, 4, 8)
     config.model.channels = (2, 4, 16, 32)
     config.model.updates = (3, 3, 3, 3)

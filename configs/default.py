@@ -32,6 +32,7 @@ def get_config():
         "strength": 5.0,  # root mean square of the velocity, mm: Dice starts where affinely aligned real brains do
         "smoothness": (16.0, 8.0),  # mm
         "downsample": 1,  # the network sees images pooled by this factor
+        "crop": (0, 0, 0),  # shape of the random part of them that a step sees; 0 is a whole side
         "flip": False,  # mirror half of the pairs
         "affine": 0.0,  # strengths of random changes of each image, see `data/augmentation.py`
         "intensity": 0.1,

@@ -26,6 +26,7 @@ def get_config():
         "splits": config_dict.placeholder(str),  # a splits.json, where it is neither in the folder nor in its parent
         "exclude": (0, 1, 42, 43, 46, 63, 64),  # background and scraps
         "downsample": 2,
+        "crop": (0, 0, 0),
         "flip": True,
         "affine": 0.02,
         "intensity": 0.2,

@@ -75,10 +75,13 @@ def train_and_evaluate(config, workdir):
     dataset = data.load(config.data, multiple=grid_multiple(config))
     if len(dataset.val) < 2:
         raise InputError(f"{dataset.name} has {len(dataset.val)} subjects in its val split: put at least 2 there")
+    if any(side % multiple(config.model) for side in config.data.crop):
+        raise InputError(f"data.crop is {tuple(config.data.crop)}: make every side a multiple of "
+                         f"{multiple(config.model)}, or 0 for the whole image")
     with_labels = config.loss.dice > 0
     batches = data.training_batches(dataset.train, config.batch_size // jax.process_count(), config.seed,
                                     with_labels=with_labels, **{key: config.data[key] for key in (
-                                        "downsample", "flip", "affine", "intensity", "bias", "noise")})
+                                        "downsample", "crop", "flip", "affine", "intensity", "bias", "noise")})
     labels = np.setdiff1d(np.unique([s.labels for s in dataset.train]), dataset.exclude) if with_labels else None
 
     optimizer = make_optimizer(config)

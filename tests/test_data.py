@@ -227,9 +227,31 @@ def test_downsample_averages_images_and_strides_labels():
     np.testing.assert_array_equal(batch["moving_labels"][0], labels[1::2, 1::2, 1::2])
 
 
+@pytest.mark.parametrize("affine", [0.0, 1e-9])
+def test_crop_takes_the_same_box_of_both_images_and_their_labels(affine):
+    labels = np.arange(6 * 8 * 4, dtype=np.int32).reshape(6, 8, 4)
+    subjects = [Subject(id, labels.astype(np.float32) / labels.size, labels, np.eye(4)) for id in "ab"]
+    batches = training_batches(subjects, 1, seed=0, crop=(4, 3, 0), affine=affine, with_labels=True)
+    corners = set()
+    for _ in range(40):
+        batch = next(batches)
+        assert batch["fixed"].shape == (1, 4, 3, 4, 1)
+        # Without the faces: of those of the whole image an affine makes zeros.
+        inner = (0, slice(1, -1), slice(1, -1), slice(1, -1))
+        corner = np.array(np.unravel_index(batch["fixed_labels"][0, 1, 1, 1], labels.shape)) - 1
+        corners.add(tuple(corner.tolist()))
+        box = tuple(slice(start + 1, start + n - 1) for start, n in zip(corner, (4, 3, 4), strict=True))
+        for role in ("fixed", "moving"):
+            np.testing.assert_array_equal(batch[f"{role}_labels"][inner], labels[box])
+            np.testing.assert_allclose(batch[role][inner][..., 0], labels[box] / labels.size, atol=1e-6)
+    assert {corner[0] for corner in corners} == {0, 1, 2} and {corner[1] for corner in corners} == set(range(6))
+    assert {corner[2] for corner in corners} == {0}
+
+
 @pytest.mark.parametrize(("subjects", "options", "words"), [
     (coded(1), {}, "at least 2 subjects"),
     (coded(2), {"downsample": 3}, "downsample is 3"),
+    (coded(2), {"crop": (0, 7, 0)}, "crop is .* larger than the images of"),
     (coded(2, labels=False), {"with_labels": True}, "0 has no label map"),
 ])
 def test_pairs_that_cannot_be_made(subjects, options, words):

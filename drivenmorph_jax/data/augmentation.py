@@ -39,8 +39,11 @@ def random_affine(rng, strength):
     return np.eye(3, 4) + strength * rng.standard_normal((3, 4))
 
 
-def apply_affine(volume, affine, order):
-    """Sample a volume (D, H, W) at A (x - c) + c + t c, c its centre: `order` 1 for images, 0 for labels."""
+def apply_affine(volume, affine, order, corner=(0, 0, 0), shape=None):
+    """Sample a volume (D, H, W) at A (x - c) + c + t c, c its centre: `order` 1 for images, 0 for labels.
+
+    Only the voxels x of the box of `shape` at `corner` are computed; all of them by default.
+    """
     centre = (np.array(volume.shape) - 1) / 2
-    offset = centre - affine[:, :3] @ centre + affine[:, 3] * centre
-    return ndimage.affine_transform(volume, affine[:, :3], offset, order=order)
+    offset = affine[:, :3] @ (corner - centre) + centre + affine[:, 3] * centre
+    return ndimage.affine_transform(volume, affine[:, :3], offset, shape, order=order)

@@ -13,8 +13,8 @@ from drivenmorph_jax.grid import average_pool
 READERS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches
 
 
-def training_batches(subjects, batch_size, seed, *, downsample=1, flip=False, affine=0.0, intensity=0.0, bias=0.0,
-                     noise=0.0, with_labels=False):
+def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0), flip=False, affine=0.0,
+                     intensity=0.0, bias=0.0, noise=0.0, with_labels=False):
     """Batches of random ordered pairs of different subjects, without end, every pair once before any again.
 
     The order and the augmentation follow from the seed and a pair's place in the sequence alone. Process p of
@@ -26,6 +26,7 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, flip=False, af
       batch_size: pairs in a batch of this process.
       seed: integer.
       downsample: factor by which images are average-pooled, and labels strided, once at the start.
+      crop: shape of a box, at a random place, of the pooled images, the same of both; 0 is a whole side.
       flip: mirror both images of a random half of the pairs along the first axis, left to right.
       affine, intensity, bias, noise: strengths of the changes of `data.augmentation`, drawn for each image
         separately.
@@ -36,28 +37,36 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, flip=False, af
       'moving_labels': (B, D, H, W) int32}, as NumPy arrays.
 
     Raises:
-      InputError: fewer than two subjects, labels asked for but missing, or a side that `downsample` does not
-        divide.
+      InputError: fewer than two subjects, labels asked for but missing, a side that `downsample` does not divide,
+        or a crop that is larger.
     """
     if len(subjects) < 2:
         raise InputError(f"training needs at least 2 subjects, not {len(subjects)}: add to the train split")
     images = {subject: _pooled(subject, downsample) for subject in subjects}
     labels = {subject: _strided(subject, downsample) for subject in subjects} if with_labels else {}
+    whole = np.array(next(iter(images.values())).shape)
+    box = np.where(crop, crop, whole)
+    if (box > whole).any():
+        raise InputError(f"data.crop is {tuple(crop)}, larger than the images of {tuple(map(int, whole))}: "
+                         "set it lower")
 
     def example(pair, rng):
         # Numbers are drawn whether used or not: switching one augmentation leaves the others as they are.
         mirrored = rng.random() < 0.5
         side = slice(None, None, -1) if flip and mirrored else slice(None)
+        corner = (rng.random(3) * (whole - box + 1)).astype(int)
+        inside = tuple(slice(start, start + n) for start, n in zip(corner, box, strict=True))
         batch = {}
         for role, subject in zip(("fixed", "moving"), pair, strict=True):
             image, matrix = images[subject][side], random_affine(rng, affine)
-            image = apply_affine(image, matrix, 1) if affine else image
+            image = apply_affine(image, matrix, 1, corner, tuple(box)) if affine else image[inside]
             for change, strength in ((change_contrast, intensity), (add_bias, bias), (add_noise, noise)):
                 image = change(image, rng, strength)
             batch[role] = image[..., None]
             if with_labels:
                 found = labels[subject][side]
-                batch[f"{role}_labels"] = apply_affine(found, matrix, 0) if affine else found
+                batch[f"{role}_labels"] = (
+                    apply_affine(found, matrix, 0, corner, tuple(box)) if affine else found[inside])
         return batch
 
     return iter(
