@@ -10,8 +10,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Settings that the checkpoint was trained with are changed by --config.KEY=VALUE. Example:\n\n"
                "  python eval.py --checkpoint runs/malf --out scores --data brains/ --split test")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the --workdir of a training")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results; made where it is missing")
+    parser.add_argument("--checkpoint", metavar="DIR",
+                        help="the --workdir of a training; default: the weights that come with the project, brain-t1")
+    parser.add_argument("--out", metavar="DIR", default="runs/evaluation",
+                        help="folder for the results; made where it is missing; default: runs/evaluation")
     parser.add_argument("--data", metavar="DIR",
                         help="folder of ID_t1.nii.gz and ID_seg.nii.gz to score on, instead of the training's data set")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
@@ -22,9 +24,10 @@ def main():
         parser.error("--refine_steps must be 0 or more")
 
     from drivenmorph_jax import sharding
+    from drivenmorph_jax.checkpoint import SHIPPED
     from drivenmorph_jax.evaluation import evaluate_checkpoint
     sharding.start()
-    evaluate_checkpoint(flags.checkpoint, flags.out, flags.data, flags.split, settings, flags.refine_steps)
+    evaluate_checkpoint(flags.checkpoint or SHIPPED, flags.out, flags.data, flags.split, settings, flags.refine_steps)
 
 
 if __name__ == "__main__":

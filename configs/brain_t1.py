@@ -9,10 +9,8 @@ from configs.malf import get_config as malf
 
 def get_config():
     config = malf()
-    config.steps = 200
-    config.learning_rate = 5e-4
-    config.val_every = 50
-    config.checkpoint_every = 10
+    config.steps = 1200
+    config.val_every = 150
     config.data.downsample = 1
     config.data.crop = (96, 96, 96)
     config.model.strides = (1, 2, 4, 8)

@@ -14,6 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drivenmorph_jax.errors import InputError
 
+SHIPPED = Path(__file__).resolve().parents[1] / "weights" / "brain-t1"
+
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step that it takes
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from drivenmorph_jax import demons, forces, metrics, nifti, report, transforms
 from drivenmorph_jax.affine import register_affine
+from drivenmorph_jax.checkpoint import SHIPPED
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import brain, grid_multiple, load_checkpoint, make_predict
 from drivenmorph_jax.files import make_folder, replacing
@@ -31,21 +32,23 @@ FORCES = {  # name: what makes the features of an image, and the settings of `de
     "mind": (forces.mind, demons.INTENSITY),
 }
 
+REFINE_STEPS = {"drivenmorph": 20, "demons": 0}
 NETWORK_FORCE = "driving force of the network: the sum over its updates, on the fixed grid"
 DEMONS_FORCE = "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"
 
 
-def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", force="lncc", affine=True,
-             refine_steps=0, fixed_labels=None, moving_labels=None):
+def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", force="lncc", affine=True,
+             refine_steps=None, fixed_labels=None, moving_labels=None):
     """Register the NIfTI file `moving` to `fixed` and write every result to the folder `out`.
 
     Args:
-      checkpoint: a training's folder, for method "drivenmorph".
-      method: "drivenmorph", or "demons", which needs no checkpoint.
+      checkpoint: a training's folder, for method "drivenmorph"; by default the weights that come with the project.
+      method: "drivenmorph", or "demons", which needs no weights.
       force: of method "demons": "lncc" (local correlation), "intensity" (symmetric Demons force, for images of one
         scanner) or "mind" (the same on MIND descriptors, for images of two contrasts).
       affine: align by an affine first; else the files' own world coordinates are the alignment.
-      refine_steps: iterations of Demons by local correlation after the method, on its working grid.
+      refine_steps: iterations of Demons by local correlation after the method, on its working grid; by default those
+        of `REFINE_STEPS`.
       fixed_labels, moving_labels: label maps on the grids of their images.
 
     Returns:
@@ -55,14 +58,13 @@ def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", force
       InputError: a file that cannot be used or written. Nothing is written before everything is computed.
     """
     seconds = {}
+    if refine_steps is None:
+        refine_steps = REFINE_STEPS[method]
     with _stage("read", seconds):
         fixed, moving = nifti.load_image(fixed), nifti.load_image(moving)
         fixed_labels = fixed_labels and nifti.load_labels(fixed_labels, fixed)
         moving_labels = moving_labels and nifti.load_labels(moving_labels, moving)
         if method == "drivenmorph":
-            if checkpoint is None:
-                raise InputError("--method drivenmorph needs the weights of a training: give --checkpoint DIR, or use "
-                                 "--method demons")
             config, params, about = load_checkpoint(checkpoint)
             spacing, multiple = about["spacing"], grid_multiple(config)
         else:
@@ -106,7 +108,8 @@ def register(fixed, moving, out, *, checkpoint=None, method="drivenmorph", force
         moved = np.asarray(warp(m[..., None], u)[..., 0])
         summary = {
             "fixed": fixed.path, "moving": moving.path, "method": method,
-            "checkpoint": checkpoint and str(checkpoint), "refine_steps": refine_steps, "affine": affine,
+            "checkpoint": str(checkpoint) if method == "drivenmorph" else None,
+            "refine_steps": refine_steps, "affine": affine,
             "device": jax.devices()[0].device_kind, "working_grid": list(shape), "working_spacing_mm": spacing,
             "similarity_before": _similarity(f, m), "similarity_after": _similarity(f, moved),
             "fold_pct": float(100 * np.mean(jacobian[inside] <= 0)),

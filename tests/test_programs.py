@@ -110,7 +110,6 @@ def test_register_refuses_a_bad_image(kind, side, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(("flags", "words"), [
     (["--method", "demons", "--moving_labels", "other.nii.gz"], ("other.nii.gz", "grid")),
     (["--method", "demons", "--fixed_labels", "image.nii.gz"], ("image.nii.gz", "whole numbers")),
-    ([], ("--checkpoint",)),
     (["--checkpoint", "nothing"], ("nothing", "does not exist")),
     (["--checkpoint", "."], ("checkpoint",)),
 ])
