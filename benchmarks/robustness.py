@@ -1,0 +1,72 @@
+"""What another scanner costs: Dice of the shipped weights on images that are changed, less that on the same unchanged.
+
+python -m benchmarks.robustness [--data FOLDER] [--pairs 3]
+
+Pairs of the folder's test split, or without a folder of the embedded cohort at 1 mm. The moving image alone is changed:
+that is harder than a change of both.
+"""
+
+import argparse
+from functools import partial
+
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import ndimage
+from tqdm import tqdm
+
+from benchmarks.demons import pairs, score
+from configs.default import get_config as default
+from drivenmorph_jax import checkpoint, data, errors, sharding
+from drivenmorph_jax.data import augmentation
+from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
+
+
+def coarse(image, voxels):
+    """As if scanned with voxels that many times larger: smoothed, sampled, and brought back."""
+    smooth = ndimage.gaussian_filter(image, voxels / 2.355)
+    matrix = np.full(3, voxels)
+    small = ndimage.affine_transform(smooth, matrix, output_shape=[int(n / voxels) for n in image.shape], order=1)
+    return ndimage.affine_transform(small, 1 / matrix, output_shape=image.shape, order=1)
+
+
+CHANGES = {
+    "unchanged": lambda image, rng: image,
+    "gamma 0.6": lambda image, rng: image**np.float32(0.6),
+    "gamma 1.6": lambda image, rng: image**np.float32(1.6),
+    "bias, 20 %": partial(augmentation.add_bias, strength=0.2),
+    "noise, 5 %": partial(augmentation.add_noise, strength=0.05),
+    "1.5 mm": lambda image, rng: coarse(image, 1.5),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of aligned images and labels; default: the embedded cohort")
+    parser.add_argument("--checkpoint", default=checkpoint.SHIPPED, help="default: the weights of the project")
+    parser.add_argument("--pairs", type=int, default=3, help="how many; default: 3")
+    parser.add_argument("--refine_steps", type=int, default=0, help="default: 0")
+    flags = parser.parse_args()
+    sharding.start()
+    config, params, _ = load_checkpoint(flags.checkpoint)
+    predict = make_predict(config, flags.refine_steps)
+    if flags.data:
+        found = pairs(flags.data, "test", flags.pairs)
+    else:
+        cohort = data.load(ConfigDict(default().data | {"shape": (160, 192, 160), "spacing": 1.0}), ("test",),
+                           grid_multiple(config))
+        found = data.ordered_pairs(cohort.test)[:flags.pairs]
+    rows = {name: [] for name in CHANGES}
+    for fixed, moving in tqdm(found, unit="pair"):
+        for name, change in CHANGES.items():
+            image = change(moving.image, np.random.default_rng(0)).astype(np.float32)
+            u = np.asarray(predict(params, fixed.image, image)[0])
+            rows[name].append(score(fixed, moving, u))
+    clean = np.mean([row["dice"] for row in rows["unchanged"]])
+    for name, scores in rows.items():
+        dice = np.mean([row["dice"] for row in scores])
+        fold = np.mean([row["fold_pct"] for row in scores])
+        print(f"{name:12} Dice {dice:.4f}  change {dice - clean:+.4f}  folding {fold:.4f} %")
+
+
+if __name__ == "__main__":
+    errors.run(main)
