@@ -19,6 +19,8 @@ def main():
     parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
     parser.add_argument("--refine_steps", type=int, default=0, metavar="N",
                         help="iterations of Demons by local correlation after the network; default: 0")
+    parser.add_argument("--l2r", metavar="DIR",
+                        help="folder for the fields as Learn2Reg has them, disp_<fixed>_<moving>.nii.gz, in voxels")
     flags, settings = parser.parse_known_args()
     if flags.refine_steps < 0:
         parser.error("--refine_steps must be 0 or more")
@@ -27,7 +29,8 @@ def main():
     from drivenmorph_jax.checkpoint import SHIPPED
     from drivenmorph_jax.evaluation import evaluate_checkpoint
     sharding.start()
-    evaluate_checkpoint(flags.checkpoint or SHIPPED, flags.out, flags.data, flags.split, settings, flags.refine_steps)
+    evaluate_checkpoint(flags.checkpoint or SHIPPED, flags.out, flags.data, flags.split, settings, flags.refine_steps,
+                        flags.l2r)
 
 
 if __name__ == "__main__":

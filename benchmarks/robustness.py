@@ -10,7 +10,6 @@ import argparse
 from functools import partial
 
 import numpy as np
-from ml_collections import ConfigDict
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from benchmarks.demons import pairs, score
 from configs.default import get_config as default
 from drivenmorph_jax import checkpoint, data, errors, sharding
 from drivenmorph_jax.data import augmentation
-from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
+from drivenmorph_jax.evaluation import load_checkpoint, make_predict
 
 
 def coarse(image, voxels):
@@ -52,9 +51,9 @@ def main():
     if flags.data:
         found = pairs(flags.data, "test", flags.pairs)
     else:
-        cohort = data.load(ConfigDict(default().data | {"shape": (160, 192, 160), "spacing": 1.0}), ("test",),
-                           grid_multiple(config))
-        found = data.ordered_pairs(cohort.test)[:flags.pairs]
+        settings = default().data
+        settings.update({"shape": (160, 192, 160), "spacing": 1.0})
+        found = data.ordered_pairs(data.load(settings, ("test",)).test)[:flags.pairs]
     rows = {name: [] for name in CHANGES}
     for fixed, moving in tqdm(found, unit="pair"):
         for name, change in CHANGES.items():

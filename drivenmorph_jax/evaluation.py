@@ -13,7 +13,19 @@ from ml_collections import FrozenConfigDict
 from scipy import ndimage
 from tqdm import tqdm
 
-from drivenmorph_jax import checkpoint, configuration, data, demons, logs, metrics, report, sharding
+from drivenmorph_jax import (
+    checkpoint,
+    configuration,
+    data,
+    demons,
+    logs,
+    metrics,
+    nifti,
+    report,
+    sharding,
+    transforms,
+)
+from drivenmorph_jax.data.folder import IMAGE
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import average_pool, resize_field
@@ -74,7 +86,7 @@ def brain(image):
     return ndimage.binary_fill_holes(image > 0)
 
 
-def evaluate(config, params, dataset, split, out, training=None, refine_steps=0):
+def evaluate(config, params, dataset, split, out, training=None, refine_steps=0, l2r=None):
     """Score every ordered pair of a split and write `summary.json`, `pairs.csv`, `report.md` and figures to `out`.
 
     Args:
@@ -83,6 +95,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0)
       split: "train", "val" or "test".
       training: folder whose `metrics.jsonl` gives the training curves, where there is one.
       refine_steps: iterations of Demons after the network.
+      l2r: folder for Learn2Reg's fields of the pairs, where the data set is one of files.
 
     Returns:
       The summary. Raises InputError where the split has no pair.
@@ -105,6 +118,8 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0)
         row = metrics.pair_metrics(u, u_inverse, fixed.labels, moving.labels, (dataset.spacing,) * 3,
                                    brain(fixed.image), dataset.exclude, u_true=u_true)
         rows.append({"fixed": fixed.id, "moving": moving.id, **row, "seconds": seconds})
+        if l2r:
+            _write_l2r(l2r, config.data.root, fixed, moving, u)
         fields.append((u.astype(np.float16), np.asarray(force, np.float16)))
         if "dice" in row:
             for found, labels in ((before, moving.labels), (after, metrics.warp_labels(moving.labels, u))):
@@ -137,6 +152,13 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0)
     return summary
 
 
+def _write_l2r(folder, root, fixed, moving, u):
+    """disp_<fixed>_<moving>.nii.gz: (X, Y, Z, 3) in voxels of the two files, identity not included."""
+    files = [nifti.load_image(Path(root) / f"{subject.id}{IMAGE}") for subject in (fixed, moving)]
+    found = transforms.learn2reg_displacement(files[0].data.shape, files[0].affine, u, fixed.affine, files[1].affine)
+    nifti.save(make_folder(folder) / f"disp_{fixed.id}_{moving.id}.nii.gz", found, files[0])
+
+
 def _picture(path, fixed, moving, u, force, row, spacing):
     u, force = u.astype(np.float32), force.astype(np.float32)
     warped = np.asarray(warp(jnp.asarray(moving.image)[..., None], u)[..., 0])
@@ -161,7 +183,7 @@ def load_checkpoint(folder, overrides=()):
     return config, checkpoint.read_params(folder, shapes), about
 
 
-def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refine_steps=0):
+def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refine_steps=0, l2r=None):
     """`evaluate` a checkpoint on its own data set, or on the folder `root`, and print the table.
 
     The folder is downsampled by the whole number that brings its voxels nearest to those the network was trained on.
@@ -177,8 +199,10 @@ def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refi
     dataset = data.load(config.data, (split,))
     if not config.data.downsample:
         config.data.downsample = max(1, round(voxel / dataset.spacing))
+    if l2r and config.data.name != "folder":
+        raise InputError("--l2r writes fields between files, and this data set has none: give --data FOLDER")
     summary = evaluate(config, params, data.padded(dataset, grid_multiple(config)), split, out, folder,
-                       refine_steps)
+                       refine_steps, l2r)
     print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
     print(f"Report and figures: {Path(out) / 'report.md'}")
     return summary

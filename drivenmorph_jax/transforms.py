@@ -45,6 +45,17 @@ def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform)
     return _displacement(shape, affine, lambda y: deform(_map(back, y)))
 
 
+def learn2reg_displacement(shape, affine, u, work_affine, moving_affine):
+    """Learn2Reg's field, A_moving^-1 d(A i) - i at every voxel i of the fixed grid: (X, Y, Z, 3), voxels.
+
+    (shape, affine) is the fixed grid, A; u (D, H, W, 3) lies in voxels on the grid with affine `work_affine`.
+    """
+    deform, out = _deformation(u, work_affine), np.empty((*shape, 3), np.float32)
+    for i, x in _planes(shape, affine):
+        out[i] = _map(np.linalg.inv(moving_affine), deform(x)) - _map(np.linalg.inv(affine), x)
+    return out
+
+
 def force_on_grid(shape, affine, force, work_affine):
     """Forces (D, H, W, 3) in voxels of the working grid as vectors in RAS mm on another grid: (X, Y, Z, 3)."""
     to_voxel, channels = np.linalg.inv(work_affine), _channels_first(force)

@@ -1,0 +1,49 @@
+"""The weights that come with the project, as a user gets them."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.default import get_config
+from drivenmorph_jax import data, metrics
+from drivenmorph_jax.checkpoint import SHIPPED
+from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
+from drivenmorph_jax.registration import register
+
+MALF = Path(__file__).resolve().parents[2] / "shared" / "data" / "malf"
+EXCLUDE = (0, 1, 42, 43, 46, 63, 64)
+
+
+def test_they_are_small_and_hold_nothing_but_parameters():
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) < 16e6
+    assert not list(SHIPPED.rglob("opt_state"))
+    assert "CC BY-NC" in (SHIPPED / "README.md").read_text()
+
+
+def test_two_files_are_registered_with_no_settings(tmp_path):
+    settings = get_config().data
+    settings.update({"shape": (72, 88, 72), "spacing": 2.0, "num_test": 2})
+    cohort = data.load(settings, ("test",))
+    for name, subject in zip(("fixed", "moving"), cohort.test, strict=True):
+        for ending, voxels in (("t1", 1000 * subject.image), ("seg", subject.labels)):
+            nib.save(nib.Nifti1Image(voxels.astype(np.int16), subject.affine), tmp_path / f"{name}_{ending}.nii.gz")
+    summary = register(*(tmp_path / f"{name}_t1.nii.gz" for name in ("fixed", "moving")), tmp_path / "out",
+                       affine=False, **{f"{name}_labels": tmp_path / f"{name}_seg.nii.gz"
+                                        for name in ("fixed", "moving")})
+    assert summary["refine_steps"] == 20 and summary["fold_pct"] < 0.01
+    assert summary["dice_after"] > summary["dice_before"] + 0.25
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["checkpoint"].endswith("brain-t1")
+
+
+@pytest.mark.skipif(not MALF.is_dir(), reason="needs the folder of real brains beside the project")
+def test_a_real_pair_that_no_training_saw():
+    config, params, _ = load_checkpoint(SHIPPED)
+    settings = ConfigDict({"name": "folder", "root": str(MALF / "aligned"), "exclude": EXCLUDE, "splits": None})
+    fixed, moving = data.load(settings, ("test",), grid_multiple(config)).test[:2]
+    u = np.asarray(make_predict(config)(params, fixed.image, moving.image)[0])
+    assert metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, u), EXCLUDE) > 0.62
+    assert metrics.fold_pct(metrics.jacobian(u)) < 0.01
