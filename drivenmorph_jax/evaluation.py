@@ -18,6 +18,7 @@ from drivenmorph_jax import (
     configuration,
     data,
     demons,
+    explanation,
     logs,
     metrics,
     nifti,
@@ -27,6 +28,7 @@ from drivenmorph_jax import (
 )
 from drivenmorph_jax.data.folder import IMAGE
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.explanation import by_level
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.losses import lncc
@@ -40,10 +42,11 @@ def grid_multiple(config):
 
 
 def make_predict(config, refine_steps=0):
-    """A jitted function (params, fixed, moving (D, H, W)) -> u, u_inverse, driving force (D, H, W, 3), in voxels.
+    """A jitted function (params, fixed, moving (D, H, W)) -> u, u_inverse, driving force (D, H, W, 3), and the levels.
 
     The network sees the images pooled by `data.downsample`; its fields are resampled to their grid, and `refine_steps`
-    iterations of `demons.refine` follow.
+    iterations of `demons.refine` follow. The levels are the `LevelForces` of the network, coarse to fine, (D, H, W, 3)
+    on grids of their own. All in voxels of the images.
     """
     model = DrivenMorph(FrozenConfigDict(config.model))
 
@@ -53,10 +56,11 @@ def make_predict(config, refine_steps=0):
         registration = model.apply({"params": params}, *small)
         fields = registration.u, registration.u_inverse, driving_force(registration)
         u, u_inverse, force = (resize_field(field, fixed.shape)[0] for field in fields)
+        levels = jax.tree.map(lambda x: config.data.downsample * x[0], by_level(registration))
         if refine_steps:
             u = demons.refine(fixed[..., None], moving[..., None], u, refine_steps)
             u_inverse = demons.coarse_inverse(u)
-        return u, u_inverse, force
+        return u, u_inverse, force, levels
 
     return predict
 
@@ -108,10 +112,10 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     images = (pairs[0][0].image, pairs[0][1].image)
     jax.block_until_ready(predict(params, *images))  # compiles
 
-    rows, before, after, fields = [], {}, {}, []
+    rows, before, after, fields, forces = [], {}, {}, [], []
     for fixed, moving in tqdm(pairs, unit="pair", desc=split, dynamic_ncols=True):
         start = time.perf_counter()
-        u, u_inverse, force = jax.block_until_ready(predict(params, fixed.image, moving.image))
+        u, u_inverse, force, levels = jax.block_until_ready(predict(params, fixed.image, moving.image))
         seconds = time.perf_counter() - start
         u, u_inverse = np.asarray(u), np.asarray(u_inverse)
         u_true = data.true_displacement(fixed, moving) if fixed.to_template is not None else None
@@ -121,6 +125,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
         if l2r:
             _write_l2r(l2r, config.data.root, fixed, moving, u)
         fields.append((u.astype(np.float16), np.asarray(force, np.float16)))
+        forces.append(jax.tree.map(lambda x: np.asarray(x, np.float16), levels))
         if "dice" in row:
             for found, labels in ((before, moving.labels), (after, metrics.warp_labels(moving.labels, u))):
                 for label, value in metrics.dice(fixed.labels, labels, dataset.exclude).items():
@@ -139,14 +144,23 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
         figures["Training"] = out / "training.png"
         report.curves(figures["Training"], steps)
 
+    found = [{**{f"level {i}": (level.force, level.remaining) for i, level in enumerate(levels, start=1)},
+              "total": (force, u)} for levels, (u, force) in zip(forces, fields, strict=True)]
+    statistics = explanation.statistics(found, [brain(fixed.image) for fixed, _ in pairs])
+    middle = rank[len(rank) // 2]
+    figures["Force by level, median pair"] = out / "forces.png"
+    report.forces(figures["Force by level, median pair"], pairs[middle][0].image, forces[middle],
+                  (dataset.spacing,) * 3)
+
     scores = metrics.summarise(rows)
     summary = {"data": dataset.name, "split": split, "pairs": len(rows), "spacing_mm": dataset.spacing,
                "refine_steps": refine_steps,
                "device": jax.devices()[0].device_kind, "excluded_labels": list(dataset.exclude),
                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-               "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, "brain")}, **scores}
+               "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *explanation.STATISTICS, "brain")},
+               "force": statistics, **scores}
     report.pairs_csv(out / "pairs.csv", rows)
-    report.report_md(out / "report.md", scores, rows, figures)
+    report.report_md(out / "report.md", scores, rows, figures, explanation.markdown(statistics))
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary

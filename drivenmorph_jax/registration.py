@@ -83,7 +83,7 @@ def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", fo
 
     with _stage(method, seconds):
         if method == "drivenmorph":
-            u, u_inverse, force = make_predict(config)(params, f, m)
+            u, u_inverse, force, _ = make_predict(config)(params, f, m)
         else:
             features, settings = FORCES[force]
             features = features(f[..., None]), features(m[..., None])

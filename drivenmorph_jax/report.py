@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
 from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.grid import resize
 from drivenmorph_jax.metrics import DEFINITIONS
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#E69F00", "#56B4E9", "#F0E442", "#5A5A5A"  # Okabe and Ito
@@ -129,6 +130,53 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     _save(sheet.figure, path)
 
 
+def forces(path, fixed, levels, spacing):
+    """Coarse to fine, a row a level: the two terms of the force, the force, and the displacement that remained.
+
+    The axial plane through the fixed brain's centre of mass. The left three are lengths, each row at a scale of its
+    own, that of the force; arrows are magnified, each tile by the factor that its key gives.
+
+    Args:
+      path: the PNG to write.
+      fixed: (D, H, W).
+      levels: `explanation.LevelForces` (D, H, W, 3) each, in voxels of the image, coarse to fine.
+      spacing: voxel size in mm, (3,).
+    """
+    spacing = np.asarray(spacing, float)
+    brain = ndimage.binary_fill_holes(fixed > 0)
+    centre, box = np.rint(ndimage.center_of_mass(brain)).astype(int), _box(brain, spacing)
+    _, axes, letters = VIEWS[0]
+    width, height = ((box[a].stop - box[a].start) * spacing[a] for a in axes)
+    sheet = _Sheet(5, [height / width] * len(levels), "The driving force, coarse to fine", blocks=1)
+    white = np.percentile(fixed[brain], 99.5)
+    for row, level in enumerate(levels):
+        vectors = {name: np.asarray(resize(np.asarray(getattr(level, key), np.float32), fixed.shape)) * spacing
+                   for name, key in (("Demons term", "demons_force"), ("Attention term", "attention_force"),
+                                     ("Driving force", "force"), ("Remaining displacement", "remaining"))}
+        sizes = {name: np.linalg.norm(x, axis=-1) for name, x in vectors.items()}
+        for column, name in enumerate(("Demons term", "Attention term", "|Driving force|", "Driving force",
+                                       "Remaining displacement")):
+            tile = _Tile(sheet.axes(0, row, column), axes, centre, box, spacing, width)
+            if column < 3:
+                most = max(np.percentile(sizes["Driving force"][brain], 99.5), 1e-3)
+                tile.image(sizes[name.strip("|")], Normalize(0, most), "cividis", inside=brain)
+                if column == 2:
+                    tile.ax.text(0.97, 0.97, f"yellow: {most:.1f} mm", transform=tile.ax.transAxes, color="white",
+                                 ha="right", va="top", fontsize=8, path_effects=[HALO])
+            else:
+                tile.image(fixed, Normalize(0, 1.8 * white), "gray")
+                tile.arrows(vectors[name], brain, SKY if column == 3 else ORANGE)
+            if row == 0:
+                tile.ax.set_title(f"|{name}|" if column < 2 else name, fontsize=10.5, pad=5)
+            if column == 0:
+                tile.ax.set_ylabel(f"Level {row + 1}", fontsize=10, labelpad=5)
+                tile.letters(letters)
+                tile.scale_bar()
+    sheet.note(0, "Each level starts from what the coarser ones left. Terms and force of a row at one scale, whose "
+                  "end is written; arrows show the in-plane part.")
+    _save(sheet.figure, path)
+
+
 def curves(path, rows):
     """Loss, and validation Dice where there is one, over the training step.
 
@@ -224,25 +272,32 @@ def markdown_table(summary):
     return "\n".join(lines) + "\n"
 
 
-def report_md(path, summary, rows, figures):
-    """A Markdown page: the table, the definition of every number in it, every pair, the figures.
+def report_md(path, summary, rows, figures, force):
+    """A Markdown page: the table, the definition of every number in it, the force, every pair, the figures.
 
     Args:
       path: the file to write; links are relative to its folder.
       summary: {metric: {"mean", "std"}}.
       rows: one dict a pair.
       figures: {caption: path of the picture}.
+      force: the Markdown table of the force's statistics.
     """
     path = Path(path)
     keys = _keys(rows)
     pairs = ["| " + " | ".join(LABELS.get(key, key) for key in keys) + " |",
              "| " + " | ".join("---" for _ in keys) + " |"]
     pairs += ["| " + " | ".join(_digits(row.get(key, "")) for key in keys) + " |" for row in rows]
-    definitions = [f"- **{LABELS[key]}**: {DEFINITIONS[key]}" for key in summary if key in DEFINITIONS]
+    definitions, of_force = ("\n".join(f"- **{LABELS[key]}**: {DEFINITIONS[key]}" for key in group
+                                       if key in DEFINITIONS)
+                             for group in (summary, ("cosine", "pearson", "spearman", "r2")))
     pictures = [f"### {caption}\n\n![{caption}](<{Path(os.path.relpath(file, path.parent)).as_posix()}>)\n"
                 for caption, file in figures.items()]
     parts = ["# Registration report\n", f"Mean and standard deviation over the pairs, {len(rows)} in all.\n",
-             markdown_table(summary), "## Definitions\n", "\n".join(definitions) + "\n",
+             markdown_table(summary), "## Definitions\n", definitions + "\n",
+             "## The driving force\n",
+             "The forces of each level against the displacement that remained when it began, and their sum against the "
+             "whole: mean over pairs with its 95 % bootstrap interval. Control: the force of one pair against the "
+             "displacement of another.\n", force, of_force + "\n",
              "## Pairs\n", "\n".join(pairs) + "\n"]
     parts += ["## Figures\n", *pictures] if pictures else []
     _write(path, "\n".join(parts).encode())
@@ -333,16 +388,16 @@ class _Tile:
 
 
 class _Sheet:
-    """A page of two blocks of tiles, placed in inches, with a strip for colour bars below each."""
+    """A page of blocks of tiles, placed in inches, with a strip for colour bars below each."""
 
-    def __init__(self, columns, heights, title, tile=2.2, gap=0.04, left=0.36, head=0.3, strip=0.62):
+    def __init__(self, columns, heights, title, blocks=2, tile=2.2, gap=0.04, left=0.36, head=0.3, strip=0.62):
         lines = title.split("\n") if title else []
         self.tile, self.gap, self.left, self.head, self.strip = tile, gap, left, head, strip
         # All lengths are whole pixels at 150 dpi: else pictures stick out of their tiles by a part of one.
         self.heights = [round(tile * h / 0.02) * 0.02 for h in heights]
         self.top = 0.12 + 0.26 * len(lines)
         self.block = head + sum(self.heights) + gap * (len(heights) - 1) + strip
-        self.width, self.height = left + columns * (tile + gap) + 0.1, self.top + 2 * self.block
+        self.width, self.height = left + columns * (tile + gap) + 0.1, self.top + blocks * self.block
         self.figure = Figure(figsize=(self.width, self.height), facecolor="white")
         for i, line in enumerate(lines):
             style = {"fontsize": 10, "color": GREY} if i else {"fontsize": 13, "weight": "bold"}

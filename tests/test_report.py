@@ -119,12 +119,12 @@ def test_report_md_links_figures_and_defines_its_numbers(tmp_path):
     rows = [{"pair": "a_b", "dice": 0.7}, {"pair": "b_a", "dice": 0.75}]
     (tmp_path / "figures").mkdir()
     report.report_md(tmp_path / "report.md", metrics.summarise(rows), rows,
-                     {"First pair": tmp_path / "figures" / "first pair.png"})
+                     {"First pair": tmp_path / "figures" / "first pair.png"}, "| level 1 | 0.5 |\n")
     text = (tmp_path / "report.md").read_text()
     assert "![First pair](<figures/first pair.png>)" in text
     assert "| Dice | 0.725 | 0.025 |" in text
     assert metrics.DEFINITIONS["dice"] in text and metrics.DEFINITIONS["hd95"] not in text
-    assert "| b_a | 0.75 |" in text
+    assert "| b_a | 0.75 |" in text and "| level 1 | 0.5 |" in text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
