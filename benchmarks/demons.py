@@ -1,4 +1,5 @@
-"""Classical registration of one split's ordered pairs, against SimpleITK, greedy, ANTsPy and syntx where installed.
+"""Registration of one split's ordered pairs, by the classical algorithm and by the network with the weights of the
+project, alone and refined, against SimpleITK, greedy, ANTsPy and syntx where installed.
 
 python -m benchmarks.demons --data FOLDER [--split test] [--pairs 12] [--methods affine lncc ...] [--out results.json]
 
@@ -27,19 +28,40 @@ from ml_collections import ConfigDict
 ITK = {"iterations": (100, 60, 30), "sigma": 1.5}
 METHODS = {  # name: the package it needs
     "affine": None, "itk-demons": "SimpleITK", "esm": None, "greedy": "picsl_greedy", "lncc": None, "mind": None,
-    "ants-syn": "ants", "syntx": "syntx"}
+    "network": None, "refined": None, "ants-syn": "ants", "syntx": "syntx"}
 
 
 def ours(fixed, moving, out, settings, features=lambda x: x):
     import jax.numpy as jnp
 
-    from drivenmorph_jax import demons, nifti, sharding, transforms
+    from drivenmorph_jax import demons, nifti, sharding
 
     sharding.start()
     volumes = [nifti.load_image(path) for path in (fixed, moving)]
     u = demons.demons(*(features(jnp.asarray(nifti.normalise(x.data))[..., None]) for x in volumes), **settings).u
-    mm = np.asarray(u) @ volumes[0].affine[:3, :3].T.astype(np.float32)
-    transforms.write_displacement(out, mm, volumes[0], "fixed to moving")
+    _write(out, u, volumes[0])
+
+
+def _write(out, u, fixed):
+    from drivenmorph_jax import transforms
+    mm = np.asarray(u) @ fixed.affine[:3, :3].T.astype(np.float32)
+    transforms.write_displacement(out, mm, fixed, "fixed to moving")
+
+
+def network(fixed, moving, out, refine_steps=0):
+    from drivenmorph_jax import nifti, sharding
+    from drivenmorph_jax.checkpoint import SHIPPED
+    from drivenmorph_jax.evaluation import load_checkpoint, make_predict
+
+    sharding.start()
+    volumes = [nifti.load_image(path) for path in (fixed, moving)]
+    config, params, _ = load_checkpoint(SHIPPED)
+    images = (np.asarray(nifti.normalise(x.data), np.float32) for x in volumes)
+    _write(out, make_predict(config, refine_steps)(params, *images)[0], volumes[0])
+
+
+def refined(fixed, moving, out):
+    network(fixed, moving, out, 20)
 
 
 def lncc(fixed, moving, out):
@@ -117,13 +139,14 @@ def read(out):
 
 
 def score(fixed, moving, u):
-    """Dice, folding and SDlogJ of a displacement in voxels, by the metrics of the project."""
+    """Dice, folding, NDV and SDlogJ of a displacement in voxels, by the metrics of the project."""
     from drivenmorph_jax import metrics
     from drivenmorph_jax.evaluation import brain
 
     inside, jacobian = brain(fixed.image), metrics.jacobian(u)
     return {"dice": metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, u), EXCLUDE),
-            "fold_pct": metrics.fold_pct(jacobian, inside), "sdlogj": metrics.sdlogj(jacobian, inside)}
+            "fold_pct": metrics.fold_pct(jacobian, inside), "ndv_pct": metrics.ndv_pct(u, inside),
+            "sdlogj": metrics.sdlogj(jacobian, inside)}
 
 
 def iteration(force, shape=(160, 192, 160)):
@@ -194,18 +217,19 @@ def main():
                     u = read(out)
                 rows.append({"fixed": fixed.id, "moving": moving.id, "method": method, "seconds": seconds,
                              **score(fixed, moving, u)})
-                print("{fixed} {moving} {method:12} Dice {dice:.4f}  folding {fold_pct:.5f} %  SDlogJ {sdlogj:.3f}  "
-                      "{seconds:6.1f} s".format(**rows[-1]), flush=True)
+                print("{fixed} {moving} {method:12} Dice {dice:.4f}  folding {fold_pct:.5f} %  NDV {ndv_pct:.5f} %  "
+                      "SDlogJ {sdlogj:.3f}  {seconds:6.1f} s".format(**rows[-1]), flush=True)
         if flags.out:
             Path(flags.out).write_text(json.dumps(rows, indent=1))
 
-    print(f"\n{'':12}{'pairs':>6}{'Dice':>8}{'median':>8}{'folding %':>11}{'SDlogJ':>8}{'median s':>10}")
+    print(f"\n{'':12}{'pairs':>6}{'Dice':>8}{'median':>8}{'folding %':>11}{'NDV %':>10}{'SDlogJ':>8}{'median s':>10}")
     for method in methods:
         mine = [row for row in rows if row["method"] == method]
         if mine:
-            d, f, j, s = (np.array([row[key] for row in mine]) for key in ("dice", "fold_pct", "sdlogj", "seconds"))
-            print(f"{method:12}{len(mine):6}{d.mean():8.4f}{np.median(d):8.4f}{f.mean():11.5f}{j.mean():8.3f}"
-                  f"{np.median(s):10.1f}")
+            d, f, n, j, s = (np.array([row[key] for row in mine])
+                             for key in ("dice", "fold_pct", "ndv_pct", "sdlogj", "seconds"))
+            print(f"{method:12}{len(mine):6}{d.mean():8.4f}{np.median(d):8.4f}{f.mean():11.5f}{n.mean():10.5f}"
+                  f"{j.mean():8.3f}{np.median(s):10.1f}")
     for force in ("esm", "lncc"):
         taken, floor = iteration(force)
         print(f"one iteration of {force} at 160x192x160: {taken:.3f} s, {taken / floor:.1f} times the floor")

@@ -9,14 +9,16 @@ from configs.malf import get_config as malf
 
 def get_config():
     config = malf()
-    config.steps = 1200
+    config.steps = 800
     config.val_every = 150
     config.data.downsample = 1
     config.data.crop = (96, 96, 96)
     config.model.strides = (1, 2, 4, 8)
     config.model.channels = (2, 4, 16, 32)
-    config.model.updates = (3, 3, 3, 3)
+    config.model.updates = (4, 4, 4, 4)
     config.model.cross_radius = (0, 0, 0, 2)
     config.model.self_radius = (0, 0, 0, 0)
     config.model.self_window = (0, 0, 0, 5)
+    config.loss.window = 9
+    config.loss.smoothness = 3.0
     return config
