@@ -1,4 +1,4 @@
-"""Score a checkpoint on held-out pairs: summary.json, pairs.csv, report.md and figures."""
+"""Score a checkpoint on held-out pairs: report.html to look at, report.md, summary.json, pairs.csv and figures."""
 
 import argparse
 

@@ -9,7 +9,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Writes warped, displacement, inverse_displacement, jacobian, force (and warped_labels) .nii.gz,\n"
-               "overview.png and summary.json. Examples:\n\n"
+               "overview.png, report.html and summary.json. Examples:\n\n"
                "  python register.py --fixed a.nii.gz --moving b.nii.gz --out result\n"
                "  python register.py --fixed a.nii.gz --moving b.nii.gz --out result --checkpoint runs/default\n"
                "  python register.py --fixed a.nii.gz --moving b.nii.gz --out result --method demons")

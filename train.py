@@ -27,7 +27,7 @@ def main():
     summary = train_and_evaluate(config, flags.workdir)
     if jax.process_index() == 0:
         print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
-        print(f"Checkpoints, logs and figures: {flags.workdir}; the report: {flags.workdir}/evaluation/report.md")
+        print(f"Checkpoints, logs and figures: {flags.workdir}; the report: {flags.workdir}/evaluation/report.html")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from drivenmorph_jax import (
     logs,
     metrics,
     nifti,
+    page,
     report,
     sharding,
     transforms,
@@ -91,7 +92,9 @@ def brain(image):
 
 
 def evaluate(config, params, dataset, split, out, training=None, refine_steps=0, l2r=None):
-    """Score every ordered pair of a split and write `summary.json`, `pairs.csv`, `report.md` and figures to `out`.
+    """Score every ordered pair of a split, and write what was found to `out`.
+
+    `summary.json`, `pairs.csv`, figures, and the same to read as `report.html` and `report.md`.
 
     Args:
       config: the training's, with `data` for this data set.
@@ -131,11 +134,11 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
                 for label, value in metrics.dice(fixed.labels, labels, dataset.exclude).items():
                     found.setdefault(label, []).append(value)
 
-    figures = {}
+    figures, viewers = {}, []
     rank = np.argsort([row.get("dice", row["sdlogj"]) for row in rows])
     for name, place in (("Worst", rank[0]), ("Median", rank[len(rank) // 2]), ("Best", rank[-1])):
         figures[f"{name} pair"] = out / f"{name.lower()}.png"
-        _picture(figures[f"{name} pair"], *pairs[place], *fields[place], rows[place], dataset.spacing)
+        viewers.append(_show(figures[f"{name} pair"], *pairs[place], *fields[place], rows[place], dataset.spacing))
     if after:
         figures["Dice by structure"] = out / "dice.png"
         report.dice_boxplot(figures["Dice by structure"], before, after, dataset.label_names)
@@ -157,10 +160,12 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
                "refine_steps": refine_steps,
                "device": jax.devices()[0].device_kind, "excluded_labels": list(dataset.exclude),
                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-               "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *explanation.STATISTICS, "brain")},
+               "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *report.OF_FORCE, "brain")},
                "force": statistics, **scores}
     report.pairs_csv(out / "pairs.csv", rows)
-    report.report_md(out / "report.md", scores, rows, figures, explanation.markdown(statistics))
+    force = explanation.markdown(statistics)
+    report.report_md(out / "report.md", scores, rows, figures, force)
+    page.report(out / "report.html", f"{dataset.name}, {split}", scores, rows, force, figures, viewers)
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -173,13 +178,16 @@ def _write_l2r(folder, root, fixed, moving, u):
     nifti.save(make_folder(folder) / f"disp_{fixed.id}_{moving.id}.nii.gz", found, files[0])
 
 
-def _picture(path, fixed, moving, u, force, row, spacing):
-    u, force = u.astype(np.float32), force.astype(np.float32)
+def _show(path, fixed, moving, u, force, row, spacing):
+    """Draw one pair's picture to `path`; returns its viewer."""
+    u, force, spacing = u.astype(np.float32), force.astype(np.float32), (spacing,) * 3
     warped = np.asarray(warp(jnp.asarray(moving.image)[..., None], u)[..., 0])
     title = f"{moving.id} to {fixed.id}"
     if "dice" in row:
         title += f"\nDice {row['dice_initial']:.3f} before, {row['dice']:.3f} after; J ≤ 0 in {row['fold_pct']:.4f} %"
-    report.overview(path, fixed.image, moving.image, warped, u, force, metrics.jacobian(u), (spacing,) * 3, title)
+    volumes = fixed.image, moving.image, warped, u, force, metrics.jacobian(u), spacing
+    report.overview(path, *volumes, title)
+    return page.viewer(title.replace("\n", ": "), *volumes)
 
 
 def load_checkpoint(folder, overrides=()):
@@ -218,5 +226,5 @@ def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refi
     summary = evaluate(config, params, data.padded(dataset, grid_multiple(config)), split, out, folder,
                        refine_steps, l2r)
     print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
-    print(f"Report and figures: {Path(out) / 'report.md'}")
+    print(f"Look at {Path(out) / 'report.html'}")
     return summary

@@ -9,10 +9,9 @@ import numpy as np
 from drivenmorph_jax import metrics
 from drivenmorph_jax.grid import resize_field
 from drivenmorph_jax.losses import remaining_displacement
-from drivenmorph_jax.report import LABELS
+from drivenmorph_jax.report import LABELS, OF_FORCE
 
 RESAMPLES = 2000
-STATISTICS = ("cosine", "pearson", "spearman", "r2")
 
 
 @flax.struct.dataclass
@@ -62,7 +61,7 @@ def statistics(pairs, brains):
             own.append(metrics.force_statistics(force, remaining, mask))
             control.append(metrics.force_statistics(pairs[k - shift][level][0], remaining, mask))
         table[level] = {}
-        for name in STATISTICS:
+        for name in OF_FORCE:
             mean, low, high = _bootstrap([row[name] for row in own])
             chance = _bootstrap([row[name] for row in control])
             table[level][name] = {"mean": mean, "low": low, "high": high,
@@ -72,10 +71,10 @@ def statistics(pairs, brains):
 
 def markdown(table):
     """The table of `statistics`, each number with its interval."""
-    lines = ["| Level | " + " | ".join(f"{LABELS[name]} | control" for name in STATISTICS) + " |",
-             "| --- |" + " ---: |" * (2 * len(STATISTICS))]
+    lines = ["| Level | " + " | ".join(f"{LABELS[name]} | control" for name in OF_FORCE) + " |",
+             "| --- |" + " ---: |" * (2 * len(OF_FORCE))]
     for level, row in table.items():
-        cells = [_cell(row[name][key], row[name][low], row[name][high]) for name in STATISTICS
+        cells = [_cell(row[name][key], row[name][low], row[name][high]) for name in OF_FORCE
                  for key, low, high in (("mean", "low", "high"), ("control", "control_low", "control_high"))]
         lines.append(f"| {level} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drivenmorph_jax import demons, forces, metrics, nifti, report, transforms
+from drivenmorph_jax import demons, forces, metrics, nifti, page, report, transforms
 from drivenmorph_jax.affine import register_affine
 from drivenmorph_jax.checkpoint import SHIPPED
 from drivenmorph_jax.errors import InputError
@@ -139,8 +139,12 @@ def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", fo
         if moving_labels:
             nifti.save(out / "warped_labels.nii.gz", warped_labels, moving_labels_on(fixed, moving_labels))
         outlines = fixed_labels and nifti.resample(fixed_labels, shape, grid, order=0)
-        report.overview(out / "overview.png", np.asarray(f), np.asarray(m), moved, u, force, metrics.jacobian(u),
-                        (spacing,) * 3, _title(summary), outlines)
+        volumes = np.asarray(f), np.asarray(m), moved, u, force, metrics.jacobian(u), (spacing,) * 3
+        report.overview(out / "overview.png", *volumes, _title(summary), outlines)
+        title, numbers = _title(summary).split("\n")
+        page.write(out / "report.html", title, [page.paragraph(numbers), page.viewer("Slices", *volumes),
+                                                page.figure("Overview", out / "overview.png"),
+                                                page.definitions(summary["definitions"])])
     summary["seconds"] = seconds | {"total": sum(seconds.values())}
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")

@@ -38,6 +38,12 @@ LABELS = {
     "cosine": "Force cosine", "pearson": "Force Pearson r", "spearman": "Force Spearman ρ", "r2": "Force R²",
 }
 
+OF_FORCE = ("cosine", "pearson", "spearman", "r2")
+OF_PAIRS = "Mean and standard deviation over the pairs, {} in all."
+ABOUT_FORCE = ("The forces of each level against the displacement that remained when it began, and their sum against "
+               "the whole: mean over pairs with its 95 % bootstrap interval. Control: the force of one pair against "
+               "the displacement of another.")
+
 
 def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None):
     """One page for one pair: images, differences, deformed grid, displacement beside driving force, Jacobian.
@@ -272,6 +278,15 @@ def markdown_table(summary):
     return "\n".join(lines) + "\n"
 
 
+def pairs_table(rows):
+    """A Markdown table, one line a pair."""
+    keys = _keys(rows)
+    lines = ["| " + " | ".join(LABELS.get(key, key) for key in keys) + " |",
+             "| " + " | ".join("---" for _ in keys) + " |"]
+    lines += ["| " + " | ".join(_digits(row.get(key, "")) for key in keys) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def report_md(path, summary, rows, figures, force):
     """A Markdown page: the table, the definition of every number in it, the force, every pair, the figures.
 
@@ -283,22 +298,15 @@ def report_md(path, summary, rows, figures, force):
       force: the Markdown table of the force's statistics.
     """
     path = Path(path)
-    keys = _keys(rows)
-    pairs = ["| " + " | ".join(LABELS.get(key, key) for key in keys) + " |",
-             "| " + " | ".join("---" for _ in keys) + " |"]
-    pairs += ["| " + " | ".join(_digits(row.get(key, "")) for key in keys) + " |" for row in rows]
     definitions, of_force = ("\n".join(f"- **{LABELS[key]}**: {DEFINITIONS[key]}" for key in group
                                        if key in DEFINITIONS)
-                             for group in (summary, ("cosine", "pearson", "spearman", "r2")))
+                             for group in (summary, OF_FORCE))
     pictures = [f"### {caption}\n\n![{caption}](<{Path(os.path.relpath(file, path.parent)).as_posix()}>)\n"
                 for caption, file in figures.items()]
-    parts = ["# Registration report\n", f"Mean and standard deviation over the pairs, {len(rows)} in all.\n",
+    parts = ["# Registration report\n", OF_PAIRS.format(len(rows)) + "\n",
              markdown_table(summary), "## Definitions\n", definitions + "\n",
-             "## The driving force\n",
-             "The forces of each level against the displacement that remained when it began, and their sum against the "
-             "whole: mean over pairs with its 95 % bootstrap interval. Control: the force of one pair against the "
-             "displacement of another.\n", force, of_force + "\n",
-             "## Pairs\n", "\n".join(pairs) + "\n"]
+             "## The driving force\n", ABOUT_FORCE + "\n", force, of_force + "\n",
+             "## Pairs\n", pairs_table(rows)]
     parts += ["## Figures\n", *pictures] if pictures else []
     _write(path, "\n".join(parts).encode())
 

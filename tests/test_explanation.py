@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from drivenmorph_jax import explanation, metrics
 from drivenmorph_jax.model import Registration, Update
+from drivenmorph_jax.report import OF_FORCE
 
 SPACE = (16, 12, 20)
 
@@ -44,7 +45,7 @@ def test_statistics_know_a_force_that_explains_from_one_that_does_not():
     pairs = [{"coarse": (u[1::2, 1::2, 1::2] / 3, u[1::2, 1::2, 1::2]), "total": (u / 2, u)} for u in displacements]
     table = explanation.statistics(pairs, brains)
     for level in ("coarse", "total"):
-        for name in explanation.STATISTICS:
+        for name in OF_FORCE:
             row = table[level][name]
             assert row["mean"] == pytest.approx(1, abs=1e-6) and row["low"] == pytest.approx(row["high"])
             assert row["control_low"] <= row["control"] <= row["control_high"] < 0.6

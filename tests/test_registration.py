@@ -12,7 +12,7 @@ from drivenmorph_jax.registration import register
 
 FILES = {"warped.nii.gz", "displacement.nii.gz", "displacement.json", "inverse_displacement.nii.gz",
          "inverse_displacement.json", "jacobian.nii.gz", "force.nii.gz", "force.json", "warped_labels.nii.gz",
-         "overview.png", "summary.json"}
+         "overview.png", "report.html", "summary.json"}
 
 
 @pytest.fixture(scope="module")
