@@ -21,6 +21,10 @@ def main():
                         help="iterations of Demons by local correlation after the network; default: 0")
     parser.add_argument("--l2r", metavar="DIR",
                         help="folder for the fields as Learn2Reg has them, disp_<fixed>_<moving>.nii.gz, in voxels")
+    parser.add_argument("--rivals", metavar="NAMES", default="",
+                        help="run these too, each as a command of its own, on the same pairs: affine, demons, "
+                             "demons-intensity, demons-mind, itk-demons, greedy, syn, syntx, with commas between; "
+                             "writes rivals.md, .json and .png")
     flags, settings = parser.parse_known_args()
     if flags.refine_steps < 0:
         parser.error("--refine_steps must be 0 or more")
@@ -30,7 +34,7 @@ def main():
     from drivenmorph_jax.evaluation import evaluate_checkpoint
     sharding.start()
     evaluate_checkpoint(flags.checkpoint or SHIPPED, flags.out, flags.data, flags.split, settings, flags.refine_steps,
-                        flags.l2r)
+                        flags.l2r, [name for name in flags.rivals.split(",") if name])
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.demons import pairs, score
-from drivenmorph_jax import demons, sharding
-from drivenmorph_jax.evaluation import brain
+from drivenmorph_jax import demons, metrics, sharding
 from drivenmorph_jax.forces import mind
 from drivenmorph_jax.warp import compose
 
@@ -48,7 +47,7 @@ def main():
             scores = score(fixed, moving, np.asarray(u))
             row |= {f"Dice, {name}": scores["dice"], f"folding %, {name}": scores["fold_pct"]}
         distance = jnp.linalg.norm(compose(back, there), axis=-1)
-        row["swap error, voxels"] = float(distance[brain(fixed.image)].mean())
+        row["swap error, voxels"] = float(distance[metrics.brain(fixed.image)].mean())
         rows.append(row)
         tqdm.write(f"{fixed.id} {moving.id}  " + "  ".join(f"{key} {value:.5f}" for key, value in row.items()))
 

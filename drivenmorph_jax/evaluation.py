@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
-from scipy import ndimage
 from tqdm import tqdm
 
 from drivenmorph_jax import (
@@ -24,6 +23,7 @@ from drivenmorph_jax import (
     nifti,
     page,
     report,
+    rivals,
     sharding,
     transforms,
 )
@@ -77,18 +77,13 @@ def validate(predict, params, dataset):
         u = np.asarray(u)
         moved = metrics.warp_labels(moving.labels, u)
         rows.append({"val_dice": metrics.mean_dice(fixed.labels, moved, dataset.exclude),
-                     "val_fold_pct": metrics.fold_pct(metrics.jacobian(u), brain(fixed.image))})
+                     "val_fold_pct": metrics.fold_pct(metrics.jacobian(u), metrics.brain(fixed.image))})
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
 @jax.jit
 def _similarity(fixed, moving, u):
     return lncc(warp(moving[..., None], u)[None], fixed[None, ..., None], 9)
-
-
-def brain(image):
-    """Where a skull-stripped image is above 0, with holes filled: (D, H, W) bool."""
-    return ndimage.binary_fill_holes(image > 0)
 
 
 def evaluate(config, params, dataset, split, out, training=None, refine_steps=0, l2r=None):
@@ -123,7 +118,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
         u, u_inverse = np.asarray(u), np.asarray(u_inverse)
         u_true = data.true_displacement(fixed, moving) if fixed.to_template is not None else None
         row = metrics.pair_metrics(u, u_inverse, fixed.labels, moving.labels, (dataset.spacing,) * 3,
-                                   brain(fixed.image), dataset.exclude, u_true=u_true)
+                                   metrics.brain(fixed.image), dataset.exclude, u_true=u_true)
         rows.append({"fixed": fixed.id, "moving": moving.id, **row, "seconds": seconds})
         if l2r:
             _write_l2r(l2r, config.data.root, fixed, moving, u)
@@ -149,7 +144,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
 
     found = [{**{f"level {i}": (level.force, level.remaining) for i, level in enumerate(levels, start=1)},
               "total": (force, u)} for levels, (u, force) in zip(forces, fields, strict=True)]
-    statistics = explanation.statistics(found, [brain(fixed.image) for fixed, _ in pairs])
+    statistics = explanation.statistics(found, [metrics.brain(fixed.image) for fixed, _ in pairs])
     middle = rank[len(rank) // 2]
     figures["Force by level, median pair"] = out / "forces.png"
     report.forces(figures["Force by level, median pair"], pairs[middle][0].image, forces[middle],
@@ -205,8 +200,11 @@ def load_checkpoint(folder, overrides=()):
     return config, checkpoint.read_params(folder, shapes), about
 
 
-def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refine_steps=0, l2r=None):
+def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refine_steps=0, l2r=None,
+                        others=()):
     """`evaluate` a checkpoint on its own data set, or on the folder `root`, and print the table.
+
+    `others` are names of `rivals.METHODS` to run on the same pairs afterwards.
 
     The folder is downsampled by the whole number that brings its voxels nearest to those the network was trained on.
     """
@@ -221,10 +219,13 @@ def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refi
     dataset = data.load(config.data, (split,))
     if not config.data.downsample:
         config.data.downsample = max(1, round(voxel / dataset.spacing))
-    if l2r and config.data.name != "folder":
-        raise InputError("--l2r writes fields between files, and this data set has none: give --data FOLDER")
+    if (l2r or others) and config.data.name != "folder":
+        raise InputError("--l2r and --rivals work on files, and this data set has none: give --data FOLDER")
+    others = rivals.installed(others)
     summary = evaluate(config, params, data.padded(dataset, grid_multiple(config)), split, out, folder,
                        refine_steps, l2r)
     print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
+    if others:
+        print(rivals.compare(dataset, config.data.root, split, others, out, folder, refine_steps))
     print(f"Look at {Path(out) / 'report.html'}")
     return summary

@@ -39,6 +39,11 @@ DEFINITIONS = {
 }
 
 
+def brain(image):
+    """Where a skull-stripped image is above 0, with holes filled: (D, H, W) bool."""
+    return ndimage.binary_fill_holes(image > 0)
+
+
 def warp_labels(labels, u):
     """Labels at the voxel nearest to x + u(x), clamped at the edge: (D, H, W) of the type given."""
     index = 0

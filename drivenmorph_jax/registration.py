@@ -18,7 +18,7 @@ from drivenmorph_jax import demons, forces, metrics, nifti, page, report, transf
 from drivenmorph_jax.affine import register_affine
 from drivenmorph_jax.checkpoint import SHIPPED
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.evaluation import brain, grid_multiple, load_checkpoint, make_predict
+from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import resize
 from drivenmorph_jax.losses import lncc
@@ -104,7 +104,7 @@ def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", fo
         warped_labels = moving_labels and transforms.apply(moving_labels, displacement, fixed.affine, order=0)
 
     with _stage("score", seconds):
-        inside = brain(nifti.normalise(fixed.data) > 0.02)
+        inside = metrics.brain(nifti.normalise(fixed.data) > 0.02)
         moved = np.asarray(warp(m[..., None], u)[..., 0])
         summary = {
             "fixed": fixed.path, "moving": moving.path, "method": method,
@@ -114,7 +114,7 @@ def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", fo
             "similarity_before": _similarity(f, m), "similarity_after": _similarity(f, moved),
             "fold_pct": float(100 * np.mean(jacobian[inside] <= 0)),
             "sdlogj": float(np.log(np.maximum(jacobian[inside], 1e-9)).std()),
-            "inverse_mm": metrics.inverse_consistency(u, u_inverse, (spacing,) * 3, brain(np.asarray(f))),
+            "inverse_mm": metrics.inverse_consistency(u, u_inverse, (spacing,) * 3, metrics.brain(np.asarray(f))),
             "definitions": {
                 "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid; "
                               "before: after the affine.",

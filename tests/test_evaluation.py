@@ -67,7 +67,7 @@ def test_learn2reg_reads_the_fields_as_its_own(smoke, brains, tmp_path):
 
 
 def test_fields_between_files_need_files(smoke, tmp_path):
-    with pytest.raises(InputError, match="--l2r .* --data"):
+    with pytest.raises(InputError, match="--l2r and --rivals .* --data"):
         evaluate_checkpoint(smoke[0], tmp_path, l2r=tmp_path / "l2r")
 
 

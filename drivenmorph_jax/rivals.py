@@ -1,0 +1,246 @@
+"""Other methods on the same pairs, by the same scores and the same clock.
+
+Each runs as a command of its own, `python -m drivenmorph_jax.rivals METHOD FIXED MOVING OUT`, that starts Python, reads
+two files and writes one displacement field; the seconds are those of the whole command, one after the other. Packages
+that the project does not bring: requirements-rivals.txt.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from drivenmorph_jax import data, metrics, nifti, report, transforms
+from drivenmorph_jax.data.folder import IMAGE
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import make_folder, replacing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def drivenmorph(fixed, moving, out, checkpoint=None, refine_steps="0"):
+    """The network, with the weights of the project where no other checkpoint is named."""
+    from drivenmorph_jax.checkpoint import SHIPPED
+    from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
+
+    config, params, about = load_checkpoint(checkpoint or SHIPPED)
+    f, m = (nifti.canonical(nifti.load_image(path)) for path in (fixed, moving))
+    voxel = about["spacing"] * config.data.downsample
+    config.data.downsample = max(1, round(voxel / float(f.spacing.mean())))
+    predict = make_predict(config, int(refine_steps))
+    _write(out, f, predict(params, *_padded(f, m, grid_multiple(config)))[0])
+
+
+def demons(fixed, moving, out, force="lncc"):
+    """The classical algorithm of the project; `force` as `register.py` has it."""
+    from drivenmorph_jax.demons import demons
+    from drivenmorph_jax.registration import DEMONS_MULTIPLE, FORCES
+
+    features, settings = FORCES[force]
+    f, m = (nifti.canonical(nifti.load_image(path)) for path in (fixed, moving))
+    _write(out, f, demons(*(features(x[..., None]) for x in _padded(f, m, DEMONS_MULTIPLE)), **settings).u)
+
+
+def itk_demons(fixed, moving, out):
+    """SimpleITK's diffeomorphic Demons, three levels."""
+    import SimpleITK as sitk
+
+    f, m = (sitk.ReadImage(path, sitk.sitkFloat32) for path in (fixed, moving))
+    m = sitk.HistogramMatching(m, f, 128, 10, True)
+    registration = sitk.DiffeomorphicDemonsRegistrationFilter()
+    registration.SetStandardDeviations(1.5)
+    field = None
+    for factor, count in ((4, 100), (2, 60), (1, 30)):
+        small = [sitk.Shrink(sitk.SmoothingRecursiveGaussian(x, 0.5 * factor), [factor] * 3) if factor > 1 else x
+                 for x in (f, m)]
+        registration.SetNumberOfIterations(count)
+        field = (registration.Execute(*small) if field is None
+                 else registration.Execute(*small, sitk.Resample(field, small[0])))
+    sitk.WriteImage(field, out)
+
+
+def greedy(fixed, moving, out):
+    """Greedy, local correlation of 5^3 voxels."""
+    from picsl_greedy import Greedy3D
+    Greedy3D().execute(f"-d 3 -m WNCC 2x2x2 -i {fixed} {moving} -n 100x50x20 -o {out}")
+
+
+def syn(fixed, moving, out):
+    """ANTs SyN, mutual information."""
+    import ants
+    f, m = ants.image_read(fixed), ants.image_read(moving)
+    _save(f, m, ants.registration(f, m, "SyNOnly", reg_iterations=(100, 70, 20), initial_transform="Identity"), out)
+
+
+def syntx(fixed, moving, out):
+    """SyN of the package syntx, with the settings of its own benchmark (5.4.15)."""
+    import ants
+    import syntx as package
+    f, m = ants.image_read(fixed), ants.image_read(moving)
+    # The images are aligned already: an identity keeps it from an affine of its own.
+    identity = out.removesuffix(".nii") + "_identity.mat"
+    ants.write_transform(ants.new_ants_transform(dimension=3, transform_type="AffineTransform"), identity)
+    _save(f, m, package.syn(
+        fixed=f, moving=m, initial_transform=identity, backend="pytorch", device="cpu", reg_iterations=[100, 100, 20],
+        grad_step=0.35, flow_sigma=2.5, total_sigma=0.0, similarity_metric="cc2", syn_sampling=2, fast_smooth=True,
+        use_ants_pseudo_gradient=False, use_analytical_gradients=False, inverse_method="anderson",
+        formulation="eulerian", regularizer="sobolev", kernel_type="sobolev", sobolev_alpha=1.5, antisymmetric=True),
+        out)
+
+
+METHODS = {  # name: (what runs, arguments, the package it needs)
+    "drivenmorph": (drivenmorph, (), None),
+    "affine": (None, (), None),  # as the images come
+    "demons": (demons, (), None),
+    "demons-intensity": (demons, ("intensity",), None),
+    "demons-mind": (demons, ("mind",), None),
+    "itk-demons": (itk_demons, (), "SimpleITK"),
+    "greedy": (greedy, (), "picsl_greedy"),
+    "syn": (syn, (), "ants"),
+    "syntx": (syntx, (), "syntx"),
+}
+
+
+def run(method, fixed, moving, *arguments):
+    """(u, seconds): the field (D, H, W, 3) in voxels, RAS axis order, and the wall clock of the command.
+
+    Args:
+      method: a name of `METHODS`, whose package is there.
+      fixed, moving: NIfTI files on one grid.
+      arguments: of the method's function, in place of those that `METHODS` has.
+
+    Raises InputError with what the command said where it failed.
+    """
+    if METHODS[method][0] is None:
+        return np.zeros((*nib.as_closest_canonical(nib.load(fixed)).shape, 3), np.float32), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "displacement.nii")
+        command = [sys.executable, "-m", "drivenmorph_jax.rivals", method, str(fixed), str(moving), out,
+                   *map(str, arguments or METHODS[method][1])]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise InputError(f"{method} failed on {fixed} and {moving}; leave it out, or see why: "
+                             f"{done.stderr.strip()[-300:]}")
+        mm, affine = transforms.read_displacement(out)
+    mm = nib.as_closest_canonical(nib.Nifti1Image(mm, affine))
+    return (np.asarray(mm.dataobj, np.float32) @ np.linalg.inv(mm.affine[:3, :3]).T).astype(np.float32), seconds
+
+
+def installed(names):
+    """Those of `names` that can run; says which package each of the others needs.
+
+    Raises InputError for a name that is none of `METHODS`.
+    """
+    found = []
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"--rivals: {name} is none of {', '.join(METHODS)}")
+        package = METHODS[name][2]
+        if package and importlib.util.find_spec(package) is None:
+            print(f"{name} is left out: {package} is not installed; pip install -r requirements-rivals.txt")
+        else:
+            found.append(name)
+    return found
+
+
+def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
+    """Run every method on every ordered pair of a split, DrivenMorph first; writes rivals.json, .md and .png to `out`.
+
+    Args:
+      dataset: a folder's, not padded; root: that folder.
+      names: of `METHODS`, all of them installed.
+
+    Returns:
+      The Markdown table: mean and std of every score; p of Wilcoxon's signed-rank test on the pairs' Dice against
+      DrivenMorph, by Holm's correction.
+    """
+    out, pairs = make_folder(out), data.ordered_pairs(getattr(dataset, split))
+    names = ["drivenmorph", *(name for name in names if name != "drivenmorph")]
+    rows = {name: [] for name in names}
+    progress = tqdm(total=len(pairs) * len(names), unit="run", dynamic_ncols=True)
+    for fixed, moving in pairs:
+        files = [Path(root) / f"{subject.id}{IMAGE}" for subject in (fixed, moving)]
+        for name in names:
+            progress.set_description(name)
+            u, seconds = run(name, *files, *((checkpoint or "", refine_steps) if name == "drivenmorph" else ()))
+            scores = metrics.pair_metrics(u, None, fixed.labels, moving.labels, (dataset.spacing,) * 3,
+                                          metrics.brain(fixed.image), dataset.exclude)
+            rows[name].append({"fixed": fixed.id, "moving": moving.id, **scores, "seconds": seconds})
+            progress.update()
+        with replacing(out / "rivals.json") as temporary:
+            temporary.write_text(json.dumps(rows, indent=1))
+    progress.close()
+    table = markdown(rows)
+    with replacing(out / "rivals.md") as temporary:
+        temporary.write_text(table)
+    if all("dice" in row for row in rows["drivenmorph"]):
+        report.boxes(out / "rivals.png", {name: [row["dice"] for row in found] for name, found in rows.items()}, "Dice")
+    return table
+
+
+def markdown(rows):
+    """The table of {method: rows of pairs}, its first method being the one that the others are tested against."""
+    first, *others = rows
+    keys = [key for key in rows[first][0] if key in report.LABELS]
+    lines = ["| | pairs | " + " | ".join(report.LABELS[key] for key in keys) + " | p (Dice) |",
+             "| --- | ---: |" + " ---: |" * (len(keys) + 1)]
+    p = dict(zip(others, holm([_wilcoxon(rows[first], rows[name]) for name in others]), strict=True))
+    for name, found in rows.items():
+        summary = metrics.summarise(found)
+        cells = [f"{summary[key]['mean']:.4g} ± {summary[key]['std']:.2g}" if key in summary else "–" for key in keys]
+        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells)
+                     + (f" | {p[name]:.2g} |" if np.isfinite(p.get(name, np.nan)) else " | |"))
+    return "\n".join(lines) + "\n"
+
+
+def holm(p):
+    """Holm's correction: sorted upwards, p_(i) (n - i), i from 0, made non-decreasing and at most 1; nan stays nan."""
+    p = np.asarray(p, float)
+    corrected, known = np.full(p.shape, np.nan), np.flatnonzero(np.isfinite(p))
+    order = known[np.argsort(p[known])]
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * (len(order) - np.arange(len(order)))), 1)
+    return corrected
+
+
+def _wilcoxon(a, b):
+    difference = [x.get("dice", np.nan) - y.get("dice", np.nan) for x, y in zip(a, b, strict=True)]
+    if not np.isfinite(difference).all() or not np.any(difference):
+        return np.nan
+    return float(stats.wilcoxon(difference).pvalue)
+
+
+def _padded(fixed, moving, multiple):
+    """Both images in [0, 1], with background up to a multiple."""
+    import jax.numpy as jnp
+    return (jnp.asarray(np.pad(nifti.normalise(x.data), [(0, -n % multiple) for n in x.data.shape]), jnp.float32)
+            for x in (fixed, moving))
+
+
+def _write(out, fixed, u):
+    u = np.asarray(u)[tuple(map(slice, fixed.data.shape))]
+    transforms.write_displacement(out, u @ fixed.affine[:3, :3].T.astype(np.float32), fixed, "fixed to moving")
+
+
+def _save(f, m, found, out):
+    import ants
+    composed = ants.apply_transforms(f, m, found["fwdtransforms"], compose=out.removesuffix(".nii"))
+    ants.image_write(ants.image_read(composed), out)
+
+
+if __name__ == "__main__":
+    from drivenmorph_jax import sharding
+    if sys.argv[1] in ("drivenmorph", "demons", "demons-intensity", "demons-mind"):
+        sharding.start()
+    METHODS[sys.argv[1]][0](*sys.argv[2:])
