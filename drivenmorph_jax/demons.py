@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.forces import lncc_force, scale_longest, symmetric_force
+from drivenmorph_jax.forces import lncc_force, mind, scale_longest, symmetric_force
 from drivenmorph_jax.grid import along_axes, average_pool, difference, resize_field
 from drivenmorph_jax.integrate import exponential, inverse
 from drivenmorph_jax.warp import compose, warp
@@ -76,6 +76,13 @@ LNCC = {"force": lncc_force, "iterations": (100, 50, 20), "max_step": 1.0, "scal
         "sigma_diffusion": 0.35}
 INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False,
              "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
+FORCES = {  # name: what makes the features of an image, and the settings of `demons`
+    "lncc": (lambda x: x, LNCC),
+    "intensity": (lambda x: x, INTENSITY),
+    "mind": (mind, INTENSITY),
+}
+MULTIPLE = 8  # of sides: three levels halve them twice, and the field is half as fine
+
 
 
 class Registered(NamedTuple):

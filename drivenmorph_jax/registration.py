@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drivenmorph_jax import demons, forces, metrics, nifti, page, report, transforms
+from drivenmorph_jax import demons, metrics, nifti, page, report, transforms
 from drivenmorph_jax.affine import register_affine
 from drivenmorph_jax.checkpoint import SHIPPED
 from drivenmorph_jax.errors import InputError
@@ -25,13 +25,6 @@ from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.warp import warp
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
-DEMONS_MULTIPLE = 8  # its three levels halve the sides twice, and the field is half as fine
-FORCES = {  # name: what makes the features of an image, and the settings of `demons`
-    "lncc": (lambda x: x, demons.LNCC),
-    "intensity": (lambda x: x, demons.INTENSITY),
-    "mind": (forces.mind, demons.INTENSITY),
-}
-
 REFINE_STEPS = {"drivenmorph": 20, "demons": 0}
 NETWORK_FORCE = "driving force of the network: the sum over its updates, on the fixed grid"
 DEMONS_FORCE = "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"
@@ -68,7 +61,7 @@ def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", fo
             config, params, about = load_checkpoint(checkpoint)
             spacing, multiple = about["spacing"], grid_multiple(config)
         else:
-            spacing, multiple = max(DEMONS_SPACING, float(fixed.spacing.min())), DEMONS_MULTIPLE
+            spacing, multiple = max(DEMONS_SPACING, float(fixed.spacing.min())), demons.MULTIPLE
         out = make_folder(out)
 
     with _stage("affine", seconds):
@@ -85,7 +78,7 @@ def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", fo
         if method == "drivenmorph":
             u, u_inverse, force, _ = make_predict(config)(params, f, m)
         else:
-            features, settings = FORCES[force]
+            features, settings = demons.FORCES[force]
             features = features(f[..., None]), features(m[..., None])
             u = demons.demons(*features, **settings).u
             force = resize(settings["force"](*features, settings["max_step"])[0], shape)

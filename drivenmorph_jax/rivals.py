@@ -16,11 +16,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy import stats
-from tqdm import tqdm
 
-from drivenmorph_jax import data, metrics, nifti, report, transforms
-from drivenmorph_jax.data.folder import IMAGE
+# The rest is imported where it is used: a command's seconds count its imports.
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 
@@ -29,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def drivenmorph(fixed, moving, out, checkpoint=None, refine_steps="0"):
     """The network, with the weights of the project where no other checkpoint is named."""
+    from drivenmorph_jax import nifti
     from drivenmorph_jax.checkpoint import SHIPPED
     from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
 
@@ -42,12 +40,12 @@ def drivenmorph(fixed, moving, out, checkpoint=None, refine_steps="0"):
 
 def demons(fixed, moving, out, force="lncc"):
     """The classical algorithm of the project; `force` as `register.py` has it."""
-    from drivenmorph_jax.demons import demons
-    from drivenmorph_jax.registration import DEMONS_MULTIPLE, FORCES
+    from drivenmorph_jax import nifti
+    from drivenmorph_jax.demons import FORCES, MULTIPLE, demons
 
     features, settings = FORCES[force]
     f, m = (nifti.canonical(nifti.load_image(path)) for path in (fixed, moving))
-    _write(out, f, demons(*(features(x[..., None]) for x in _padded(f, m, DEMONS_MULTIPLE)), **settings).u)
+    _write(out, f, demons(*(features(x[..., None]) for x in _padded(f, m, MULTIPLE)), **settings).u)
 
 
 def itk_demons(fixed, moving, out):
@@ -120,6 +118,8 @@ def run(method, fixed, moving, *arguments):
 
     Raises InputError with what the command said where it failed.
     """
+    from drivenmorph_jax import transforms
+
     if METHODS[method][0] is None:
         return np.zeros((*nib.as_closest_canonical(nib.load(fixed)).shape, 3), np.float32), 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -166,6 +166,11 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
       The Markdown table: mean and std of every score; p of Wilcoxon's signed-rank test on the pairs' Dice against
       DrivenMorph, by Holm's correction.
     """
+    from tqdm import tqdm
+
+    from drivenmorph_jax import data, metrics, report
+    from drivenmorph_jax.data.folder import IMAGE
+
     out, pairs = make_folder(out), data.ordered_pairs(getattr(dataset, split))
     names = ["drivenmorph", *(name for name in names if name != "drivenmorph")]
     rows = {name: [] for name in names}
@@ -192,6 +197,8 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
 
 def markdown(rows):
     """The table of {method: rows of pairs}, its first method being the one that the others are tested against."""
+    from drivenmorph_jax import metrics, report
+
     first, *others = rows
     keys = [key for key in rows[first][0] if key in report.LABELS]
     lines = ["| | pairs | " + " | ".join(report.LABELS[key] for key in keys) + " | p (Dice) |",
@@ -215,6 +222,8 @@ def holm(p):
 
 
 def _wilcoxon(a, b):
+    from scipy import stats
+
     difference = [x.get("dice", np.nan) - y.get("dice", np.nan) for x, y in zip(a, b, strict=True)]
     if not np.isfinite(difference).all() or not np.any(difference):
         return np.nan
@@ -224,11 +233,14 @@ def _wilcoxon(a, b):
 def _padded(fixed, moving, multiple):
     """Both images in [0, 1], with background up to a multiple."""
     import jax.numpy as jnp
+
+    from drivenmorph_jax import nifti
     return (jnp.asarray(np.pad(nifti.normalise(x.data), [(0, -n % multiple) for n in x.data.shape]), jnp.float32)
             for x in (fixed, moving))
 
 
 def _write(out, fixed, u):
+    from drivenmorph_jax import transforms
     u = np.asarray(u)[tuple(map(slice, fixed.data.shape))]
     transforms.write_displacement(out, u @ fixed.affine[:3, :3].T.astype(np.float32), fixed, "fixed to moving")
 
