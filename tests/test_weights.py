@@ -21,6 +21,8 @@ EXCLUDE = (0, 1, 42, 43, 46, 63, 64)
 def test_they_are_small_and_hold_nothing_but_parameters():
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) < 16e6
     assert not list(SHIPPED.rglob("opt_state"))
+    # Orbax writes there where on disk it saved.
+    assert not list(SHIPPED.rglob("commit_success.txt"))
     assert "CC BY-NC" in (SHIPPED / "README.md").read_text()
 
 
