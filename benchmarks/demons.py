@@ -20,16 +20,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from drivenmorph_jax import data, errors, metrics, rivals
+from drivenmorph_jax.data.folder import IMAGE
 
 REFINED = "drivenmorph refined"
 
 
 def score(fixed, moving, u):
-    """Dice, folding, NDV and SDlogJ of a displacement in voxels, by the metrics of the project."""
-    inside, jacobian = metrics.brain(fixed.image), metrics.jacobian(u)
-    return {"dice": metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, u), EXCLUDE),
-            "fold_pct": metrics.fold_pct(jacobian, inside), "ndv_pct": metrics.ndv_pct(u, inside),
-            "sdlogj": metrics.sdlogj(jacobian, inside)}
+    """`metrics.pair_metrics` of a displacement in voxels, without what is in mm."""
+    return metrics.pair_metrics(u, None, fixed.labels, moving.labels, None, metrics.brain(fixed.image), EXCLUDE,
+                                hausdorff=False)
 
 
 def iteration(force, shape=(160, 192, 160)):
@@ -64,20 +63,18 @@ def pairs(folder, split, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of aligned images and labels")
+    parser.add_argument("--data", required=True, help="folder of aligned images and labels")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--pairs", type=int, help="only the first of them")
     parser.add_argument("--methods", nargs="+", choices=[*rivals.METHODS, REFINED],
                         default=["affine", "itk-demons", "demons-intensity", "greedy", "demons"])
     parser.add_argument("--out", help="JSON file for every number")
     flags = parser.parse_args()
-    if not flags.data:
-        parser.error("give --data FOLDER")
 
     rows, methods = [], [REFINED] if REFINED in flags.methods else []
     methods = rivals.installed(method for method in flags.methods if method != REFINED) + methods
     for fixed, moving in pairs(flags.data, flags.split, flags.pairs):
-        files = [Path(flags.data) / f"{subject.id}_t1.nii.gz" for subject in (fixed, moving)]
+        files = [Path(flags.data) / f"{subject.id}{IMAGE}" for subject in (fixed, moving)]
         for method in methods:
             try:
                 u, seconds = (rivals.run("drivenmorph", *files, "", 20) if method == REFINED

@@ -42,6 +42,11 @@ def grid_multiple(config):
     return config.data.downsample * multiple(config.model)
 
 
+def downsample_to(voxel, spacing):
+    """The whole number that brings voxels of `spacing` mm nearest to those of `voxel` mm."""
+    return max(1, round(voxel / spacing))
+
+
 def make_predict(config, refine_steps=0):
     """A jitted function (params, fixed, moving (D, H, W)) -> u, u_inverse, driving force (D, H, W, 3), and the levels.
 
@@ -111,14 +116,15 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     jax.block_until_ready(predict(params, *images))  # compiles
 
     rows, before, after, fields, forces = [], {}, {}, [], []
-    for fixed, moving in tqdm(pairs, unit="pair", desc=split, dynamic_ncols=True):
+    brains = [metrics.brain(fixed.image) for fixed, _ in pairs]
+    for (fixed, moving), brain in zip(tqdm(pairs, unit="pair", desc=split, dynamic_ncols=True), brains, strict=True):
         start = time.perf_counter()
         u, u_inverse, force, levels = jax.block_until_ready(predict(params, fixed.image, moving.image))
         seconds = time.perf_counter() - start
         u, u_inverse = np.asarray(u), np.asarray(u_inverse)
         u_true = data.true_displacement(fixed, moving) if fixed.to_template is not None else None
         row = metrics.pair_metrics(u, u_inverse, fixed.labels, moving.labels, (dataset.spacing,) * 3,
-                                   metrics.brain(fixed.image), dataset.exclude, u_true=u_true)
+                                   brain, dataset.exclude, u_true=u_true)
         rows.append({"fixed": fixed.id, "moving": moving.id, **row, "seconds": seconds})
         if l2r:
             _write_l2r(l2r, config.data.root, fixed, moving, u)
@@ -144,7 +150,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
 
     found = [{**{f"level {i}": (level.force, level.remaining) for i, level in enumerate(levels, start=1)},
               "total": (force, u)} for levels, (u, force) in zip(forces, fields, strict=True)]
-    statistics = explanation.statistics(found, [metrics.brain(fixed.image) for fixed, _ in pairs])
+    statistics = explanation.statistics(found, brains)
     middle = rank[len(rank) // 2]
     figures["Force by level, median pair"] = out / "forces.png"
     report.forces(figures["Force by level, median pair"], pairs[middle][0].image, forces[middle],
@@ -218,7 +224,7 @@ def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refi
         params = load_checkpoint(folder, [o for o in overrides if not o.startswith("--config.data.")])[1]
     dataset = data.load(config.data, (split,))
     if not config.data.downsample:
-        config.data.downsample = max(1, round(voxel / dataset.spacing))
+        config.data.downsample = downsample_to(voxel, dataset.spacing)
     if (l2r or others) and config.data.name != "folder":
         raise InputError("--l2r and --rivals work on files, and this data set has none: give --data FOLDER")
     others = rivals.installed(others)

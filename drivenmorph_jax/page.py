@@ -16,7 +16,7 @@ from PIL import Image
 
 from drivenmorph_jax.files import replacing
 from drivenmorph_jax.metrics import DEFINITIONS
-from drivenmorph_jax.report import ABOUT_FORCE, LABELS, OF_FORCE, OF_PAIRS, markdown_table, pairs_table
+from drivenmorph_jax.report import ABOUT_FORCE, LABELS, OF_FORCE, OF_PAIRS, markdown_table, pairs_table, uncropped
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SPACING = 2.0  # mm, the smallest voxels in the page
@@ -90,9 +90,7 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing):
     factors = np.maximum(1, np.rint(SPACING / spacing)).astype(int)
     inside = _pooled((fixed > 0).astype(np.float32), factors) >= 0.5
     white = float(np.percentile(fixed[fixed > 0], 99.5)) if (fixed > 0).any() else 1.0
-    if jacobian.shape != fixed.shape:
-        jacobian = np.pad(jacobian, 2, constant_values=1.0)
-    logarithm = np.log(np.maximum(jacobian, 1e-3))
+    logarithm = np.log(np.maximum(uncropped(jacobian, fixed.shape), 1e-3))
     found = {name: (x, "gray", 0.0, white, "") for name, x in (
         ("Fixed", fixed), ("Moving", moving), ("Warped", warped))}
     found["|Fixed - Warped|"] = np.abs(fixed - warped), "cividis", 0.0, white / 2, ""

@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
+from drivenmorph_jax import metrics
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import resize
 from drivenmorph_jax.metrics import DEFINITIONS
@@ -64,8 +65,7 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     fixed, moving, warped = (np.asarray(x, np.float32).reshape(x.shape[:3]) for x in (fixed, moving, warped))
     spacing = np.asarray(spacing, float)
     u, force = np.asarray(u, np.float32) * spacing, np.asarray(force, np.float32) * spacing
-    if jac.shape != fixed.shape:
-        jac = np.pad(jac, 2, constant_values=1.0)
+    jac = uncropped(jac, fixed.shape)
     white = np.percentile(fixed[fixed > 0], 99.5) if (fixed > 0).any() else 1.0
     brain = ndimage.binary_fill_holes(fixed > 0.05 * white)
     brain = brain if brain.any() else np.ones_like(brain)
@@ -136,6 +136,11 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     _save(sheet.figure, path)
 
 
+def uncropped(jac, shape):
+    """A Jacobian determinant on the whole grid `shape`, 1 where `metrics.jacobian` cropped it."""
+    return jac if jac.shape == shape else np.pad(jac, 2, constant_values=1.0)
+
+
 def forces(path, fixed, levels, spacing):
     """Coarse to fine, a row a level: the two terms of the force, the force, and the displacement that remained.
 
@@ -149,7 +154,7 @@ def forces(path, fixed, levels, spacing):
       spacing: voxel size in mm, (3,).
     """
     spacing = np.asarray(spacing, float)
-    brain = ndimage.binary_fill_holes(fixed > 0)
+    brain = metrics.brain(fixed)
     centre, box = np.rint(ndimage.center_of_mass(brain)).astype(int), _box(brain, spacing)
     _, axes, letters = VIEWS[0]
     width, height = ((box[a].stop - box[a].start) * spacing[a] for a in axes)
@@ -159,12 +164,13 @@ def forces(path, fixed, levels, spacing):
         vectors = {name: np.asarray(resize(np.asarray(getattr(level, key), np.float32), fixed.shape)) * spacing
                    for name, key in (("Demons term", "demons_force"), ("Attention term", "attention_force"),
                                      ("Driving force", "force"), ("Remaining displacement", "remaining"))}
-        sizes = {name: np.linalg.norm(x, axis=-1) for name, x in vectors.items()}
+        sizes = {name: np.linalg.norm(vectors[name], axis=-1) for name in (
+            "Demons term", "Attention term", "Driving force")}
+        most = max(np.percentile(sizes["Driving force"][brain], 99.5), 1e-3)
         for column, name in enumerate(("Demons term", "Attention term", "|Driving force|", "Driving force",
                                        "Remaining displacement")):
             tile = _Tile(sheet.axes(0, row, column), axes, centre, box, spacing, width)
             if column < 3:
-                most = max(np.percentile(sizes["Driving force"][brain], 99.5), 1e-3)
                 tile.image(sizes[name.strip("|")], Normalize(0, most), "cividis", inside=brain)
                 if column == 2:
                     tile.ax.text(0.97, 0.97, f"yellow: {most:.1f} mm", transform=tile.ax.transAxes, color="white",

@@ -26,23 +26,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def drivenmorph(fixed, moving, out, checkpoint=None, refine_steps="0"):
     """The network, with the weights of the project where no other checkpoint is named."""
-    from drivenmorph_jax import nifti
+    from drivenmorph_jax import nifti, sharding
     from drivenmorph_jax.checkpoint import SHIPPED
-    from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
+    from drivenmorph_jax.evaluation import downsample_to, grid_multiple, load_checkpoint, make_predict
 
+    sharding.start()
     config, params, about = load_checkpoint(checkpoint or SHIPPED)
     f, m = (nifti.canonical(nifti.load_image(path)) for path in (fixed, moving))
     voxel = about["spacing"] * config.data.downsample
-    config.data.downsample = max(1, round(voxel / float(f.spacing.mean())))
+    config.data.downsample = downsample_to(voxel, float(f.spacing.mean()))
     predict = make_predict(config, int(refine_steps))
     _write(out, f, predict(params, *_padded(f, m, grid_multiple(config)))[0])
 
 
 def demons(fixed, moving, out, force="lncc"):
     """The classical algorithm of the project; `force` as `register.py` has it."""
-    from drivenmorph_jax import nifti
+    from drivenmorph_jax import nifti, sharding
     from drivenmorph_jax.demons import FORCES, MULTIPLE, demons
 
+    sharding.start()
     features, settings = FORCES[force]
     f, m = (nifti.canonical(nifti.load_image(path)) for path in (fixed, moving))
     _write(out, f, demons(*(features(x[..., None]) for x in _padded(f, m, MULTIPLE)), **settings).u)
@@ -252,7 +254,4 @@ def _save(f, m, found, out):
 
 
 if __name__ == "__main__":
-    from drivenmorph_jax import sharding
-    if sys.argv[1] in ("drivenmorph", "demons", "demons-intensity", "demons-mind"):
-        sharding.start()
     METHODS[sys.argv[1]][0](*sys.argv[2:])

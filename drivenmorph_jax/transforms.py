@@ -51,8 +51,9 @@ def learn2reg_displacement(shape, affine, u, work_affine, moving_affine):
     (shape, affine) is the fixed grid, A; u (D, H, W, 3) lies in voxels on the grid with affine `work_affine`.
     """
     deform, out = _deformation(u, work_affine), np.empty((*shape, 3), np.float32)
+    to_fixed, to_moving = np.linalg.inv(affine), np.linalg.inv(moving_affine)
     for i, x in _planes(shape, affine):
-        out[i] = _map(np.linalg.inv(moving_affine), deform(x)) - _map(np.linalg.inv(affine), x)
+        out[i] = _map(to_moving, deform(x)) - _map(to_fixed, x)
     return out
 
 

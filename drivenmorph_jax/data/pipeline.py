@@ -56,17 +56,19 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
         side = slice(None, None, -1) if flip and mirrored else slice(None)
         corner = (rng.random(3) * (whole - box + 1)).astype(int)
         inside = tuple(slice(start, start + n) for start, n in zip(corner, box, strict=True))
+
+        def cut(volume, matrix, order):
+            return apply_affine(volume, matrix, order, corner, tuple(box)) if affine else volume[inside]
+
         batch = {}
         for role, subject in zip(("fixed", "moving"), pair, strict=True):
-            image, matrix = images[subject][side], random_affine(rng, affine)
-            image = apply_affine(image, matrix, 1, corner, tuple(box)) if affine else image[inside]
+            matrix = random_affine(rng, affine)
+            image = cut(images[subject][side], matrix, 1)
             for change, strength in ((change_contrast, intensity), (add_bias, bias), (add_noise, noise)):
                 image = change(image, rng, strength)
             batch[role] = image[..., None]
             if with_labels:
-                found = labels[subject][side]
-                batch[f"{role}_labels"] = (
-                    apply_affine(found, matrix, 0, corner, tuple(box)) if affine else found[inside])
+                batch[f"{role}_labels"] = cut(labels[subject][side], matrix, 0)
         return batch
 
     return iter(
