@@ -23,8 +23,8 @@ def main():
                         help="folder for the fields as Learn2Reg has them, disp_<fixed>_<moving>.nii.gz, in voxels")
     parser.add_argument("--rivals", metavar="NAMES", default="",
                         help="run these too, each as a command of its own, on the same pairs: affine, demons, "
-                             "demons-intensity, demons-mind, itk-demons, greedy, syn, syntx, with commas between; "
-                             "writes rivals.md, .json and .png")
+                             "demons-intensity, demons-mind, itk-demons, greedy, syn, syntx, voxelmorph, transmorph, "
+                             "with commas between; writes rivals.md, .jsonl and .png")
     flags, settings = parser.parse_known_args()
     if flags.refine_steps < 0:
         parser.error("--refine_steps must be 0 or more")

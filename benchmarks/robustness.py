@@ -58,7 +58,7 @@ def main():
     for fixed, moving in tqdm(found, unit="pair"):
         for name, change in CHANGES.items():
             image = change(moving.image, np.random.default_rng(0)).astype(np.float32)
-            u = np.asarray(predict(params, fixed.image, image)[0])
+            u = np.asarray(predict(params, fixed.image[None], image[None])[0][0])
             rows[name].append(score(fixed, moving, u))
     clean = np.mean([row["dice"] for row in rows["unchanged"]])
     for name, scores in rows.items():

@@ -42,6 +42,7 @@ def get_config():
 
     # Levels are listed finest first.
     config.model = ConfigDict({
+        "name": "drivenmorph",  # or "voxelmorph", "transmorph", which have settings of their own
         "channels": (4, 16, 32),  # the first two of each are the image and its local normalisation
         "strides": (1, 2, 4),
         "field_stride": 2,  # the field of a level is this many times coarser than its features

@@ -1,15 +1,17 @@
 """Scores of trained parameters on the pairs of a data set, and the report of them."""
 
+import hashlib
 import json
 import resource
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 from drivenmorph_jax import (
@@ -33,7 +35,8 @@ from drivenmorph_jax.explanation import by_level
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.losses import lncc
-from drivenmorph_jax.model import DrivenMorph, checked, driving_force, multiple
+from drivenmorph_jax.model import driving_force
+from drivenmorph_jax.networks import make_network, multiple
 from drivenmorph_jax.warp import warp
 
 
@@ -48,38 +51,68 @@ def downsample_to(voxel, spacing):
 
 
 def make_predict(config, refine_steps=0):
-    """A jitted function (params, fixed, moving (D, H, W)) -> u, u_inverse, driving force (D, H, W, 3), and the levels.
+    """A jitted function (params, fixed, moving (B, D, H, W)) -> u, u_inverse, force (B, D, H, W, 3), and the levels.
 
     The network sees the images pooled by `data.downsample`; its fields are resampled to their grid, and `refine_steps`
-    iterations of `demons.refine` follow. The levels are the `LevelForces` of the network, coarse to fine, (D, H, W, 3)
-    on grids of their own. All in voxels of the images.
+    iterations of `demons.refine` follow. The levels are the `LevelForces` of the network, coarse to fine, (B, D, H, W,
+    3) on grids of their own. All in voxels of the images. A batch that is split over devices is computed there.
     """
-    model = DrivenMorph(FrozenConfigDict(config.model))
+    model = make_network(config.model)
 
     @partial(jax.jit, compiler_options=sharding.compiler_options())
     def predict(params, fixed, moving):
-        small = (average_pool(x[None, ..., None], config.data.downsample) for x in (fixed, moving))
+        small = (average_pool(x[..., None], config.data.downsample) for x in (fixed, moving))
         registration = model.apply({"params": params}, *small)
         fields = registration.u, registration.u_inverse, driving_force(registration)
-        u, u_inverse, force = (resize_field(field, fixed.shape)[0] for field in fields)
-        levels = jax.tree.map(lambda x: config.data.downsample * x[0], by_level(registration))
+        u, u_inverse, force = (resize_field(field, fixed.shape[1:]) for field in fields)
+        levels = jax.tree.map(lambda x: config.data.downsample * x, by_level(registration))
         if refine_steps:
-            u = demons.refine(fixed[..., None], moving[..., None], u, refine_steps)
-            u_inverse = demons.coarse_inverse(u)
+            def refined(fixed, moving, u):
+                u = demons.refine(fixed[..., None], moving[..., None], u, refine_steps)
+                return u, demons.coarse_inverse(u)
+
+            # Under vmap a loop that ends by itself goes over its state once more: one pair alone is spared that.
+            u, u_inverse = (jax.vmap(refined)(fixed, moving, u) if len(fixed) > 1 else
+                            (x[None] for x in refined(fixed[0], moving[0], u[0])))
         return u, u_inverse, force, levels
 
     return predict
 
 
+def predictions(predict, params, pairs):
+    """For each (fixed, moving) in turn: (what `predict` found, as NumPy arrays without the batch axis; seconds).
+
+    As many pairs at a time as this process has devices, each on one of them. Accelerators work on the next pairs while
+    the caller looks at the last ones; a CPU would have to do both at once, and the seconds would tell of both.
+    """
+    mesh = sharding.data_parallel_mesh(jax.local_devices())
+    params = jax.device_put(params, sharding.replicated(mesh))
+    groups = [pairs[i:i + mesh.size] for i in range(0, len(pairs), mesh.size)]
+
+    def run(group):
+        whole = group + group[:1] * (mesh.size - len(group))
+        start = time.perf_counter()
+        images = (np.stack([pair[role].image for pair in whole]) for role in (0, 1))
+        found = jax.block_until_ready(predict(params, *jax.device_put(tuple(images), sharding.split_batch(mesh))))
+        return jax.device_get(found), (time.perf_counter() - start) / len(group)
+
+    with ThreadPoolExecutor(1) as ahead:
+        ahead_by = 0 if jax.default_backend() == "cpu" else 1
+        running = deque()
+        for i, group in enumerate(groups):
+            running.extend(ahead.submit(run, later) for later in groups[i + len(running):i + 1 + ahead_by])
+            found, seconds = running.popleft().result()
+            for k in range(len(group)):
+                yield jax.tree.map(lambda x, k=k: x[k], found), seconds
+
+
 def validate(predict, params, dataset):
     """Mean over the ordered val pairs: Dice and folding, or the LNCC of the images where there are no labels."""
-    rows = []
-    for fixed, moving in data.ordered_pairs(dataset.val):
-        u = predict(params, fixed.image, moving.image)[0]
+    rows, pairs = [], data.ordered_pairs(dataset.val)
+    for (fixed, moving), ((u, *_), _) in zip(pairs, predictions(predict, params, pairs), strict=True):
         if fixed.labels is None or moving.labels is None:
             rows.append({"val_lncc": float(_similarity(fixed.image, moving.image, u))})
             continue
-        u = np.asarray(u)
         moved = metrics.warp_labels(moving.labels, u)
         rows.append({"val_dice": metrics.mean_dice(fixed.labels, moved, dataset.exclude),
                      "val_fold_pct": metrics.fold_pct(metrics.jacobian(u), metrics.brain(fixed.image))})
@@ -94,11 +127,13 @@ def _similarity(fixed, moving, u):
 def evaluate(config, params, dataset, split, out, training=None, refine_steps=0, l2r=None):
     """Score every ordered pair of a split, and write what was found to `out`.
 
-    `summary.json`, `pairs.csv`, figures, and the same to read as `report.html` and `report.md`.
+    `summary.json`, `pairs.csv`, figures, and the same to read as `report.html` and `report.md`. `pairs.jsonl` grows by
+    a line a pair, with the Dice of every label besides: a run that was stopped goes on from there, if network, settings
+    and images are still the same.
 
     Args:
       config: the training's, with `data` for this data set.
-      params: of `DrivenMorph(config.model)`.
+      params: of the network of `config.model`.
       split: "train", "val" or "test".
       training: folder whose `metrics.jsonl` gives the training curves, where there is one.
       refine_steps: iterations of Demons after the network.
@@ -107,69 +142,141 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     Returns:
       The summary. Raises InputError where the split has no pair.
     """
-    pairs = data.ordered_pairs(getattr(dataset, split))
+    subjects = getattr(dataset, split)
+    pairs = data.ordered_pairs(subjects)
     if not pairs:
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
     out = make_folder(out)
     predict = make_predict(config, refine_steps)
-    images = (pairs[0][0].image, pairs[0][1].image)
-    jax.block_until_ready(predict(params, *images))  # compiles
-
-    rows, before, after, fields, forces = [], {}, {}, [], []
-    brains = [metrics.brain(fixed.image) for fixed, _ in pairs]
-    for (fixed, moving), brain in zip(tqdm(pairs, unit="pair", desc=split, dynamic_ncols=True), brains, strict=True):
-        start = time.perf_counter()
-        u, u_inverse, force, levels = jax.block_until_ready(predict(params, fixed.image, moving.image))
-        seconds = time.perf_counter() - start
-        u, u_inverse = np.asarray(u), np.asarray(u_inverse)
-        u_true = data.true_displacement(fixed, moving) if fixed.to_template is not None else None
-        row = metrics.pair_metrics(u, u_inverse, fixed.labels, moving.labels, (dataset.spacing,) * 3,
-                                   brain, dataset.exclude, u_true=u_true)
-        rows.append({"fixed": fixed.id, "moving": moving.id, **row, "seconds": seconds})
-        if l2r:
-            _write_l2r(l2r, config.data.root, fixed, moving, u)
-        fields.append((u.astype(np.float16), np.asarray(force, np.float16)))
-        forces.append(jax.tree.map(lambda x: np.asarray(x, np.float16), levels))
-        if "dice" in row:
-            for found, labels in ((before, moving.labels), (after, metrics.warp_labels(moving.labels, u))):
-                for label, value in metrics.dice(fixed.labels, labels, dataset.exclude).items():
-                    found.setdefault(label, []).append(value)
+    record = Record(out, _identity(config, params, subjects, refine_steps, l2r))
+    # The control of a fixed image's pairs: the force between two images of which neither is this one, if there are.
+    jobs = []
+    for k, fixed in enumerate(subjects):
+        left = [pair for pair in pairs if pair[0] is fixed and _names(pair) not in record.rows]
+        if left:
+            jobs += [(True, (subjects[(k + 1) % len(subjects)], subjects[(k + 2) % len(subjects)])),
+                     *((False, pair) for pair in left)]
+    if jobs:
+        for _ in predictions(predict, params, pairs[:1]):  # compiles
+            pass
+    with tqdm(total=len(pairs), initial=len(record.rows), unit="pair", desc=split, dynamic_ncols=True) as bar:
+        found = predictions(predict, params, [pair for _, pair in jobs])
+        for (is_control, pair), (fields, seconds) in zip(jobs, found, strict=True):
+            if is_control:
+                control = fields
+                continue
+            record.add(_scored(pair, fields, control, seconds, dataset))
+            if l2r:
+                _write_l2r(l2r, config.data.root, *pair, fields[0])
+            report.pairs_csv(out / "pairs.csv", [one["scores"] for one in record.rows.values()])
+            bar.update()
+    found = [record.rows[_names(pair)] for pair in pairs]
+    rows = [one["scores"] for one in found]
 
     figures, viewers = {}, []
     rank = np.argsort([row.get("dice", row["sdlogj"]) for row in rows])
-    for name, place in (("Worst", rank[0]), ("Median", rank[len(rank) // 2]), ("Best", rank[-1])):
+    shown = {"Worst": rank[0], "Median": rank[len(rank) // 2], "Best": rank[-1]}
+    statistics = explanation.statistics([one["force"] for one in found], [one["control"] for one in found])
+    again = predictions(predict, params, [pairs[place] for place in shown.values()])
+    for (name, place), ((u, _, force, levels), _) in zip(shown.items(), again, strict=True):
         figures[f"{name} pair"] = out / f"{name.lower()}.png"
-        viewers.append(_show(figures[f"{name} pair"], *pairs[place], *fields[place], rows[place], dataset.spacing))
-    if after:
+        viewers.append(_show(figures[f"{name} pair"], *pairs[place], u, force, rows[place], dataset.spacing))
+        if name == "Median" and statistics:
+            figures["Force by level, median pair"] = out / "forces.png"
+            report.forces(out / "forces.png", pairs[place][0].image, levels, (dataset.spacing,) * 3)
+    if any(one["dice"] for one in found):
         figures["Dice by structure"] = out / "dice.png"
-        report.dice_boxplot(figures["Dice by structure"], before, after, dataset.label_names)
+        report.dice_boxplot(figures["Dice by structure"], *_by_label(found), dataset.label_names)
     steps = logs.read(training) if training else []
     if steps:
         figures["Training"] = out / "training.png"
         report.curves(figures["Training"], steps)
 
-    found = [{**{f"level {i}": (level.force, level.remaining) for i, level in enumerate(levels, start=1)},
-              "total": (force, u)} for levels, (u, force) in zip(forces, fields, strict=True)]
-    statistics = explanation.statistics(found, brains)
-    middle = rank[len(rank) // 2]
-    figures["Force by level, median pair"] = out / "forces.png"
-    report.forces(figures["Force by level, median pair"], pairs[middle][0].image, forces[middle],
-                  (dataset.spacing,) * 3)
-
     scores = metrics.summarise(rows)
+    of_force = report.OF_FORCE if statistics else ()
     summary = {"data": dataset.name, "split": split, "pairs": len(rows), "spacing_mm": dataset.spacing,
                "refine_steps": refine_steps,
                "device": jax.devices()[0].device_kind, "excluded_labels": list(dataset.exclude),
                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-               "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *report.OF_FORCE, "brain")},
+               "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *of_force, "brain")},
                "force": statistics, **scores}
-    report.pairs_csv(out / "pairs.csv", rows)
-    force = explanation.markdown(statistics)
+    force = explanation.markdown(statistics) if statistics else ""
     report.report_md(out / "report.md", scores, rows, figures, force)
     page.report(out / "report.html", f"{dataset.name}, {split}", scores, rows, force, figures, viewers)
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+class Record:
+    """The pairs that a run has scored, `rows` {(fixed, moving): what `_scored` returns}, kept in out/pairs.jsonl.
+
+    The first line says whose they are. Those of another run, or of one that has ended (its summary.json is there), are
+    dropped, and so is a line that was cut short.
+    """
+
+    def __init__(self, out, identity):
+        self.path, self.rows, summary = out / "pairs.jsonl", {}, out / "summary.json"
+        kept = []
+        if self.path.is_file() and not summary.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+            if lines and lines[0] == _line({"run": identity}):
+                kept = [json.loads(line) for line in lines[1:] if line.endswith("}\n")]
+        summary.unlink(missing_ok=True)
+        with replacing(self.path) as temporary:
+            temporary.write_text(_line({"run": identity}) + "".join(map(_line, kept)))
+        self.rows = {(row["scores"]["fixed"], row["scores"]["moving"]): row for row in kept}
+
+    def add(self, row):
+        with self.path.open("a") as file:
+            file.write(_line(row))
+        self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = row
+
+
+def _line(x):
+    return json.dumps(x) + "\n"
+
+
+def _names(pair):
+    return tuple(subject.id for subject in pair)
+
+
+def _identity(config, params, subjects, refine_steps, l2r):
+    """A digest of all that the scores follow from."""
+    settings = [config.to_dict(), checkpoint.git_commit(), refine_steps, str(l2r), [s.id for s in subjects]]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    arrays = [x for s in subjects for x in (s.image, s.labels) if x is not None]
+    for x in jax.tree.leaves(params) + arrays:
+        digest.update(np.ascontiguousarray(x))
+    return digest.hexdigest()
+
+
+def _scored(pair, fields, control, seconds, dataset):
+    """What is kept of a pair, as JSON has it: its scores, Dice of each label before and after, and its force's."""
+    (fixed, moving), (u, u_inverse, force, levels) = pair, fields
+    brain = metrics.brain(fixed.image)
+    u_true = data.true_displacement(fixed, moving) if fixed.to_template is not None else None
+    scores = metrics.pair_metrics(u, u_inverse, fixed.labels, moving.labels, (dataset.spacing,) * 3, brain,
+                                  dataset.exclude, u_true=u_true)
+    dice = {}
+    if "dice" in scores:
+        before, after = (metrics.dice(fixed.labels, labels, dataset.exclude)
+                         for labels in (moving.labels, metrics.warp_labels(moving.labels, u)))
+        dice = {str(label): [before.get(label), value] for label, value in after.items()}
+    own, other = (explanation.by_name(*found) for found in ((u, force, levels), (control[0], *control[2:])))
+    return {"scores": {"fixed": fixed.id, "moving": moving.id, **scores, "seconds": seconds}, "dice": dice,
+            "force": explanation.of_pair(own, own, brain), "control": explanation.of_pair(other, own, brain)}
+
+
+def _by_label(found):
+    """{label: [Dice of each pair]} before and after."""
+    sides = {}, {}
+    for one in found:
+        for label, values in one["dice"].items():
+            for side, value in zip(sides, values, strict=True):
+                if value is not None:
+                    side.setdefault(int(label), []).append(value)
+    return sides
 
 
 def _write_l2r(folder, root, fixed, moving, u):
@@ -181,7 +288,7 @@ def _write_l2r(folder, root, fixed, moving, u):
 
 def _show(path, fixed, moving, u, force, row, spacing):
     """Draw one pair's picture to `path`; returns its viewer."""
-    u, force, spacing = u.astype(np.float32), force.astype(np.float32), (spacing,) * 3
+    spacing = (spacing,) * 3
     warped = np.asarray(warp(jnp.asarray(moving.image)[..., None], u)[..., 0])
     title = f"{moving.id} to {fixed.id}"
     if "dice" in row:
@@ -198,7 +305,7 @@ def load_checkpoint(folder, overrides=()):
     """
     about = checkpoint.read_about(folder)
     config = configuration.override(configuration.from_dict(about["config"]), overrides)
-    model = DrivenMorph(checked(config.model))
+    model = make_network(config.model)
     image = jax.ShapeDtypeStruct((1, *[2 * multiple(config.model)] * 3, 1), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image, image)["params"]
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

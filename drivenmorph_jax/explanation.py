@@ -36,37 +36,45 @@ def by_level(registration):
     return tuple(found)
 
 
-def statistics(pairs, brains):
-    """`metrics.force_statistics` of every level, of pairs and of a control that tells what chance gives.
+def by_name(u, force, levels):
+    """{level: (force, remaining displacement)} of one pair, and "total": (their sum, the whole displacement)."""
+    return {f"level {i}": (level.force, level.remaining) for i, level in enumerate(levels, start=1)} | {
+        "total": (force, u)}
 
-    The control takes the force of one pair and the displacement of another.
+
+def of_pair(forces, displacements, brain):
+    """{level: `metrics.force_statistics`} of the forces of one pair against what remained in the same or another.
 
     Args:
-      pairs: for each pair {level: (force, remaining displacement)}, (D, H, W, 3) in voxels of the images.
-      brains: for each pair the mask (D, H, W) of the images.
+      forces, displacements: as `by_name` returns them, of which the one or the other half is used.
+      brain: the mask (D, H, W) of the images.
+
+    Returns nothing where a network has no force.
+    """
+    if not np.any(forces["total"][0]):
+        return {}
+    found = {}
+    for level, (_, remaining) in displacements.items():
+        stride = brain.shape[0] // remaining.shape[0]
+        found[level] = metrics.force_statistics(forces[level][0], remaining,
+                                                brain[(slice(stride // 2, None, stride),) * 3])
+    return found
+
+
+def statistics(own, control):
+    """Means over pairs of what `of_pair` found, and of a control that tells what chance gives.
+
+    Args:
+      own: for each pair, its force against its displacement; control: the force of another pair against it.
 
     Returns:
       {level: {statistic: {"mean", "low", "high", "control", "control_low", "control_high"}}}: means over pairs, and
-      95 % intervals by bootstrap over pairs; None where
-      no pair has the statistic.
+      95 % intervals by bootstrap over pairs; None where no pair has the statistic.
     """
-    shift = len(pairs) // 2  # to a pair with another fixed image, where there is one
-    table = {}
-    for level in pairs[0]:
-        own, control = [], []
-        for k, (pair, brain) in enumerate(zip(pairs, brains, strict=True)):
-            force, remaining = pair[level]
-            stride = brain.shape[0] // force.shape[0]
-            mask = brain[(slice(stride // 2, None, stride),) * 3]
-            own.append(metrics.force_statistics(force, remaining, mask))
-            control.append(metrics.force_statistics(pairs[k - shift][level][0], remaining, mask))
-        table[level] = {}
-        for name in OF_FORCE:
-            mean, low, high = _bootstrap([row[name] for row in own])
-            chance = _bootstrap([row[name] for row in control])
-            table[level][name] = {"mean": mean, "low": low, "high": high,
-                                  **dict(zip(("control", "control_low", "control_high"), chance, strict=True))}
-    return table
+    return {level: {name: dict(zip(("mean", "low", "high", "control", "control_low", "control_high"),
+                                   (*_bootstrap([row[level][name] for row in own]),
+                                    *_bootstrap([row[level][name] for row in control])), strict=True))
+                    for name in OF_FORCE} for level in own[0]}
 
 
 def markdown(table):

@@ -38,14 +38,14 @@ def write(path, title, parts):
 
 def report(path, title, summary, rows, force, figures, viewers):
     """The page of an evaluation, of what `report.report_md` takes, and of the pieces that `viewer` made."""
+    of_force = [heading("The driving force"), paragraph(ABOUT_FORCE), table(force)] if force else []
+    defined = (*summary, *OF_FORCE) if force else summary
     write(path, title, [
         paragraph(OF_PAIRS.format(len(rows))), table(markdown_table(summary)),
-        heading("Slices"), *viewers,
-        heading("The driving force"), paragraph(ABOUT_FORCE), table(force),
+        heading("Slices"), *viewers, *of_force,
         heading("Figures"), *(figure(caption, file) for caption, file in figures.items()),
         heading("Pairs"), table(pairs_table(rows)),
-        heading("Definitions"), definitions({LABELS[key]: DEFINITIONS[key] for key in (*summary, *OF_FORCE)
-                                             if key in DEFINITIONS})])
+        heading("Definitions"), definitions({LABELS[key]: DEFINITIONS[key] for key in defined if key in DEFINITIONS})])
 
 
 def heading(text):

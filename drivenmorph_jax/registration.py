@@ -76,7 +76,7 @@ def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", fo
 
     with _stage(method, seconds):
         if method == "drivenmorph":
-            u, u_inverse, force, _ = make_predict(config)(params, f, m)
+            u, u_inverse, force = (x[0] for x in make_predict(config)(params, f[None], m[None])[:3])
         else:
             features, settings = demons.FORCES[force]
             features = features(f[..., None]), features(m[..., None])

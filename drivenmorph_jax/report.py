@@ -322,7 +322,7 @@ def report_md(path, summary, rows, figures, force):
       summary: {metric: {"mean", "std"}}.
       rows: one dict a pair.
       figures: {caption: path of the picture}.
-      force: the Markdown table of the force's statistics.
+      force: the Markdown table of the force's statistics, empty where there is no force.
     """
     path = Path(path)
     definitions, of_force = ("\n".join(f"- **{LABELS[key]}**: {DEFINITIONS[key]}" for key in group
@@ -331,9 +331,9 @@ def report_md(path, summary, rows, figures, force):
     pictures = [f"### {caption}\n\n![{caption}](<{Path(os.path.relpath(file, path.parent)).as_posix()}>)\n"
                 for caption, file in figures.items()]
     parts = ["# Registration report\n", OF_PAIRS.format(len(rows)) + "\n",
-             markdown_table(summary), "## Definitions\n", definitions + "\n",
-             "## The driving force\n", ABOUT_FORCE + "\n", force, of_force + "\n",
-             "## Pairs\n", pairs_table(rows)]
+             markdown_table(summary), "## Definitions\n", definitions + "\n"]
+    parts += ["## The driving force\n", ABOUT_FORCE + "\n", force, of_force + "\n"] if force else []
+    parts += ["## Pairs\n", pairs_table(rows)]
     parts += ["## Figures\n", *pictures] if pictures else []
     _write(path, "\n".join(parts).encode())
 

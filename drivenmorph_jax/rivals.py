@@ -5,6 +5,8 @@ two files and writes one displacement field; the seconds are those of the whole 
 that the project does not bring: requirements-rivals.txt.
 """
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,19 +26,18 @@ from drivenmorph_jax.files import make_folder, replacing
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def drivenmorph(fixed, moving, out, checkpoint=None, refine_steps="0"):
-    """The network, with the weights of the project where no other checkpoint is named."""
+def network(fixed, moving, out, checkpoint, refine_steps="0"):
+    """A network of this project, by the weights in the folder `checkpoint`."""
     from drivenmorph_jax import nifti, sharding
-    from drivenmorph_jax.checkpoint import SHIPPED
     from drivenmorph_jax.evaluation import downsample_to, grid_multiple, load_checkpoint, make_predict
 
     sharding.start()
-    config, params, about = load_checkpoint(checkpoint or SHIPPED)
+    config, params, about = load_checkpoint(checkpoint)
     f, m = (nifti.canonical(nifti.load_image(path)) for path in (fixed, moving))
     voxel = about["spacing"] * config.data.downsample
     config.data.downsample = downsample_to(voxel, float(f.spacing.mean()))
     predict = make_predict(config, int(refine_steps))
-    _write(out, f, predict(params, *_padded(f, m, grid_multiple(config)))[0])
+    _write(out, f, predict(params, *(x[None] for x in _padded(f, m, grid_multiple(config))))[0][0])
 
 
 def demons(fixed, moving, out, force="lncc"):
@@ -98,7 +99,9 @@ def syntx(fixed, moving, out):
 
 
 METHODS = {  # name: (what runs, arguments, the package it needs)
-    "drivenmorph": (drivenmorph, (), None),
+    "drivenmorph": (network, (str(ROOT / "weights" / "brain-t1"),), None),
+    "voxelmorph": (network, (str(ROOT / "weights" / "voxelmorph-t1"),), None),
+    "transmorph": (network, (str(ROOT / "weights" / "transmorph-t1"),), None),
     "affine": (None, (), None),  # as the images come
     "demons": (demons, (), None),
     "demons-intensity": (demons, ("intensity",), None),
@@ -158,7 +161,10 @@ def installed(names):
 
 
 def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
-    """Run every method on every ordered pair of a split, DrivenMorph first; writes rivals.json, .md and .png to `out`.
+    """Run every method on every ordered pair of a split, DrivenMorph first; writes rivals.jsonl, .md and .png to `out`.
+
+    A run that rivals.jsonl has already, of the same files, weights and version, is not done again: a comparison that
+    was stopped goes on, and a method can be added later.
 
     Args:
       dataset: a folder's, not padded; root: that folder.
@@ -171,30 +177,58 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
     from tqdm import tqdm
 
     from drivenmorph_jax import data, metrics, report
-    from drivenmorph_jax.data.folder import IMAGE
+    from drivenmorph_jax.data.folder import IMAGE, LABELS
 
     out, pairs = make_folder(out), data.ordered_pairs(getattr(dataset, split))
     names = ["drivenmorph", *(name for name in names if name != "drivenmorph")]
-    rows = {name: [] for name in names}
-    progress = tqdm(total=len(pairs) * len(names), unit="run", dynamic_ncols=True)
-    for fixed, moving in pairs:
-        files = [Path(root) / f"{subject.id}{IMAGE}" for subject in (fixed, moving)]
-        for name in names:
-            progress.set_description(name)
-            u, seconds = run(name, *files, *((checkpoint or "", refine_steps) if name == "drivenmorph" else ()))
-            scores = metrics.pair_metrics(u, None, fixed.labels, moving.labels, (dataset.spacing,) * 3,
-                                          metrics.brain(fixed.image), dataset.exclude)
-            rows[name].append({"fixed": fixed.id, "moving": moving.id, **scores, "seconds": seconds})
-            progress.update()
-        with replacing(out / "rivals.json") as temporary:
-            temporary.write_text(json.dumps(rows, indent=1))
-    progress.close()
+    arguments = {name: METHODS[name][1] for name in names}
+    arguments["drivenmorph"] = checkpoint or arguments["drivenmorph"][0], refine_steps
+    record = out / "rivals.jsonl"
+    lines = record.read_text().splitlines() if record.is_file() else []
+    known = {run["key"]: run["scores"] for run in (json.loads(line) for line in lines if line.endswith("}}"))}
+    with replacing(record) as temporary:  # less a line that was cut short
+        temporary.write_text("".join(json.dumps({"key": key, "scores": known[key]}) + "\n" for key in known))
+    rows, reused = {name: [] for name in names}, 0
+    with tqdm(total=len(pairs) * len(names), unit="run", dynamic_ncols=True) as progress:
+        for pair in pairs:
+            fixed, moving = pair
+            images, labels = ([Path(root) / f"{subject.id}{ending}" for subject in pair] for ending in (IMAGE, LABELS))
+            for name in names:
+                progress.set_description(name)
+                key = _key(name, arguments[name], [*images, *labels], dataset.exclude)
+                if key in known:
+                    reused += 1
+                else:
+                    u, seconds = run(name, *images, *arguments[name])
+                    scores = metrics.pair_metrics(u, None, fixed.labels, moving.labels, (dataset.spacing,) * 3,
+                                                  metrics.brain(fixed.image), dataset.exclude)
+                    known[key] = {"fixed": fixed.id, "moving": moving.id, **scores, "seconds": seconds}
+                    with record.open("a") as file:
+                        file.write(json.dumps({"key": key, "scores": known[key]}) + "\n")
+                rows[name].append(known[key])
+                progress.update()
+    if reused:
+        print(f"{reused} of {len(pairs) * len(names)} runs were in {record} already; delete it to do them again")
     table = markdown(rows)
     with replacing(out / "rivals.md") as temporary:
         temporary.write_text(table)
     if all("dice" in row for row in rows["drivenmorph"]):
         report.boxes(out / "rivals.png", {name: [row["dice"] for row in found] for name, found in rows.items()}, "Dice")
     return table
+
+
+def _key(method, arguments, files, exclude):
+    """A digest of all that the scores of one run follow from."""
+    from drivenmorph_jax.checkpoint import git_commit
+
+    package = METHODS[method][2]
+    version = (importlib.metadata.version(importlib.metadata.packages_distributions()[package][0]) if package
+               else git_commit())
+    digest = hashlib.sha256(json.dumps([method, version, [*map(int, exclude)], *map(str, arguments)]).encode())
+    for path in (*files, *(path for x in arguments for path in sorted(Path(str(x)).rglob("*")))):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def markdown(rows):

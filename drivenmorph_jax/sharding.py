@@ -24,9 +24,10 @@ def compiler_options():
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
 
 
-def data_parallel_mesh():
-    """All devices of all processes along one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def data_parallel_mesh(devices=None):
+    """The devices, by default all of all processes, along one axis, "data"."""
+    devices = devices or jax.devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh):

@@ -13,7 +13,7 @@ from drivenmorph_jax.evaluation import evaluate, grid_multiple, make_predict, va
 from drivenmorph_jax.files import make_folder
 from drivenmorph_jax.logs import Logs
 from drivenmorph_jax.losses import SIMILARITIES, total_loss
-from drivenmorph_jax.model import DrivenMorph, checked, multiple
+from drivenmorph_jax.networks import make_network, multiple
 
 
 def make_optimizer(config):
@@ -51,7 +51,7 @@ def one_hot(batch, labels):
 
 
 def train_and_evaluate(config, workdir):
-    """Train `DrivenMorph`, or go on where the last run in `workdir` was stopped, and score it on held-out pairs.
+    """Train a network, or go on where the last run in `workdir` was stopped, and score it on held-out pairs.
 
     Args:
       config: as `configs/default.py` makes it; `init` names a checkpoint to begin with, whose levels are the coarsest
@@ -59,14 +59,14 @@ def train_and_evaluate(config, workdir):
       workdir: gets `latest/` and `best/` checkpoints, `metrics.jsonl`, `tensorboard/` and `evaluation/`.
 
     Returns:
-      The summary of `evaluate` on the test pairs.
+      The summary of `evaluate` on the test pairs; None from any process but the first.
 
     Raises:
       InputError: a setting that does not fit the data or the devices, a checkpoint of another model, or a loss or
         gradient that is not finite.
     """
     workdir = make_folder(workdir)
-    model, mesh = DrivenMorph(checked(config.model)), sharding.data_parallel_mesh()
+    model, mesh = make_network(config.model), sharding.data_parallel_mesh()
     if config.loss.similarity not in SIMILARITIES:
         raise InputError(f"loss.similarity is {config.loss.similarity!r}: set it to one of {', '.join(SIMILARITIES)}")
     if config.batch_size % mesh.size:
@@ -156,4 +156,5 @@ def train_and_evaluate(config, workdir):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
                                        sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])), shapes[0]))
     split = "test" if len(dataset.test) > 1 else "val"
-    return evaluate(config, params, dataset, split, workdir / "evaluation", training=workdir)
+    if jax.process_index() == 0:
+        return evaluate(config, params, dataset, split, workdir / "evaluation", training=workdir)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from drivenmorph_jax import evaluation
 from drivenmorph_jax.data import Dataset
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate, evaluate_checkpoint
@@ -74,3 +75,29 @@ def test_fields_between_files_need_files(smoke, tmp_path):
 def test_a_split_without_pairs_is_refused(tmp_path):
     with pytest.raises(InputError, match="test split"):
         evaluate(None, None, Dataset("empty", (), (), (), 1.0, {}, (0,)), "test", tmp_path)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_from_the_finished_pairs(smoke, brains, tmp_path, monkeypatch):
+    (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001", "sub-002"]}))
+    scored, score = [], evaluation._scored
+    monkeypatch.setattr(evaluation, "_scored", lambda pair, *rest: scored.append(pair) or score(pair, *rest))
+    whole = evaluate_checkpoint(smoke[0], tmp_path, root=brains)
+    lines = (tmp_path / "pairs.jsonl").read_text().splitlines(keepends=True)
+    assert len(scored) == 6 and len(lines) == 7
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "pairs.jsonl").write_text("".join(lines[:4]) + lines[4][:40])  # stopped in the middle of a line
+    again = evaluate_checkpoint(smoke[0], tmp_path, root=brains)
+    assert len(scored) == 6 + 3
+    for key in ("dice", "hd95", "fold_pct", "inverse_mm", "force"):
+        assert again[key] == whole[key]
+    assert len(list(csv.DictReader((tmp_path / "pairs.csv").open()))) == 6
+
+
+def test_what_another_run_left_or_one_that_ended_is_not_taken_over(tmp_path):
+    row = {"scores": {"fixed": "a", "moving": "b", "dice": 0.5}}
+    evaluation.Record(tmp_path, "this").add(row)
+    assert evaluation.Record(tmp_path, "this").rows == {("a", "b"): row}
+    assert evaluation.Record(tmp_path, "other").rows == {}
+    evaluation.Record(tmp_path, "this").add(row)
+    (tmp_path / "summary.json").touch()
+    assert evaluation.Record(tmp_path, "this").rows == {} and not (tmp_path / "summary.json").exists()

@@ -43,7 +43,8 @@ def test_statistics_know_a_force_that_explains_from_one_that_does_not():
     displacements = [smooth(seed, 4) for seed in range(6)]
     brains = [np.ones(SPACE, bool)] * 6
     pairs = [{"coarse": (u[1::2, 1::2, 1::2] / 3, u[1::2, 1::2, 1::2]), "total": (u / 2, u)} for u in displacements]
-    table = explanation.statistics(pairs, brains)
+    table = explanation.statistics(*([explanation.of_pair(pairs[k - shift], pairs[k], brains[k]) for k in range(6)]
+                                     for shift in (0, 3)))
     for level in ("coarse", "total"):
         for name in OF_FORCE:
             row = table[level][name]

@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 from matplotlib import image
+from ml_collections import ConfigDict
 from scipy import stats
 
-from drivenmorph_jax import rivals
+from drivenmorph_jax import data, rivals
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate_checkpoint
 
@@ -41,12 +42,36 @@ def test_rivals_are_scored_on_the_same_pairs(smoke, brains, tmp_path):
     exclude = f"--config.data.exclude={tuple(smoke[1]['excluded_labels'])}"
     ours = evaluate_checkpoint(smoke[0], tmp_path, root=brains, overrides=[exclude],
                                others=["affine", "demons-intensity", "itk-demons"])
-    rows = json.loads((tmp_path / "rivals.json").read_text())
-    assert {name: len(found) for name, found in rows.items()} == {
-        "drivenmorph": 2, "affine": 2, "demons-intensity": 2, "itk-demons": 2}
-    dice = {name: np.mean([row["dice"] for row in found]) for name, found in rows.items()}
+    table = [line.split("|")[1:] for line in (tmp_path / "rivals.md").read_text().splitlines()]
+    column = [cell.strip() for cell in table[0]].index("Dice")
+    assert [row[0].strip() for row in table[2:]] == ["drivenmorph", "affine", "demons-intensity", "itk-demons"]
+    assert all(row[1].strip() == "2" for row in table[2:])
+    dice = {row[0].strip(): float(row[column].split("±")[0]) for row in table[2:]}
     assert dice["drivenmorph"] == pytest.approx(ours["dice"]["mean"], abs=1e-4)
-    assert dice["affine"] == pytest.approx(ours["dice_initial"]["mean"])
+    assert dice["affine"] == pytest.approx(ours["dice_initial"]["mean"], abs=1e-4)
     assert min(dice["demons-intensity"], dice["itk-demons"]) > dice["affine"] + 0.02
-    assert "| itk-demons | 2 |" in (tmp_path / "rivals.md").read_text()
     assert image.imread(tmp_path / "rivals.png").size > 100_000
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(brains, tmp_path, capsys, monkeypatch):
+    (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001"]}))
+    settings = ConfigDict({"name": "folder", "root": str(brains), "exclude": (0,), "splits": None})
+    dataset = data.load(settings, ("test",))
+    done = []
+
+    def run(method, fixed, moving, *arguments):
+        done.append(method)
+        return np.zeros((*dataset.test[0].image.shape, 3), np.float32), 1.0
+
+    monkeypatch.setattr(rivals, "run", run)
+    rivals.compare(dataset, brains, "test", ["affine"], tmp_path)
+    assert sorted(done) == ["affine", "affine", "drivenmorph", "drivenmorph"]
+    record = tmp_path / "rivals.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-1]) + '{"key": "half a li')
+    done.clear()
+    rivals.compare(dataset, brains, "test", ["affine", "itk-demons"], tmp_path)
+    assert done == ["itk-demons", "affine", "itk-demons"]
+    assert "3 of 6 runs were in" in capsys.readouterr().out
+    done.clear()
+    rivals.compare(dataset, brains, "test", ["affine"], tmp_path, refine_steps=5)  # another run of ours alone
+    assert done == ["drivenmorph", "drivenmorph"]

@@ -46,6 +46,6 @@ def test_a_real_pair_that_no_training_saw():
     config, params, _ = load_checkpoint(SHIPPED)
     settings = ConfigDict({"name": "folder", "root": str(MALF / "aligned"), "exclude": EXCLUDE, "splits": None})
     fixed, moving = data.load(settings, ("test",), grid_multiple(config)).test[:2]
-    u = np.asarray(make_predict(config)(params, fixed.image, moving.image)[0])
+    u = np.asarray(make_predict(config)(params, fixed.image[None], moving.image[None])[0][0])
     assert metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, u), EXCLUDE) > 0.61
     assert metrics.fold_pct(metrics.jacobian(u)) < 0.01
