@@ -5,10 +5,12 @@ label maps and masks are (D, H, W) on the fixed grid; spacing is in mm, in the o
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
-import surface_distance
 from scipy import ndimage, stats
+from scipy.spatial import KDTree
+from surface_distance import lookup_tables
 
 DEFINITIONS = {
     "dice": "2|A n B|/(|A|+|B|) per label, moving labels warped with nearest neighbour; a label absent from"
@@ -91,7 +93,8 @@ def hd95(fixed_labels, moved_labels, spacing_mm, exclude=(0,)):
     Returns:
       {label: mm}.
 
-    Reference: the package surface-distance, as in Learn2Reg. Other packages differ by up to 10 mm.
+    Reference: the package surface-distance, as in Learn2Reg; its definition and its tables of areas, but with trees of
+    the surfaces' places instead of distance maps of the volume. Other packages differ by up to 10 mm.
     """
     fixed, moved = _whole(fixed_labels), _whole(moved_labels)
     boxes = {}
@@ -101,15 +104,38 @@ def hd95(fixed_labels, moved_labels, spacing_mm, exclude=(0,)):
             boxes[label] = tuple(slice(min(a.start, b.start), max(a.stop, b.stop))
                                  for a, b in zip(f, m, strict=True))
 
-    # surface-distance crops too, but only after several passes over the whole volume; outside the joint box
-    # there is nothing to measure, so this changes the time and not the number.
+    areas = _surface_areas(tuple(map(float, spacing_mm)))
+
     def one(label):
-        a, b = fixed[boxes[label]] == label, moved[boxes[label]] == label
-        distances = surface_distance.compute_surface_distances(a, b, spacing_mm)
-        return float(surface_distance.compute_robust_hausdorff(distances, 95))
+        (a, area_a), (b, area_b) = (_surface(x[boxes[label]] == label, areas) for x in (fixed, moved))
+        a, b = a * np.asarray(spacing_mm), b * np.asarray(spacing_mm)
+        return float(max(_percentile(KDTree(b).query(a)[0], area_a), _percentile(KDTree(a).query(b)[0], area_b)))
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(boxes, pool.map(one, boxes), strict=True))
+
+
+@cache
+def _surface_areas(spacing):
+    """Area in mm^2 of the surface within 2^3 voxels, for each of the 256 ways in which a label can fill them."""
+    return np.array(lookup_tables.create_table_neighbour_code_to_surface_area(spacing))
+
+
+def _surface(mask, areas):
+    """Where 2^3 voxels are filled in part: (N, 3) places and the area of the surface within each."""
+    padded = np.pad(mask, 1).astype(np.uint8)
+    n = np.array(mask.shape) + 1
+    weights = np.array(lookup_tables.ENCODE_NEIGHBOURHOOD_3D_KERNEL, np.uint8)
+    code = sum(weight * padded[i:i + n[0], j:j + n[1], k:k + n[2]] for (i, j, k), weight in np.ndenumerate(weights))
+    places = np.nonzero((code > 0) & (code < 255))
+    return np.stack(places, axis=-1), areas[code[places]]
+
+
+def _percentile(distances, areas):
+    """The distance below which 95 % of the area lies."""
+    order = np.argsort(distances)
+    share = np.cumsum(areas[order]) / areas.sum()
+    return distances[order][min(np.searchsorted(share, 0.95), len(order) - 1)]
 
 
 def jacobian(u):

@@ -27,6 +27,7 @@ from drivenmorph_jax.metrics import DEFINITIONS
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#E69F00", "#56B4E9", "#F0E442", "#5A5A5A"  # Okabe and Ito
 
+SQUARE = 16.0  # mm, of a checkerboard
 HALO = withStroke(linewidth=3, foreground="black")
 
 # Name of the view, the axes it shows as (right, up), and the letters at its left, right, bottom and top.
@@ -47,7 +48,7 @@ ABOUT_FORCE = ("The forces of each level against the displacement that remained 
 
 
 def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None):
-    """One page for one pair: images, differences, deformed grid, displacement beside driving force, Jacobian.
+    """One page for one pair: images, differences, checkerboards, grid, displacement beside driving force, Jacobian.
 
     The three planes pass through the fixed brain's centre of mass, all at one scale in mm. Grid and arrows
     show the in-plane part of phi: an arrow runs from a fixed point to the moving point that it samples.
@@ -85,6 +86,9 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
         if labels is not None:
             tile.outlines(labels)
 
+    squares = sum(np.arange(n).reshape([-1 if a == axis else 1 for a in range(3)]) * spacing[axis] // SQUARE
+                  for axis, n in enumerate(fixed.shape)) % 2 == 0
+
     def arrows(tile, vectors, colour):
         tile.image(fixed, Normalize(0, 1.8 * white), "gray")
         tile.arrows(vectors, brain, colour)
@@ -103,12 +107,14 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
          "Moving": lambda tile: anatomy(tile, moving),
          "Warped": lambda tile: anatomy(tile, warped),
          "|Fixed − Moving|": lambda tile: tile.image(before, difference, "inferno"),
-         "|Fixed − Warped|": lambda tile: tile.image(after, difference, "inferno")},
+         "|Fixed − Warped|": lambda tile: tile.image(after, difference, "inferno"),
+         "Checkerboard, before": lambda tile: tile.image(np.where(squares, fixed, moving), intensity, "gray")},
         {"Deformed grid on Moving": grid,
          "Displacement": lambda tile: arrows(tile, u, ORANGE),
          "Driving force": lambda tile: arrows(tile, force, SKY),
          "|Displacement|": lambda tile: tile.image(size, length, "cividis", inside=brain),
-         "log Jacobian": logarithm},
+         "log Jacobian": logarithm,
+         "Checkerboard, after": lambda tile: tile.image(np.where(squares, fixed, warped), intensity, "gray")},
     ]
     bars = {"|Fixed − Warped|": (2, "intensity, one scale for both"), "|Displacement|": (1, "mm"),
             "log Jacobian": (1, "log J" + (", yellow: J ≤ 0" if folded.any() else ""))}
@@ -116,7 +122,7 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     # One width for all tiles, so that the three views are at the same scale.
     width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
     heights = [(box[up].stop - box[up].start) * spacing[up] / width for _, (_, up), _ in VIEWS]
-    sheet = _Sheet(5, heights, title)
+    sheet = _Sheet(6, heights, title)
     for block, panels in enumerate(blocks):
         for column, (name, draw) in enumerate(panels.items()):
             for row, (view, axes, letters) in enumerate(VIEWS):
