@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from drivenmorph_jax.forces import lncc_force, mind, scale_longest, symmetric_force
 from drivenmorph_jax.grid import along_axes, average_pool, difference, resize_field
 from drivenmorph_jax.integrate import exponential, inverse
+from drivenmorph_jax.jacobian import jacobian_determinant
 from drivenmorph_jax.warp import compose, warp
 
 
@@ -82,7 +83,6 @@ FORCES = {  # name: what makes the features of an image, and the settings of `de
     "mind": (mind, INTENSITY),
 }
 MULTIPLE = 8  # of sides: three levels halve them twice, and the field is half as fine
-
 
 
 class Registered(NamedTuple):
@@ -230,9 +230,32 @@ def refine(fixed, moving, u, steps):
       u: (*space, n) displacement to start from, in voxels.
 
     Returns:
-      The displacement (*space, n).
+      The displacement (*space, n), `unfolded`.
     """
-    return demons(fixed, moving, iterations=(steps,), initial=u).u
+    return unfolded(demons(fixed, moving, iterations=(steps,), initial=u).u)
+
+
+@partial(jax.jit, static_argnames="most")
+def unfolded(u, most=20):
+    """u with det(I + grad u) > 0 everywhere: smoothed around the places where it is not, at most `most` times.
+
+    u <- u + w (K u - u), K a Gaussian of 1 voxel, w from 1 at the fold to 0 some 4 voxels from it. A field that folds
+    nowhere is returned as it is.
+
+    Args:
+      u: (*space, n) displacement in voxels.
+    """
+    dims = u.shape[-1]
+
+    def step(state):
+        i, u, folded = state
+        near = jax.lax.reduce_window(folded.astype(u.dtype), 0.0, jax.lax.max, (5,) * dims, (1,) * dims, "SAME")
+        weight = gaussian_smooth(near[..., None], 1.0, dims)
+        u = u + weight * (gaussian_smooth(u, 1.0, dims) - u)
+        return i + 1, u, jacobian_determinant(u) <= 0
+
+    return jax.lax.while_loop(lambda state: (state[0] < most) & state[2].any(), step,
+                              (0, u, jacobian_determinant(u) <= 0))[1]
 
 
 @partial(jax.jit, static_argnames="stride")
