@@ -213,5 +213,5 @@ def test_a_fold_is_smoothed_away_and_nothing_else_is_touched(space):
     assert (jacobian_determinant(u) <= 0).any()
     found = np.asarray(demons.unfolded(u))
     assert (jacobian_determinant(found) > 0).all()
-    assert not found[15:].any() and np.abs(found).max() <= 3
+    assert np.abs(found[15:]).max() < 1e-6 and np.abs(found).max() <= 3
     np.testing.assert_array_equal(demons.unfolded(found), found)
