@@ -9,7 +9,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Writes warped, displacement, inverse_displacement, jacobian, force (and warped_labels) .nii.gz,\n"
-               "overview.png, report.html and summary.json. Examples:\n\n"
+               "affine.tfm, overview.png, report.html and summary.json. Other images follow by apply.py. Examples:\n\n"
                "  python register.py --fixed a.nii.gz --moving b.nii.gz --out result\n"
                "  python register.py --fixed a.nii.gz --moving b.nii.gz --out result --checkpoint runs/default\n"
                "  python register.py --fixed a.nii.gz --moving b.nii.gz --out result --method demons")
@@ -27,24 +27,44 @@ def main():
                              "descriptors, for images of two contrasts; default: lncc")
     parser.add_argument("--no-affine", action="store_true",
                         help="skip the affine alignment: the files' world coordinates agree already")
+    parser.add_argument("--initial_affine", metavar="FILE",
+                        help="ITK affine (.tfm, .txt, .mat) from fixed to moving, taken in place of one that is found")
     parser.add_argument("--refine_steps", type=int, metavar="N",
                         help="iterations of Demons by local correlation after the method; default: 20 after the "
                              "network, 0 after Demons")
     parser.add_argument("--moving_labels", metavar="FILE", help="label map of the moving image, to be warped with it")
     parser.add_argument("--fixed_labels", metavar="FILE",
                         help="label map of the fixed image; with --moving_labels, Dice is reported")
+    parser.add_argument("--fixed_mask", metavar="FILE",
+                        help="label map on the fixed image, above 0 where tissue is missing or sick: no force is taken "
+                             "from there, and the field goes on smoothly inside")
+    parser.add_argument("--moving_mask", metavar="FILE", help="the same on the moving image")
+    parser.add_argument("--formats", nargs="+", default=["itk"], choices=["itk", "ras", "h5", "l2r"],
+                        help="of the transform and its inverse: itk, displacement fields in LPS mm; ras, the same in RAS "
+                             "mm with intent 1006; h5, ITK composites; l2r, Learn2Reg's field in voxels; default: itk")
+    parser.add_argument("--bids", nargs=3, metavar=("PREFIX", "FROM", "TO"),
+                        help="name the transforms as BIDS derivatives do, FROM the moving image's space TO the fixed "
+                             "one's, such as sub-01 T1w MNI152NLin2009cAsym")
     flags = parser.parse_args()
     if flags.refine_steps is not None and flags.refine_steps < 0:
         parser.error("--refine_steps must be 0 or more")
+    if flags.no_affine and flags.initial_affine:
+        parser.error("--no-affine and --initial_affine exclude each other")
 
     from drivenmorph_jax import sharding
     from drivenmorph_jax.checkpoint import SHIPPED
+    from drivenmorph_jax.files import make_folder
     from drivenmorph_jax.registration import register
     sharding.start()
-    summary = register(flags.fixed, flags.moving, flags.out, checkpoint=flags.checkpoint or SHIPPED,
-                       method=flags.method, force=flags.force, affine=not flags.no_affine,
-                       refine_steps=flags.refine_steps, fixed_labels=flags.fixed_labels,
-                       moving_labels=flags.moving_labels)
+    make_folder(flags.out)  # what cannot be written is said before the work begins
+    result = register(flags.fixed, flags.moving, checkpoint=flags.checkpoint or SHIPPED, method=flags.method,
+                      force=flags.force, affine=flags.initial_affine or not flags.no_affine,
+                      refine_steps=flags.refine_steps, fixed_labels=flags.fixed_labels,
+                      moving_labels=flags.moving_labels, fixed_mask=flags.fixed_mask, moving_mask=flags.moving_mask)
+    print("write ...", end=" ", flush=True)
+    result.save(flags.out, flags.formats, flags.bids)
+    print("done")
+    summary = result.summary
     for name in ("similarity", "dice"):
         if f"{name}_after" in summary:
             print(f"{name} {summary[f'{name}_before']:.4f} before, {summary[f'{name}_after']:.4f} after")

@@ -15,18 +15,19 @@ SAMPLES = 100_000  # voxels that one evaluation of the metric looks at
 TRIED = 4  # how many of the 27 starts are optimised
 
 
-def register_affine(fixed, moving):
+def register_affine(fixed, moving, fixed_mask=None, moving_mask=None):
     """The affine T (4, 4) from the fixed to the moving Volume's world, RAS mm: moving(T x) ~ fixed(x).
 
     Maximises Mattes mutual information at 2 mm: centres of mass brought together, 27 rotations about them
     tried at 8 mm, the best four optimised as similarities, the best of these as an affine at 8, 4 and 2 mm.
-    The same input gives the same T on any number of cores.
+    The same input gives the same T on any number of cores. Voxels where a mask, a Volume on its image's grid, is above
+    0 are left out.
 
     Raises InputError where the volumes cannot be brought to overlap.
 
     Reference: Mattes et al., PET-CT image registration in the chest using free-form deformations, 2003.
     """
-    (f, f_centre), (m, m_centre) = _image(fixed), _image(moving)
+    (*f, f_centre), (*m, m_centre) = _image(fixed, fixed_mask), _image(moving, moving_mask)
     try:
         result = _optimise(f, m, f_centre, m_centre)
     except RuntimeError as error:  # ITK's way to say that the images don't overlap, or no longer do
@@ -71,44 +72,54 @@ def _start(angles, fixed_centre, moving_centre):
 
 def _run(fixed, moving, transform):
     """Optimise `transform` in place, over a sample of the voxels that is dense on coarse images."""
-    method = _method()
-    if fixed.GetNumberOfPixels() > SAMPLES:
+    method = _method(fixed, moving)
+    if fixed[0].GetNumberOfPixels() > SAMPLES:
         method.SetMetricSamplingStrategy(method.REGULAR)
-        method.SetMetricSamplingPercentage(SAMPLES / fixed.GetNumberOfPixels(), 1)
+        method.SetMetricSamplingPercentage(SAMPLES / fixed[0].GetNumberOfPixels(), 1)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=SPACING / 2, minStep=1e-2, numberOfIterations=100, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetInitialTransform(transform, inPlace=True)
-    method.Execute(fixed, moving)
+    method.Execute(fixed[0], moving[0])
 
 
 def _metric(fixed, moving, transform):
     """Minus the mutual information over every voxel."""
-    method = _method()
+    method = _method(fixed, moving)
     method.SetInitialTransform(transform)
-    return method.MetricEvaluate(fixed, moving)
+    return method.MetricEvaluate(fixed[0], moving[0])
 
 
-def _method():
+def _method(fixed, moving):
     method = sitk.ImageRegistrationMethod()
+    for (_, used), use in ((fixed, method.SetMetricFixedMask), (moving, method.SetMetricMovingMask)):
+        if used is not None:
+            use(sitk.Cast(used > 0.5, sitk.sitkUInt8))
     method.SetNumberOfWorkUnits(1)  # with more, sums run in an order that varies and so does the result
     method.SetMetricAsMattesMutualInformation(32)  # with 50 the few 8 mm voxels lead the optimiser astray
     method.SetInterpolator(sitk.sitkLinear)
     return method
 
 
-def _pyramid(image):
-    """The image at 8, 4 and 2 mm."""
-    return [sitk.Shrink(sitk.SmoothingRecursiveGaussian(image, SPACING * factor / 2), [factor] * 3)
-            for factor in (4, 2)] + [image]
+def _pyramid(pair):
+    """The image, and where it is used, at 8, 4 and 2 mm."""
+    return [tuple(x and sitk.Shrink(sitk.SmoothingRecursiveGaussian(x, SPACING * factor / 2), [factor] * 3)
+                  for x in pair) for factor in (4, 2)] + [pair]
 
 
-def _image(volume):
-    """A Volume's foreground as a SimpleITK image at 2 mm in [0, 1], and its centre of mass in LPS mm."""
+def _image(volume, mask):
+    """A Volume's foreground as a SimpleITK image at 2 mm in [0, 1]; where it is used, 1 there, or None for everywhere;
+    its centre of mass in LPS mm."""
     shape, affine = nifti.working_grid(volume, SPACING, multiple=1)
-    data = nifti.normalise(nifti.resample(nifti.smoothed(volume, SPACING), shape, affine))
+    data = nifti.resample(nifti.smoothed(volume, SPACING), shape, affine)
+    used = None
+    if mask is not None:
+        out = nifti.resample(mask, shape, affine, order=0) > 0
+        data = np.where(out, np.median(data[~out & nifti.foreground(data)]), data)
+        used = _to_itk((~out).astype(np.float32), affine)
+    data = nifti.normalise(data)
     centre = affine @ [*ndimage.center_of_mass(data), 1.0]
-    return _to_itk(data, affine), (transforms.FLIP @ centre)[:3]
+    return _to_itk(data, affine), used, (transforms.FLIP @ centre)[:3]
 
 
 def _to_itk(data, affine):

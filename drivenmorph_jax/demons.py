@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.forces import lncc_force, mind, scale_longest, symmetric_force
+from drivenmorph_jax.forces import lncc_force, masked, mind, scale_longest, symmetric_force
 from drivenmorph_jax.grid import along_axes, average_pool, difference, resize_field
 from drivenmorph_jax.integrate import exponential, inverse
 from drivenmorph_jax.jacobian import jacobian_determinant
@@ -222,17 +222,41 @@ def _at_end(field, space, update):
     return field, exponential(field) if update == "log" else field
 
 
-def refine(fixed, moving, u, steps):
+def refine(fixed, moving, u, steps, weights=None):
     """Carry a registration further: up to `steps` iterations of `demons` by local correlation at full resolution.
 
     Args:
       fixed, moving: (*space, 1), values of about 0 to 1, sides even.
       u: (*space, n) displacement to start from, in voxels.
+      weights: (fixed, moving), (*space, 1) each, 0 where an image does not count; None where all of both does.
 
     Returns:
       The displacement (*space, n), `unfolded`.
     """
-    return unfolded(demons(fixed, moving, iterations=(steps,), initial=u).u)
+    images, force = weighted((fixed, moving), weights, LNCC["force"])
+    return unfolded(demons(*images, force=force, iterations=(steps,), initial=u).u)
+
+
+def weighted(features, weights, force):
+    """Features (*space, C) of both images and a force, as `demons` takes them, with weights as `refine` takes them."""
+    if weights is None:
+        return features, force
+    return tuple(jnp.concatenate(pair, -1) for pair in zip(features, weights, strict=True)), masked(force)
+
+
+@jax.jit
+def fill(x, inside):
+    """x (*space, C) with what lies in the mask `inside` (*space, 1) interpolated from what lies around it.
+
+    A Gaussian mean of the surroundings, then Gaussians of falling width within the mask, so that the result is
+    continuous at its edge. Elsewhere x is unchanged.
+    """
+    dims, outside = inside.ndim - 1, 1.0 - inside
+    around = gaussian_smooth(jnp.concatenate([x * outside, outside], -1), 16.0, dims)
+    x = jnp.where(inside, around[..., :-1] / jnp.maximum(around[..., -1:], 1e-6), x)
+    for sigma in (8.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0):
+        x = jnp.where(inside, gaussian_smooth(x, sigma, dims), x)
+    return x
 
 
 @partial(jax.jit, static_argnames="most")

@@ -56,12 +56,17 @@ def make_predict(config, refine_steps=0):
     The network sees the images pooled by `data.downsample`; its fields are resampled to their grid, and `refine_steps`
     iterations of `demons.refine` follow. The levels are the `LevelForces` of the network, coarse to fine, (B, D, H, W,
     3) on grids of their own. All in voxels of the images. A batch that is split over devices is computed there.
+
+    A fourth argument, weights (B, D, H, W, 2) of the fixed and the moving image, is 0 where one of them does not count
+    and 1 elsewhere.
     """
     model = make_network(config.model)
 
     @partial(jax.jit, compiler_options=sharding.compiler_options())
-    def predict(params, fixed, moving):
-        small = (average_pool(x[..., None], config.data.downsample) for x in (fixed, moving))
+    def predict(params, fixed, moving, weights=None):
+        small = [average_pool(x[..., None], config.data.downsample) for x in (fixed, moving)]
+        if weights is not None:
+            small.append(average_pool(weights, config.data.downsample))
         registration = model.apply({"params": params}, *small)
         fields = registration.u, registration.u_inverse, driving_force(registration)
         u, u_inverse, force = (resize_field(field, fixed.shape[1:]) for field in fields)
@@ -282,8 +287,9 @@ def _by_label(found):
 def _write_l2r(folder, root, fixed, moving, u):
     """disp_<fixed>_<moving>.nii.gz: (X, Y, Z, 3) in voxels of the two files, identity not included."""
     files = [nifti.load_image(Path(root) / f"{subject.id}{IMAGE}") for subject in (fixed, moving)]
-    found = transforms.learn2reg_displacement(files[0].data.shape, files[0].affine, u, fixed.affine, files[1].affine)
-    nifti.save(make_folder(folder) / f"disp_{fixed.id}_{moving.id}.nii.gz", found, files[0])
+    displacement = transforms.total_displacement(files[0].data.shape, files[0].affine, u, fixed.affine, np.eye(4))
+    found = transforms.Transform(displacement, files[0], np.eye(4), files[1])
+    found.save_learn2reg(make_folder(folder) / f"disp_{fixed.id}_{moving.id}.nii.gz")
 
 
 def _show(path, fixed, moving, u, force, row, spacing):

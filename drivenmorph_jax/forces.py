@@ -19,6 +19,7 @@ of A. As |b| = 2 L lambda, |p| <= L for every input: one update never moves a vo
 References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
 """
 
+import functools
 import itertools
 
 import jax
@@ -160,6 +161,20 @@ def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4, power=0.7
     p = scale_longest(p, 1)
     # The floor keeps the derivative of the power finite where p is zero.
     return max_step * p * ((p * p).sum(-1, keepdims=True) + 1e-8) ** ((power - 1) / 2), 1 - (fm * a).mean()
+
+
+@functools.cache
+def masked(force):
+    """`force` between images whose last channel is a weight, 1 where the image counts and 0 where it does not.
+
+    The result is zero wherever the weight of either image is not 1. The channel is pooled and warped with the others.
+    """
+    def masked_force(fixed, warped, max_step):
+        p, energy = force(fixed[..., :-1], warped[..., :-1], max_step)
+        weight = jnp.minimum(fixed[..., -1:], warped[..., -1:])
+        return p * (average_pool(weight, weight.shape[0] // p.shape[0], p.shape[-1]) > 0.999), energy
+
+    return masked_force
 
 
 def scale_longest(p, max_step):

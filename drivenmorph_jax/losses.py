@@ -9,10 +9,11 @@ from drivenmorph_jax.warp import compose, warp
 SIMILARITIES = ("lncc", "mse")
 
 
-def lncc(a, b, window):
+def lncc(a, b, window, weight=None):
     """Mean squared local correlation coefficient of (B, D, H, W, 1) images over boxes of `window`^3 voxels, in [0, 1].
 
     cc(x) = cov(a, b)^2 / (var(a) var(b)) over the box around x, cut at the border; float32. Flat boxes count zero.
+    With `weight` (B, D, H, W) the mean is a weighted one.
 
     Reference: Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", 2008.
     """
@@ -27,7 +28,7 @@ def lncc(a, b, window):
     mean_a, mean_b, aa, bb, ab = (mean[..., i] for i in range(5))
     covariance = ab - mean_a * mean_b
     variances = jnp.maximum(aa - mean_a**2, 0) * jnp.maximum(bb - mean_b**2, 0)
-    return (covariance**2 / (variances + 1e-7)).mean()
+    return jnp.average(covariance**2 / (variances + 1e-7), weights=weight)
 
 
 def dissimilarity(a, b, kind, window):

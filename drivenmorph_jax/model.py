@@ -159,7 +159,7 @@ class Level(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, fixed, moving, u, u_inverse, v):
+    def __call__(self, fixed, moving, u, u_inverse, v, weights):
         c, i = self.config, self.index
         space, stride = fixed.shape[1:4], c.field_stride
         difference = DifferenceStream(c.max_step, c.heads, c.cross_radius[i], c.self_radius[i], c.self_window[i],
@@ -168,8 +168,12 @@ class Level(nn.Module):
         updates = []
         # Not `nn.scan`: in a loop XLA on CPU runs the convolutions seven times slower.
         for _ in range(c.updates[i]):
-            force, demons_force, attention_force = (
-                average_pool(p, stride) / stride for p in difference(fixed, warp(moving, resize_field(u, space))))
+            phi = resize_field(u, space)
+            terms = difference(fixed, warp(moving, phi))
+            if weights is not None:
+                counted = jnp.minimum(weights[..., :1], warp(weights[..., 1:], phi)) > 0.999
+                terms = (p * counted for p in terms)
+            force, demons_force, attention_force = (average_pool(p, stride) / stride for p in terms)
             delta = layer(force, u)
             made = Update(force, demons_force, attention_force, delta, u, u_inverse, u, u_inverse)
             # Both flows in one call: half the program to compile.
@@ -188,11 +192,14 @@ class DrivenMorph(nn.Module):
 
     Levels are listed finest first, as in the config: `strides`, `channels`, `updates`, `cross_radius`, `self_radius`,
     `self_window` (0 is off). phi = exp(delta_1) o ... o exp(delta_n), inverse exp(-delta_n) o ... o exp(-delta_1).
+
+    `weights` (B, D, H, W, 2), of the fixed and the moving image: where one of them is not 1 at a voxel of a level, the
+    force of that voxel is zero.
     """
     config: Any
 
     @nn.compact
-    def __call__(self, fixed, moving):
+    def __call__(self, fixed, moving, weights=None):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, name="encoder")
@@ -205,7 +212,8 @@ class DrivenMorph(nn.Module):
             space = [n // c.field_stride for n in fixed_pyramid[i].shape[1:4]]
             u, u_inverse, v = (resize_field(x, space) for x in (u, u_inverse, v))
             u, u_inverse, v, made = level(c, i, dtype, name=f"level{levels - 1 - i}")(
-                fixed_pyramid[i], moving_pyramid[i], u, u_inverse, v)
+                fixed_pyramid[i], moving_pyramid[i], u, u_inverse, v,
+                None if weights is None else average_pool(weights, c.strides[i]))
             updates += made
         space = fixed.shape[1:4]
         return Registration(resize_field(u, space), resize_field(u_inverse, space), updates)

@@ -19,6 +19,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import replacing
 
 MOST_VOXELS = 2**30
+PATHS = (str, os.PathLike)
 ENDINGS = (".nii", ".nii.gz")
 
 
@@ -37,13 +38,13 @@ class Volume:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
-def load_image(path):
-    """The 3-D image in a NIfTI file, as a Volume of float32.
+def load_image(source):
+    """A 3-D image as a Volume of float32, from a file, a nibabel image, or an array with voxels of 1 mm.
 
     Raises InputError where the file cannot be read, is not one 3-D volume of finite and varying intensity
     with something above zero, or has no usable geometry.
     """
-    data, image = _read_volume(path)
+    data, image, path = _read_volume(source)
     with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
         data = data.astype(np.float32)
     if not np.isfinite(data).all():
@@ -52,16 +53,16 @@ def load_image(path):
         raise InputError(f"{path} has the same value in every voxel; give an image that shows a brain")
     if data.max() <= 0:
         raise InputError(f"{path} has no voxel above 0; shift its intensities so that the background is 0")
-    return Volume(data, image.affine, image.header, str(path))
+    return Volume(data, image.affine, image.header, path)
 
 
-def load_labels(path, image=None):
-    """The label map in a NIfTI file, as a Volume of int32; `image`, where given, is the Volume it labels.
+def load_labels(source, image=None):
+    """A label map as a Volume of int32, from what `load_image` takes; `image`, where given, is the Volume it labels.
 
     Raises InputError as `load_image` does, and where labels are negative, fractional or all background, or
     lie on another grid than `image` (affines may differ by 1e-3).
     """
-    data, source = _read_volume(path)
+    data, source, path = _read_volume(source)
     if not np.isfinite(data).all():
         raise InputError(f"{path} has NaN or infinite voxels; give a label map of whole numbers")
     whole = np.rint(data)
@@ -71,7 +72,7 @@ def load_labels(path, image=None):
         raise InputError(f"{path} has labels below 0 or above {np.iinfo(np.int32).max}; renumber its labels")
     if whole.max() == 0:
         raise InputError(f"{path} holds background only; give a label map with at least one label above 0")
-    labels = Volume(whole.astype(np.int32), source.affine, source.header, str(path))
+    labels = Volume(whole.astype(np.int32), source.affine, source.header, path)
     if image is not None and not same_grid(labels, image):
         raise InputError(f"{path} is not on the grid of {image.path}; resample the labels onto that image")
     return labels
@@ -82,21 +83,15 @@ def same_grid(a, b, tolerance=1e-3):
     return a.data.shape == b.data.shape and np.allclose(a.affine, b.affine, rtol=0, atol=tolerance)
 
 
-def open_nifti(path):
-    """The nibabel image of a NIfTI file of any dimension, its header read and checked but not yet its voxels.
+def open_nifti(source):
+    """(nibabel NIfTI image of any dimension, its header checked but its voxels not yet read; what to call it).
+
+    Args:
+      source: a NIfTI or MGH file, a nibabel image, or an array, whose voxels count as 1 mm.
 
     Raises InputError where the file is missing, damaged, too large or without usable geometry.
     """
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist; check the path")
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; give a NIfTI file (.nii or .nii.gz)")
-    try:
-        image = nibabel.load(path)
-    except Exception as error:  # damaged bytes make nibabel raise nearly anything
-        raise _unreadable(path) from error
-    if not isinstance(image, nibabel.Nifti1Pair):
-        raise InputError(f"{path} is not a NIfTI file; convert it to .nii or .nii.gz")
+    image, path = _opened(source)
     if not image.shape or min(image.shape) < 1:
         raise InputError(f"{path} holds no voxels (shape {image.shape}); export it again")
     if math.prod(image.shape) > MOST_VOXELS:
@@ -107,7 +102,30 @@ def open_nifti(path):
     if not (np.isfinite(image.affine).all() and spacing.all()
             and abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 1e-3):
         raise InputError(f"{path} has a singular or non-finite affine; repair its sform or qform")
-    return image
+    return image, path
+
+
+def _opened(source):
+    if not isinstance(source, PATHS):
+        if hasattr(source, "dataobj"):
+            return nibabel.Nifti1Image.from_image(source), source.get_filename() or "the image"
+        data = np.asarray(source)
+        kept = np.int32 if data.dtype.kind in "biu" else np.float32  # NIfTI has no bool, and few read 64 bits
+        return nibabel.Nifti1Image(data.astype(kept), np.eye(4)), "the array"
+    path = str(source)
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist; check the path")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; give a NIfTI file (.nii or .nii.gz)")
+    try:
+        image = nibabel.load(path)
+    except Exception as error:  # damaged bytes make nibabel raise nearly anything
+        raise _unreadable(path) from error
+    if isinstance(image, nibabel.MGHImage):
+        image = nibabel.Nifti1Image.from_image(image)
+    if not isinstance(image, nibabel.Nifti1Pair):
+        raise InputError(f"{path} is not a NIfTI file; convert it to .nii or .nii.gz")
+    return image, path
 
 
 def read_voxels(image, path):
@@ -118,7 +136,7 @@ def read_voxels(image, path):
     if image.get_data_dtype().kind not in "biuf":
         raise InputError(f"{path} holds colour or complex voxels; convert it to one real number a voxel")
     try:
-        if str(path).endswith(".gz"):
+        if path.endswith((".gz", ".mgz")) and nibabel.is_proxy(image.dataobj):
             with gzip.open(path) as whole:  # only at the end of the file does gzip look at its checksum
                 while whole.read(2**24):
                     pass
@@ -201,6 +219,12 @@ def save(path, data, like, intent=None):
     """
     if not str(path).endswith(ENDINGS):
         raise InputError(f"{path} must end in .nii or .nii.gz to be written")
+    with replacing(path) as temporary:
+        nibabel.save(to_nibabel(data, like, intent), temporary)
+
+
+def to_nibabel(data, like, intent=None):
+    """What `save` writes, as a nibabel image."""
     image = nibabel.Nifti1Image(data.astype(_storage_type(data, like)), like.affine)
     codes = int(like.header["qform_code"]), int(like.header["sform_code"])
     if codes == (0, 0):
@@ -210,18 +234,23 @@ def save(path, data, like, intent=None):
     image.header.set_xyzt_units("mm")
     if intent is not None:
         image.header.set_intent(intent)
-    with replacing(path) as temporary:
-        nibabel.save(image, temporary)
+    return image
 
 
-def _read_volume(path):
-    image = open_nifti(path)
+def on_grid(shape, affine, header=None, path=""):
+    """A Volume of nothing on a grid, to say where something else lies."""
+    return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(affine, float),
+                  header or nibabel.Nifti1Header(), path)
+
+
+def _read_volume(source):
+    image, path = open_nifti(source)
     shape, rest = image.shape[:3], image.shape[3:]
     if len(shape) < 3 or any(n > 1 for n in rest):
         raise InputError(f"{path} has shape {image.shape}; give a single 3-D volume")
     if min(shape) < 2:
         raise InputError(f"{path} has shape {shape}; give a volume of at least 2 voxels along every axis")
-    return read_voxels(image, path).reshape(shape), image
+    return read_voxels(image, path).reshape(shape), image, path
 
 
 def _bounding_box(mask):

@@ -1,4 +1,4 @@
-"""Two NIfTI files in; aligned image, transforms, force and a picture out.
+"""Two images in; aligned image, transforms, force and a picture out.
 
 The fixed image is resampled to a working grid, the moving one to the same grid through the affine alignment. The
 field found there becomes a transform in millimetres, sampled on the images' own grids: only the last step touches
@@ -8,10 +8,12 @@ the voxels that are written.
 import json
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import nibabel
 import numpy as np
 
 from drivenmorph_jax import demons, metrics, nifti, page, report, transforms
@@ -26,122 +28,209 @@ from drivenmorph_jax.warp import warp
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
 REFINE_STEPS = {"drivenmorph": 20, "demons": 0}
+FORMATS = ("itk", "ras", "h5", "l2r")
 NETWORK_FORCE = "driving force of the network: the sum over its updates, on the fixed grid"
 DEMONS_FORCE = "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"
 
 
-def register(fixed, moving, out, *, checkpoint=SHIPPED, method="drivenmorph", force="lncc", affine=True,
-             refine_steps=None, fixed_labels=None, moving_labels=None):
-    """Register the NIfTI file `moving` to `fixed` and write every result to the folder `out`.
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A registration. Vectors and determinants lie on the fixed image's grid."""
+
+    warped: nibabel.Nifti1Image  # the moving image
+    warped_labels: nibabel.Nifti1Image | None
+    transform: transforms.Transform  # from the fixed to the moving image, affine and deformable, with its inverse
+    force: np.ndarray  # (X, Y, Z, 3), RAS mm
+    jacobian: np.ndarray  # (X, Y, Z), determinant of the transform
+    summary: dict  # similarity, Dice, folding, seconds, each with its definition
+    pictured: dict  # what `report.overview` draws, on the working grid
+
+    def overview(self, path):
+        """Draw the picture of the registration to a PNG file."""
+        report.overview(path, title=_title(self.summary), **self.pictured)
+
+    def report(self, path="report.html"):
+        """Write the page of the registration: slices to move through, picture, numbers. Returns its path."""
+        picture = Path(path).with_suffix(".png")
+        self.overview(picture)
+        return self._page(path, picture)
+
+    def _page(self, path, picture):
+        title, numbers = _title(self.summary).split("\n")
+        volumes = {name: x for name, x in self.pictured.items() if name != "labels"}
+        volumes["jacobian"] = volumes.pop("jac")
+        page.write(path, title, [page.paragraph(numbers), page.viewer("Slices", **volumes),
+                                 page.figure("Overview", picture), page.definitions(self.summary["definitions"])])
+        return path
+
+    def save(self, out, formats=("itk",), bids=None):
+        """Write everything to the folder `out`, as register.py does.
+
+        Args:
+          formats: of the transform and its inverse: "itk" displacement fields, LPS mm, and the affine; "ras" the
+            fields in RAS mm, intent 1006; "h5" ITK composites; "l2r" the field of Learn2Reg, in voxels.
+          bids: (prefix, moving space, fixed space), such as ("sub-01", "T1w", "MNI152NLin2009cAsym"): the transforms
+            are named as BIDS derivatives, sub-01_from-T1w_to-MNI152NLin2009cAsym_mode-image_xfm.
+
+        Raises InputError where something cannot be written.
+        """
+        out, (fixed, moving) = make_folder(out), (self.transform.grid, self.transform.other)
+        for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
+            if image is not None:
+                with replacing(out / f"{name}.nii.gz") as temporary:
+                    nibabel.save(image, temporary)
+        names = ["displacement", "inverse_displacement"]
+        if bids:
+            prefix, *spaces = bids
+            names = [f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1])]
+        for name, transform in zip(names, (self.transform, self.transform.inverse), strict=True):
+            if "itk" in formats:
+                transform.save(out / f"{name}.nii.gz")
+            if "ras" in formats:
+                transform.save(out / f"{name}_ras.nii.gz", "RAS")
+            if "h5" in formats:
+                transform.save(out / f"{name}.h5")
+        if "itk" in formats:
+            self.transform.save(out / "affine.tfm")
+        if "l2r" in formats:
+            self.transform.save_learn2reg(out / f"disp_{_stem(fixed.path)}_{_stem(moving.path)}.nii.gz")
+        nifti.save(out / "jacobian.nii.gz", self.jacobian, fixed)
+        transforms.write_force(out / "force.nii.gz", self.force, fixed,
+                               NETWORK_FORCE if self.summary["method"] == "drivenmorph" else DEMONS_FORCE)
+        self.overview(out / "overview.png")
+        self._page(out / "report.html", out / "overview.png")
+        with replacing(out / "summary.json") as temporary:
+            temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
+
+
+def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="lncc", affine=True, refine_steps=None,
+             fixed_labels=None, moving_labels=None, fixed_mask=None, moving_mask=None, quiet=False):
+    """Register the image `moving` to `fixed`: files, nibabel images, or arrays with voxels of 1 mm.
 
     Args:
       checkpoint: a training's folder, for method "drivenmorph"; by default the weights that come with the project.
       method: "drivenmorph", or "demons", which needs no weights.
       force: of method "demons": "lncc" (local correlation), "intensity" (symmetric Demons force, for images of one
         scanner) or "mind" (the same on MIND descriptors, for images of two contrasts).
-      affine: align by an affine first; else the files' own world coordinates are the alignment.
+      affine: True to find one first; False where world coordinates agree already; else an ITK file of an affine, or a
+        (4, 4) from the fixed to the moving world in RAS mm, to be taken as it is.
       refine_steps: iterations of Demons by local correlation after the method, on its working grid; by default those
         of `REFINE_STEPS`.
       fixed_labels, moving_labels: label maps on the grids of their images.
+      fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or sick: no force is taken
+        from there, and the field goes on smoothly inside.
+      quiet: tell nothing of the stages.
 
     Returns:
-      What it wrote to `summary.json`.
+      A `Result`.
 
     Raises:
-      InputError: a file that cannot be used or written. Nothing is written before everything is computed.
+      InputError: an image that cannot be used.
     """
-    seconds = {}
+    stages = _Stages(quiet)
     if refine_steps is None:
         refine_steps = REFINE_STEPS[method]
-    with _stage("read", seconds):
+    with stages("read"):
         fixed, moving = nifti.load_image(fixed), nifti.load_image(moving)
-        fixed_labels = fixed_labels and nifti.load_labels(fixed_labels, fixed)
-        moving_labels = moving_labels and nifti.load_labels(moving_labels, moving)
+        fixed_labels, moving_labels, fixed_mask, moving_mask = (
+            None if labels is None else nifti.load_labels(labels, image) for labels, image in (
+                (fixed_labels, fixed), (moving_labels, moving), (fixed_mask, fixed), (moving_mask, moving)))
+        if isinstance(affine, nifti.PATHS):
+            affine = transforms.read_affine(affine)
         if method == "drivenmorph":
             config, params, about = load_checkpoint(checkpoint)
             spacing, multiple = about["spacing"], grid_multiple(config)
         else:
             spacing, multiple = max(DEMONS_SPACING, float(fixed.spacing.min())), demons.MULTIPLE
-        out = make_folder(out)
 
-    with _stage("affine", seconds):
-        transform = register_affine(fixed, moving) if affine else np.eye(4)
+    with stages("affine"):
+        if affine is True:
+            transform = register_affine(fixed, moving, fixed_mask, moving_mask)
+        else:
+            transform = np.eye(4) if affine is False else np.asarray(affine, float)
 
-    with _stage("resample", seconds):
+    with stages("resample"):
         shape, grid = nifti.working_grid(fixed, spacing, multiple)
-        f, m = (jnp.asarray(nifti.normalise(nifti.resample(nifti.smoothed(volume, spacing), shape, grid, through)))
+        f, m = (jnp.asarray(nifti.resample(nifti.smoothed(volume, spacing), shape, grid, through))
                 for volume, through in ((fixed, None), (moving, transform)))
+        masks = weights = None
+        if fixed_mask is not None or moving_mask is not None:
+            masks = [jnp.zeros(shape, bool) if mask is None else
+                     jnp.asarray(nifti.resample(mask, shape, grid, through, order=0) > 0)
+                     for mask, through in ((fixed_mask, None), (moving_mask, transform))]
+            f, m = (demons.fill(x[..., None], mask[..., None])[..., 0]
+                    for x, mask in zip((f, m), masks, strict=True))
+            weights = tuple(1.0 - mask[..., None] for mask in masks)
+        f, m = (jnp.asarray(nifti.normalise(np.asarray(x))) for x in (f, m))
         if not (m > 0).any():
             raise InputError(f"{moving.path} does not overlap {fixed.path} in world coordinates: leave out --no-affine")
 
-    with _stage(method, seconds):
+    with stages(method):
         if method == "drivenmorph":
-            u, u_inverse, force = (x[0] for x in make_predict(config)(params, f[None], m[None])[:3])
+            both = () if weights is None else (jnp.concatenate(weights, -1)[None],)
+            u, u_inverse, force = (x[0] for x in make_predict(config)(params, f[None], m[None], *both)[:3])
         else:
             features, settings = demons.FORCES[force]
-            features = features(f[..., None]), features(m[..., None])
-            u = demons.demons(*features, **settings).u
-            force = resize(settings["force"](*features, settings["max_step"])[0], shape)
+            features, driven = demons.weighted((features(f[..., None]), features(m[..., None])), weights,
+                                               settings["force"])
+            u = demons.demons(*features, **settings | {"force": driven}).u
+            force = resize(driven(*features, settings["max_step"])[0], shape)
         if refine_steps:
-            u = demons.refine(f[..., None], m[..., None], u, refine_steps)
-        if refine_steps or method == "demons":
+            u = demons.refine(f[..., None], m[..., None], u, refine_steps, weights)
+        counted = None
+        if masks is not None:
+            out = masks[0] | (warp(masks[1][..., None].astype(jnp.float32), u)[..., 0] > 0)
+            u, force, counted = demons.unfolded(demons.fill(u, out[..., None])), force * ~out[..., None], ~out
+        if refine_steps or method == "demons" or masks is not None:
             u_inverse = demons.coarse_inverse(u)
         u, u_inverse, force = (np.asarray(x) for x in (u, u_inverse, force))
 
-    with _stage("transform", seconds):
+    with stages("transform"):
         displacement = transforms.total_displacement(fixed.data.shape, fixed.affine, u, grid, transform)
         backward = transforms.total_inverse_displacement(moving.data.shape, moving.affine, u_inverse, grid, transform)
+        found = transforms.Transform(displacement, fixed, transform, moving, backward)
         warped = transforms.apply(moving, displacement, fixed.affine)
         jacobian = transforms.jacobian_determinant_of_displacement(displacement, fixed.affine)
         vectors = transforms.force_on_grid(fixed.data.shape, fixed.affine, force, grid)
-        warped_labels = moving_labels and transforms.apply(moving_labels, displacement, fixed.affine, order=0)
+        if fixed_mask is not None:
+            vectors[fixed_mask.data > 0] = 0  # between two voxels of the working grid there is no sharp edge
+        warped_labels = None if moving_labels is None else transforms.apply(moving_labels, displacement, fixed.affine,
+                                                                            order=0)
 
-    with _stage("score", seconds):
+    with stages("score"):
         inside = metrics.brain(nifti.normalise(fixed.data) > 0.02)
         moved = np.asarray(warp(m[..., None], u)[..., 0])
         summary = {
             "fixed": fixed.path, "moving": moving.path, "method": method,
             "checkpoint": str(checkpoint) if method == "drivenmorph" else None,
-            "refine_steps": refine_steps, "affine": affine,
+            "refine_steps": refine_steps, "affine": affine if isinstance(affine, bool) else transform.tolist(),
             "device": jax.devices()[0].device_kind, "working_grid": list(shape), "working_spacing_mm": spacing,
-            "similarity_before": _similarity(f, m), "similarity_after": _similarity(f, moved),
+            "similarity_before": _similarity(f, m, counted), "similarity_after": _similarity(f, moved, counted),
             "fold_pct": float(100 * np.mean(jacobian[inside] <= 0)),
             "sdlogj": float(np.log(np.maximum(jacobian[inside], 1e-9)).std()),
             "inverse_mm": metrics.inverse_consistency(u, u_inverse, (spacing,) * 3, metrics.brain(np.asarray(f))),
             "definitions": {
-                "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid; "
-                              "before: after the affine.",
+                "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, "
+                              "without what masks leave out; before: after the affine.",
                 "dice": metrics.DEFINITIONS["dice"] + " Before: after the affine. Without label 0.",
                 "fold_pct": "Percentage of voxels of the fixed brain where the Jacobian determinant of the total "
                             "transform is 0 or less.",
                 "sdlogj": "Standard deviation of its logarithm there.",
                 "inverse_mm": metrics.DEFINITIONS["inverse_mm"]},
         }
-        if fixed_labels and moving_labels:
+        if fixed_labels is not None and moving_labels is not None:
             start = nifti.resample(moving_labels, fixed.data.shape, fixed.affine, transform, order=0)
             summary["dice_before"] = metrics.mean_dice(fixed_labels.data, start)
             summary["dice_after"] = metrics.mean_dice(fixed_labels.data, warped_labels)
 
-    with _stage("write", seconds):
-        nifti.save(out / "warped.nii.gz", warped, fixed)
-        transforms.write_displacement(out / "displacement.nii.gz", displacement, fixed, "fixed to moving")
-        transforms.write_displacement(out / "inverse_displacement.nii.gz", backward, moving, "moving to fixed")
-        nifti.save(out / "jacobian.nii.gz", jacobian, fixed)
-        transforms.write_force(out / "force.nii.gz", vectors, fixed,
-                               NETWORK_FORCE if method == "drivenmorph" else DEMONS_FORCE)
-        if moving_labels:
-            nifti.save(out / "warped_labels.nii.gz", warped_labels, moving_labels_on(fixed, moving_labels))
-        outlines = fixed_labels and nifti.resample(fixed_labels, shape, grid, order=0)
-        volumes = np.asarray(f), np.asarray(m), moved, u, force, metrics.jacobian(u), (spacing,) * 3
-        report.overview(out / "overview.png", *volumes, _title(summary), outlines)
-        title, numbers = _title(summary).split("\n")
-        page.write(out / "report.html", title, [page.paragraph(numbers), page.viewer("Slices", *volumes),
-                                                page.figure("Overview", out / "overview.png"),
-                                                page.definitions(summary["definitions"])])
-    summary["seconds"] = seconds | {"total": sum(seconds.values())}
-    with replacing(out / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    summary["seconds"] = stages.seconds | {"total": sum(stages.seconds.values())}
+    outlines = None if fixed_labels is None else nifti.resample(fixed_labels, shape, grid, order=0)
+    return Result(
+        nifti.to_nibabel(warped, fixed),
+        None if moving_labels is None else nifti.to_nibabel(warped_labels, moving_labels_on(fixed, moving_labels)),
+        found, vectors, jacobian, summary,
+        {"fixed": np.asarray(f), "moving": np.asarray(m), "warped": moved, "u": u, "force": force,
+         "jac": metrics.jacobian(u), "spacing": (spacing,) * 3, "labels": outlines})
 
 
 def moving_labels_on(fixed, labels):
@@ -151,26 +240,40 @@ def moving_labels_on(fixed, labels):
     return nifti.Volume(fixed.data, fixed.affine, header, fixed.path)
 
 
-@contextmanager
-def _stage(name, seconds):
-    print(f"{name} ...", end=" ", flush=True)
-    start = time.perf_counter()
-    try:
-        yield
-    except BaseException:
-        print()
-        raise
-    seconds[name] = time.perf_counter() - start
-    print(f"{seconds[name]:.1f} s", flush=True)
+class _Stages:
+    """`with stages(name):` tells the stage and its seconds, and keeps them in `seconds`."""
+
+    def __init__(self, quiet):
+        self.quiet, self.seconds = quiet, {}
+
+    @contextmanager
+    def __call__(self, name):
+        self._tell(f"{name} ...", end=" ")
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self._tell()
+            raise
+        self.seconds[name] = time.perf_counter() - start
+        self._tell(f"{self.seconds[name]:.1f} s")
+
+    def _tell(self, *words, end="\n"):
+        if not self.quiet:
+            print(*words, end=end, flush=True)
 
 
 @jax.jit
-def _lncc(fixed, moving):
-    return lncc(fixed[None, ..., None], moving[None, ..., None], 9)
+def _similarity_of(fixed, moving, weight):
+    return lncc(fixed[None, ..., None], moving[None, ..., None], 9, weight)
 
 
-def _similarity(fixed, moving):
-    return float(_lncc(fixed, moving))
+def _similarity(fixed, moving, counted):
+    return float(_similarity_of(fixed, moving, None if counted is None else counted[None].astype(jnp.float32)))
+
+
+def _stem(path):
+    return Path(path).name.split(".")[0]
 
 
 def _title(summary):

@@ -138,7 +138,7 @@ def run(method, fixed, moving, *arguments):
         if done.returncode:
             raise InputError(f"{method} failed on {fixed} and {moving}; leave it out, or see why: "
                              f"{done.stderr.strip()[-300:]}")
-        mm, affine = transforms.read_displacement(out)
+        mm, affine, _ = transforms.read_displacement(out)
     mm = nib.as_closest_canonical(nib.Nifti1Image(mm, affine))
     return (np.asarray(mm.dataobj, np.float32) @ np.linalg.inv(mm.affine[:3, :3]).T).astype(np.float32), seconds
 

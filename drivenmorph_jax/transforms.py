@@ -11,6 +11,9 @@ A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, 
 
 import json
 import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,10 +22,155 @@ from scipy import ndimage
 from drivenmorph_jax import nifti
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import replacing
+from drivenmorph_jax.integrate import inverse
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 INTENTS = {"LPS": 1007, "RAS": 1006}  # vector; displacement vector
 AFFINE_ENDINGS = (".tfm", ".txt", ".mat")
+ORDERS = {"linear": 1, "nearest": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """x -> x + displacement(x), from the world of one image to that of another, RAS mm, sampled on the first's grid.
+
+    An image pulls back: `apply` brings one of the second world onto the grid of the first. Points move the other way,
+    from the first world to the second.
+    """
+
+    displacement: np.ndarray  # (X, Y, Z, 3), RAS mm, on `grid`
+    grid: nifti.Volume
+    linear: np.ndarray  # (4, 4), the affine part of it: what is left is small, and is what gets inverted
+    other: nifti.Volume | None = None  # the grid that the inverse is sampled on
+    backward: np.ndarray | None = None  # displacement of the inverse on that grid, where it is known
+    names: tuple[str, str] = ("fixed", "moving")
+
+    @classmethod
+    def load(cls, path):
+        """The transform in a displacement file (as `save` writes, or ITK's), with what its sidecar tells besides.
+
+        Raises InputError where it is none.
+        """
+        displacement, affine, header = read_displacement(path)
+        about = read_sidecar(path)
+        other = about.get("TargetGridShape")
+        linear = about.get("Linear")
+        return cls(displacement, nifti.on_grid(displacement.shape[:3], affine, header, str(path)),
+                   linear_part(displacement, affine) if linear is None else np.array(linear),
+                   other and nifti.on_grid(other, about["TargetGridAffineRAS"]),
+                   names=tuple(about.get("Direction", "fixed to moving").split(" to ")))
+
+    @cached_property
+    def inverse(self):
+        """The way back, on the other image's grid. Raises InputError where that grid is not known."""
+        if self.other is None:
+            raise InputError(f"{self.grid.path} does not tell the other image's grid: give it as --reference")
+        backward = self.backward
+        if backward is None:
+            # linear^-1 o self lies near the identity, in the first world, where it is inverted in voxels.
+            back = np.linalg.inv(self.linear)
+            near = np.empty_like(self.displacement)
+            for i, x in _planes(near.shape[:3], self.grid.affine):
+                near[i] = _map(back, x + self.displacement[i]) - x
+            u = near @ np.linalg.inv(self.grid.affine[:3, :3]).T.astype(np.float32)
+            backward = total_inverse_displacement(self.other.data.shape, self.other.affine, np.asarray(inverse(u)),
+                                                  self.grid.affine, self.linear)
+        return Transform(backward, self.other, np.linalg.inv(self.linear), self.grid, self.displacement,
+                         self.names[::-1])
+
+    def compose(self, then):
+        """x -> then(self(x)), from the first world to the second of `then`; points beyond its grid move as its edge."""
+        def follow(first, second):
+            out = np.empty_like(first.displacement)
+            field, to_voxel = _channels_first(second.displacement), np.linalg.inv(second.grid.affine)
+            for i, x in _planes(out.shape[:3], first.grid.affine):
+                y = x + first.displacement[i]
+                out[i] = y + _sample(field, _map(to_voxel, y)) - x
+            return out
+
+        known = self.backward is not None and then.backward is not None
+        return Transform(follow(self, then), self.grid, then.linear @ self.linear, then.other,
+                         follow(then.inverse, self.inverse) if known else None, (self.names[0], then.names[1]))
+
+    def apply(self, image, interpolation="linear", reference=None):
+        """An image of the second world on the grid of the first, as a nibabel image.
+
+        Args:
+          image: what `nifti.load_image` takes; of a 4-D series every volume is moved.
+          interpolation: "linear", or "nearest" for label maps, which keeps their type.
+          reference: Volume on whose grid the result lies, in place of the transform's own.
+        """
+        if interpolation not in ORDERS:
+            raise InputError(f"interpolation is {interpolation!r}: set it to one of {', '.join(ORDERS)}")
+        source, name = nifti.open_nifti(image)
+        if source.ndim not in (3, 4):
+            raise InputError(f"{name} has shape {source.shape}; give a 3-D image or a 4-D series")
+        voxels = nifti.read_voxels(source, name)
+        if not np.isfinite(voxels).all():
+            raise InputError(f"{name} has NaN or infinite voxels; replace them, for instance by 0")
+        grid, displacement = self.grid, self.displacement
+        if reference is not None:
+            grid, field, to_voxel = reference, _channels_first(displacement), np.linalg.inv(self.grid.affine)
+            displacement = np.empty((*grid.data.shape, 3), np.float32)
+            for i, x in _planes(grid.data.shape, grid.affine):
+                displacement[i] = _sample(field, _map(to_voxel, x))
+        order = ORDERS[interpolation]
+        like = replace(grid, header=_with_type(grid.header, source.get_data_dtype()))
+        moved = [apply(nifti.Volume(volume.astype(np.float32) if order else volume, source.affine, source.header, name),
+                       displacement, grid.affine, order)
+                 for volume in (np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])]
+        out = nifti.to_nibabel(np.stack(moved, -1) if voxels.ndim == 4 else moved[0], like)
+        if voxels.ndim == 4:
+            out.header["pixdim"][4] = source.header["pixdim"][4]
+        return out
+
+    def points(self, points):
+        """Points (N, 3) of the first world, RAS mm, in the second."""
+        return transform_points(points, self.displacement, self.grid.affine)
+
+    def save(self, path, frame="LPS"):
+        """Write what the file's ending says.
+
+        .nii, .nii.gz: the displacement field, LPS mm as ITK, SimpleITK and ANTs read it, or frame="RAS", and a JSON
+        sidecar. .h5: an ITK composite of affine and field. .tfm, .txt, .mat: the affine part alone, for ITK.
+
+        Raises InputError where it cannot be written.
+        """
+        if str(path).endswith(nifti.ENDINGS):
+            other = {} if self.other is None else {"TargetGridShape": list(self.other.data.shape),
+                                                   "TargetGridAffineRAS": self.other.affine.tolist()}
+            write_displacement(path, self.displacement, self.grid, " to ".join(self.names), frame,
+                               {"Linear": self.linear.tolist(), **other})
+        elif str(path).endswith(".h5"):
+            write_composite(path, self)
+        else:
+            write_affine(path, self.linear)
+
+    def save_learn2reg(self, path):
+        """Write Learn2Reg's field: A_other^-1 (x + d(x)) - i at voxel i of the grid, (X, Y, Z, 3), voxels."""
+        to_fixed, to_moving = (np.linalg.inv(grid.affine) for grid in (self.grid, self.other))
+        out = np.empty_like(self.displacement)
+        for i, x in _planes(out.shape[:3], self.grid.affine):
+            out[i] = _map(to_moving, x + self.displacement[i]) - _map(to_fixed, x)
+        nifti.save(path, out, self.grid)
+
+
+def _with_type(header, dtype):
+    header = header.copy()
+    header.set_data_dtype(dtype)
+    return header
+
+
+def linear_part(displacement, affine):
+    """The affine (4, 4) nearest to x -> x + displacement(x), in RAS mm: least squares over every fourth voxel."""
+    some = tuple(slice(None, None, 4) for _ in range(3))
+    index = np.moveaxis(np.indices(displacement.shape[:3]), 0, -1)[some].reshape(-1, 3)
+    x = _map(affine, index)
+    y = x + displacement[some].reshape(-1, 3)
+    found, *_ = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)
+    out = np.eye(4)
+    out[:3] = found.T
+    return out
 
 
 def total_displacement(shape, affine, u, work_affine, transform):
@@ -43,18 +191,6 @@ def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform)
     """
     deform, back = _deformation(u_inverse, work_affine), np.linalg.inv(transform)
     return _displacement(shape, affine, lambda y: deform(_map(back, y)))
-
-
-def learn2reg_displacement(shape, affine, u, work_affine, moving_affine):
-    """Learn2Reg's field, A_moving^-1 d(A i) - i at every voxel i of the fixed grid: (X, Y, Z, 3), voxels.
-
-    (shape, affine) is the fixed grid, A; u (D, H, W, 3) lies in voxels on the grid with affine `work_affine`.
-    """
-    deform, out = _deformation(u, work_affine), np.empty((*shape, 3), np.float32)
-    to_fixed, to_moving = np.linalg.inv(affine), np.linalg.inv(moving_affine)
-    for i, x in _planes(shape, affine):
-        out[i] = _map(to_moving, deform(x)) - _map(to_fixed, x)
-    return out
 
 
 def force_on_grid(shape, affine, force, work_affine):
@@ -105,17 +241,19 @@ def jacobian_determinant_of_displacement(displacement, affine):
     return out
 
 
-def write_displacement(path, displacement, like, direction, frame="LPS"):
+def write_displacement(path, displacement, like, direction, frame="LPS", about=()):
     """Write a displacement (X, Y, Z, 3) in RAS mm on the grid of the Volume `like`, and a JSON sidecar.
 
     The file is NIfTI, (X, Y, Z, 1, 3) float32 in mm: frame "LPS" with intent 1007, which ITK, SimpleITK and
     ANTs read as a displacement field, or "RAS" with intent 1006. `direction` says in words from which image
-    to which the points move, e.g. "fixed to moving". Raises InputError where it cannot be written.
+    to which the points move, e.g. "fixed to moving"; the sidecar gets the items of `about` too. Raises InputError
+    where it cannot be written.
     """
     _write_vectors(path, displacement, like, frame, {
         "Content": "displacement d(x) of the total transform, affine and deformable: x moves to x + d(x)",
         "Direction": direction,
-        "Use": "pull-back: an image of the space moved to is resampled at x + d(x) onto the grid below"})
+        "Use": "pull-back: an image of the space moved to is resampled at x + d(x) onto the grid below",
+        **dict(about)})
 
 
 def write_force(path, force, like, content):
@@ -132,12 +270,20 @@ def _write_vectors(path, vectors, like, frame, sidecar):
         temporary.write_text(json.dumps(sidecar, indent=2) + "\n")
 
 
+def read_sidecar(path):
+    """What the JSON beside a displacement file says; nothing where there is none that can be read."""
+    try:
+        return json.loads(Path(_sidecar(path)).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def read_displacement(path):
-    """A displacement file as (displacement (X, Y, Z, 3) in RAS mm, float32; affine of its grid).
+    """A displacement file as (displacement (X, Y, Z, 3) in RAS mm, float32; affine of its grid; its header).
 
     Intent 1007 is taken as LPS and 1006 as RAS. Raises InputError for any other file.
     """
-    image = nifti.open_nifti(path)
+    image, path = nifti.open_nifti(path)
     frames = {intent: frame for frame, intent in INTENTS.items()}
     frame = frames.get(int(image.header["intent_code"]))
     if frame is None or image.ndim != 5 or image.shape[3:] != (1, 3):
@@ -148,7 +294,23 @@ def read_displacement(path):
         raise InputError(f"{path} has NaN or infinite displacements; compute it again")
     if frame == "LPS":
         displacement[..., :2] *= -1
-    return displacement, image.affine
+    return displacement, image.affine, image.header
+
+
+def write_composite(path, transform):
+    """Write a `Transform` as ITK's composite, .h5: the field on its grid, x -> linear^-1(x + d(x)), then the affine."""
+    back, grid = np.linalg.inv(transform.linear), transform.grid
+    near = np.empty_like(transform.displacement)
+    for i, x in _planes(near.shape[:3], grid.affine):
+        near[i] = _map(back, x + transform.displacement[i]) - x
+    field = sitk.GetImageFromArray((near * np.diag(FLIP)[:3]).transpose(2, 1, 0, 3).astype(float), isVector=True)
+    lps, spacing = FLIP @ grid.affine, grid.spacing
+    field.SetSpacing(spacing.tolist())
+    field.SetOrigin(lps[:3, 3].tolist())
+    field.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    composite = sitk.CompositeTransform([to_itk(transform.linear), sitk.DisplacementFieldTransform(field)])
+    with replacing(path) as temporary:
+        sitk.WriteTransform(composite, str(temporary))
 
 
 def write_affine(path, transform):

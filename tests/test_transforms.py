@@ -179,7 +179,7 @@ def test_displacement_file_and_sidecar(tmp_path, frame, intent, signs):
     assert (sidecar["Frame"], sidecar["Unit"], sidecar["Direction"]) == (frame, "mm", "fixed to moving")
     assert sidecar["GridShape"] == list(fixed.data.shape)
     np.testing.assert_allclose(sidecar["GridAffineRAS"], fixed.affine)
-    back, affine = transforms.read_displacement(path)
+    back, affine, _ = transforms.read_displacement(path)
     np.testing.assert_array_equal(back, displacement)
     np.testing.assert_allclose(affine, fixed.affine, atol=1e-5)
 
