@@ -40,8 +40,9 @@ def main():
                              "from there, and the field goes on smoothly inside")
     parser.add_argument("--moving_mask", metavar="FILE", help="the same on the moving image")
     parser.add_argument("--formats", nargs="+", default=["itk"], choices=["itk", "ras", "h5", "l2r"],
-                        help="of the transform and its inverse: itk, displacement fields in LPS mm; ras, the same in RAS "
-                             "mm with intent 1006; h5, ITK composites; l2r, Learn2Reg's field in voxels; default: itk")
+                        help="of the transform and its inverse: itk, displacement fields in LPS mm; ras, the same in "
+                             "RAS mm with intent 1006; h5, ITK composites; l2r, Learn2Reg's field in voxels; "
+                             "default: itk")
     parser.add_argument("--bids", nargs=3, metavar=("PREFIX", "FROM", "TO"),
                         help="name the transforms as BIDS derivatives do, FROM the moving image's space TO the fixed "
                              "one's, such as sub-01 T1w MNI152NLin2009cAsym")
@@ -53,10 +54,10 @@ def main():
 
     from drivenmorph_jax import sharding
     from drivenmorph_jax.checkpoint import SHIPPED
-    from drivenmorph_jax.files import make_folder
+    from drivenmorph_jax.files import check_folder
     from drivenmorph_jax.registration import register
     sharding.start()
-    make_folder(flags.out)  # what cannot be written is said before the work begins
+    check_folder(flags.out)
     result = register(flags.fixed, flags.moving, checkpoint=flags.checkpoint or SHIPPED, method=flags.method,
                       force=flags.force, affine=flags.initial_affine or not flags.no_affine,
                       refine_steps=flags.refine_steps, fixed_labels=flags.fixed_labels,

@@ -22,6 +22,13 @@ def replacing(path):
             temporary.unlink()
 
 
+def check_folder(path):
+    """Raises InputError where `make_folder` would: before long work, and without making anything."""
+    there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be made a folder ({there} is a file or not writable): give another one")
+
+
 def make_folder(path):
     """The folder `path`, made where it is missing, as a Path. Raises InputError where it cannot be."""
     try:

@@ -8,7 +8,7 @@ the voxels that are written.
 import json
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -231,6 +231,42 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         found, vectors, jacobian, summary,
         {"fixed": np.asarray(f), "moving": np.asarray(m), "warped": moved, "u": u, "force": force,
          "jac": metrics.jacobian(u), "spacing": (spacing,) * 3, "labels": outlines})
+
+
+def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None):
+    """Move files by a displacement field, as apply.py does; yields each path that it wrote.
+
+    Args:
+      transform: file of the field; `inverse` takes the way back, on the grid of `reference` where the sidecar does not
+        tell the other image's.
+      out: file for one image or for the points, folder for several images, which keep their names.
+      images: files to resample; or points: a CSV with columns x, y, z, RAS mm.
+      reference: image on whose grid the results lie.
+
+    Raises InputError where a file cannot be used or written.
+    """
+    found, reference = transforms.Transform.load(transform), reference and nifti.load_image(reference)
+    if inverse:
+        found = (found if found.other or not reference else replace(found, other=reference)).inverse
+    if points is not None:
+        with replacing(out) as temporary:
+            transforms.move_table(points, temporary, found)
+        yield out
+        return
+    if len(images) > 1:
+        names = [Path(path).name for path in images]
+        if len(set(names)) < len(names):
+            raise InputError(f"{', '.join(names)}: two images have one name, and would overwrite each other in {out}")
+        places = [make_folder(out) / name for name in names]
+    else:
+        places = [Path(out)]
+    for image, place in zip(images, places, strict=True):
+        if not str(place).endswith(nifti.ENDINGS):
+            raise InputError(f"{place} must end in .nii or .nii.gz to be written")
+        moved = found.apply(image, interpolation, reference)
+        with replacing(place) as temporary:
+            nibabel.save(moved, temporary)
+        yield place
 
 
 def moving_labels_on(fixed, labels):

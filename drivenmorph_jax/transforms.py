@@ -9,6 +9,7 @@ the working grid, which lies in the fixed world, u the field found on it in voxe
 A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, is (-x, -y, z) of RAS.
 """
 
+import csv
 import json
 import os
 from dataclasses import dataclass, replace
@@ -224,6 +225,30 @@ def transform_points(points, displacement, affine):
     """
     points = np.asarray(points, np.float64)
     return points + _sample(_channels_first(displacement), _map(np.linalg.inv(affine), points))
+
+
+def move_table(source, out, transform):
+    """Write the CSV file `source` to `out` with the points in its columns x, y, z, RAS mm, moved by a `Transform`.
+
+    Raises InputError where it has no such columns, or what stands in them are no numbers.
+    """
+    try:
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        points = np.array([[float(row[axis]) for axis in "xyz"] for row in rows])
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source} is not a table of points; give a CSV with a header and numbers in its columns "
+                         "x, y, z") from error
+    if not rows or not np.isfinite(points).all():
+        raise InputError(f"{source} holds no points, or some that are not finite; give numbers in columns x, y, z")
+    for row, point in zip(rows, transform.points(points), strict=True):
+        row.update(zip("xyz", (f"{x:.6g}" for x in point), strict=True))
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def jacobian_determinant_of_displacement(displacement, affine):

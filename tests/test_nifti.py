@@ -85,8 +85,8 @@ def test_damaged_files(tmp_path):
 
 
 def test_other_formats_are_refused(tmp_path):
-    path = tmp_path / "a.mgz"
-    nibabel.save(nibabel.MGHImage(DATA.astype(np.float32), np.eye(4)), path)
+    path = tmp_path / "a.img"
+    nibabel.save(nibabel.AnalyzeImage(DATA.astype(np.float32), np.eye(4)), path)
     refused(lambda: nifti.load_image(path), path, "not a NIfTI")
 
 
@@ -310,3 +310,16 @@ def test_save_fails_in_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatc
     monkeypatch.setattr(nibabel, "save", full)
     refused(lambda: nifti.save(tmp_path / "like.nii", like.data, like), tmp_path / "like.nii", "cannot be written")
     assert (tmp_path / "like.nii").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_freesurfers_files_nibabels_images_and_arrays_are_read_alike(tmp_path):
+    affine = oblique((1, 1.5, 2))
+    nibabel.save(nibabel.MGHImage(DATA.astype(np.float32), affine), tmp_path / "a.mgz")
+    for source in (tmp_path / "a.mgz", nibabel.Nifti1Image(DATA, affine), nibabel.load(tmp_path / "a.mgz")):
+        image = nifti.load_image(source)
+        np.testing.assert_array_equal(image.data, DATA)
+        np.testing.assert_allclose(image.affine, affine, atol=1e-4)
+    array = nifti.load_image(DATA.astype(np.int64))
+    np.testing.assert_array_equal(array.data, DATA)
+    np.testing.assert_array_equal(array.affine, np.eye(4))
+    refused(lambda: nifti.load_image(np.zeros(SHAPE)), "the array", "same value")

@@ -50,7 +50,7 @@ def refused(status, said, *words):
         assert word in sentence
 
 
-@pytest.mark.parametrize("program", ["train", "eval", "register"])
+@pytest.mark.parametrize("program", ["train", "eval", "register", "apply"])
 def test_help_explains_every_flag_and_shows_an_example(program):
     done = subprocess.run([sys.executable, f"{program}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"python {program}.py --" in done.stdout
@@ -59,7 +59,7 @@ def test_help_explains_every_flag_and_shows_an_example(program):
     flags = re.findall(r'add_argument\("(--[\w-]+)"', source)
     assert flags and len(flags) == source.count("help=")
     for flag in flags:
-        assert re.search(rf"{flag}( [A-Z]+| {{[a-z,]+}})? [a-zA-Z]", options), f"{flag} is not explained"
+        assert re.search(rf"{flag}( [A-Z]+| [\[{{]\S+| \.\.\.\])* [a-zA-Z]", options), f"{flag} is not explained"
 
 
 def bad_images(folder):

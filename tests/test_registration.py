@@ -7,12 +7,12 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from drivenmorph_jax import metrics, nifti
+from drivenmorph_jax import metrics, nifti, transforms
 from drivenmorph_jax.registration import register
 
 FILES = {"warped.nii.gz", "displacement.nii.gz", "displacement.json", "inverse_displacement.nii.gz",
          "inverse_displacement.json", "jacobian.nii.gz", "force.nii.gz", "force.json", "warped_labels.nii.gz",
-         "overview.png", "report.html", "summary.json"}
+         "overview.png", "report.html", "summary.json", "affine.tfm"}
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +36,18 @@ def pair(brains, tmp_path_factory):
 def result(request, smoke, pair, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "new" / "folder"
     method = "demons" if request.param == "demons" else "drivenmorph"
-    summary = register(*pair[:2], out, checkpoint=smoke[0] if method == "drivenmorph" else None, method=method,
-                       refine_steps=5 if request.param == "refined" else 0,
-                       fixed_labels=pair[2], moving_labels=pair[3])
-    return out, summary
+    found = register(*pair[:2], checkpoint=smoke[0] if method == "drivenmorph" else None, method=method,
+                     refine_steps=5 if request.param == "refined" else 0,
+                     fixed_labels=pair[2], moving_labels=pair[3])
+    found.save(out)
+    return out, found.summary
 
 
 def test_everything_promised_is_written_and_nothing_else(result):
     out, summary = result
     assert {path.name for path in out.iterdir()} == FILES
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert {"read", "affine", "resample", "transform", "score", "write", "total"} < set(summary["seconds"])
+    assert {"read", "affine", "resample", "transform", "score", "total"} < set(summary["seconds"])
     assert summary["similarity_after"] > summary["similarity_before"]
     assert summary["dice_after"] > summary["dice_before"]
     assert summary["fold_pct"] < 0.01
@@ -99,26 +100,95 @@ def test_forward_then_inverse_returns(result):
     assert summary["inverse_mm"] < 0.7
 
 
-def test_a_labelled_pair_that_shares_its_grid_needs_no_affine(brains, smoke, tmp_path):
+def test_a_labelled_pair_that_shares_its_grid_needs_no_affine(brains, smoke):
     names = [str(brains / f"sub-00{i}_{kind}.nii.gz") for kind in ("t1", "seg") for i in (0, 1)]
-    summary = register(*names[:2], tmp_path, checkpoint=smoke[0], affine=False, fixed_labels=names[2],
-                       moving_labels=names[3])
+    summary = register(*names[:2], checkpoint=smoke[0], affine=False, fixed_labels=names[2],
+                       moving_labels=names[3]).summary
     fixed, moving = (nifti.load_labels(name).data for name in names[2:])
     assert summary["dice_before"] == pytest.approx(metrics.mean_dice(fixed, moving), abs=1e-6)
     assert "affine" in summary["seconds"] and summary["affine"] is False
 
 
 @pytest.mark.parametrize("force", ["intensity", "mind"])
-def test_every_force_of_demons_registers(force, brains, tmp_path):
+def test_every_force_of_demons_registers(force, brains):
     names = [str(brains / f"sub-00{i}_{kind}.nii.gz") for kind in ("t1", "seg") for i in (0, 1)]
-    summary = register(*names[:2], tmp_path, method="demons", force=force, affine=False, fixed_labels=names[2],
-                       moving_labels=names[3])
+    summary = register(*names[:2], method="demons", force=force, affine=False, fixed_labels=names[2],
+                       moving_labels=names[3]).summary
     assert summary["dice_after"] > summary["dice_before"] + 0.05 and summary["fold_pct"] < 0.01
 
 
 def test_progress_is_told_by_stage(brains, tmp_path, capsys):
-    register(*(str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)), tmp_path, method="demons", affine=False)
+    found = register(*(str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)), method="demons", affine=False)
+    found.save(tmp_path)
     told = capsys.readouterr().out
-    for stage in ("read", "affine", "resample", "demons", "transform", "score", "write"):
+    for stage in ("read", "affine", "resample", "demons", "transform", "score"):
         assert re.search(rf"{stage} \.\.\. \d+\.\d s", told)
     assert not (tmp_path / "warped_labels.nii.gz").exists()
+
+
+def test_from_python_with_images_and_arrays(brains, tmp_path, capsys):
+    import drivenmorph_jax
+
+    fixed, moving = (nib.load(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1))
+    found = drivenmorph_jax.register(fixed, moving, method="demons", affine=False, quiet=True)
+    assert capsys.readouterr().out == ""
+    assert found.warped.shape == fixed.shape and found.force.shape == (*fixed.shape, 3)
+    np.testing.assert_allclose(found.transform.apply(moving).get_fdata(), found.warped.get_fdata(), atol=1e-3)
+    assert found.report(tmp_path / "page.html").stat().st_size > 100_000
+    arrays = drivenmorph_jax.register(np.asarray(fixed.dataobj), np.asarray(moving.dataobj), method="demons",
+                                      affine=False, quiet=True)
+    assert arrays.warped.shape == fixed.shape and arrays.summary["fold_pct"] == 0
+    assert arrays.summary["similarity_after"] > arrays.summary["similarity_before"] + 0.05
+
+
+def test_other_forms_of_the_transform_are_written_by_bids_names(brains, tmp_path):
+    found = register(*(str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)), method="demons", quiet=True)
+    found.save(tmp_path, ("itk", "ras", "h5", "l2r"), ("sub-01", "T1w", "MNI"))
+    there, back = "sub-01_from-T1w_to-MNI_mode-image_xfm", "sub-01_from-MNI_to-T1w_mode-image_xfm"
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        f"{stem}{ending}" for stem in (there, back) for ending in (".nii.gz", ".json", "_ras.nii.gz", ".h5")}
+    assert (tmp_path / "disp_sub-000_t1_sub-001_t1.nii.gz").exists()
+    composite = sitk.ReadTransform(str(tmp_path / f"{there}.h5"))
+    fixed, moving = (sitk.ReadImage(str(brains / f"sub-00{i}_t1.nii.gz"), sitk.sitkFloat32) for i in (0, 1))
+    theirs = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, composite, sitk.sitkLinear, 0.0))
+    ours = found.warped.get_fdata().transpose(2, 1, 0)
+    brain = ndimage.binary_erosion(sitk.GetArrayFromImage(fixed) > 0, iterations=2)
+    assert np.abs(theirs - ours)[brain].mean() < 0.002 * np.ptp(ours)
+
+
+def test_an_affine_of_ones_own_is_taken_as_it_is(brains, tmp_path):
+    names = [str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)]
+    shift = np.eye(4)
+    shift[:3, 3] = 3, -2, 1
+    transforms.write_affine(tmp_path / "a.tfm", shift)
+    found = register(*names, method="demons", affine=str(tmp_path / "a.tfm"), quiet=True)
+    np.testing.assert_allclose(found.transform.linear, shift)
+    assert found.summary["affine"] == shift.tolist()
+
+
+@pytest.mark.parametrize("method", ["demons", "drivenmorph"])
+@pytest.mark.parametrize("side", ["fixed", "moving"])
+def test_a_lesion_in_a_mask_changes_little_outside_and_has_no_force(method, side, brains, smoke, tmp_path):
+    """A bright ball is pasted into one brain, where it would pull at everything around it."""
+    paths = {role: brains / f"sub-00{i}_t1.nii.gz" for i, role in enumerate(("fixed", "moving"))}
+    labels = {f"{role}_labels": str(brains / f"sub-00{i}_seg.nii.gz") for i, role in enumerate(("fixed", "moving"))}
+    image = nib.load(paths[side])
+    data = np.asarray(image.dataobj).copy()
+    centre = ndimage.center_of_mass(data > 100) + np.array([4, 3, 2])
+    lesion = np.linalg.norm(np.moveaxis(np.indices(data.shape), 0, -1) - centre, axis=-1) < 3.5
+    data[lesion] = 2500
+    nib.save(nib.Nifti1Image(data, image.affine), tmp_path / "sick.nii.gz")
+    nib.save(nib.Nifti1Image(lesion.astype(np.uint8), image.affine), tmp_path / "mask.nii.gz")
+    settings = {"method": method, "checkpoint": smoke[0], "affine": False, "quiet": True, "refine_steps": 5, **labels}
+    whole = register(paths["fixed"], paths["moving"], **settings)
+    sick = paths | {side: tmp_path / "sick.nii.gz"}
+    masked = register(sick["fixed"], sick["moving"], **{f"{side}_mask": tmp_path / "mask.nii.gz"}, **settings)
+    unmasked = register(sick["fixed"], sick["moving"], **settings)
+    assert abs(masked.summary["dice_after"] - whole.summary["dice_after"]) < 0.02
+    far = {name: np.linalg.norm(found.transform.displacement - whole.transform.displacement, axis=-1)[
+        np.asarray(nib.load(paths["fixed"]).dataobj) > 100].mean()
+           for name, found in (("masked", masked), ("unmasked", unmasked))}
+    assert far["masked"] < far["unmasked"]
+    if side == "fixed":
+        assert not masked.force[lesion].any() and whole.force[lesion].any()
+    assert masked.summary["fold_pct"] == 0
