@@ -42,7 +42,7 @@ def folder_dataset(config, splits=SPLITS):
         raise InputError(f"{root} holds {len(found)} files named ID{IMAGE}: put at least 2 subjects there")
 
     path = _splits_file(root, config.get("splits"))
-    ids = _read_splits(path, root, found) if path else _drawn_splits(found)
+    ids = _read_splits(path, root, found) if path else drawn_splits(found)
     wanted = [id for split in splits for id in ids[split]]
     if not wanted:
         raise InputError(f"{path or root} has no subjects for {', '.join(splits)}: add ids to a splits.json")
@@ -87,7 +87,7 @@ def _read_splits(path, root, found):
     return ids
 
 
-def _drawn_splits(found):
+def drawn_splits(found):
     order = [found[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(found))]
     # Two make the smallest split that has a pair in it.
     held = max(min(2, len(found) // 3), round(len(found) / 10))

@@ -1,0 +1,270 @@
+"""Bring a public data set, or a folder of your own, into the form that train.py and eval.py read.
+
+python -m drivenmorph_jax.data.prepare NAME SOURCE DESTINATION
+
+NAME says how SOURCE is laid out. Images must be skull-stripped. Each is checked, turned to RAS, aligned to the MNI152
+brain by an affine (unless its layout is aligned already), resampled to 1 mm and cropped to one grid; labels follow by
+nearest neighbour. DESTINATION gets ID_t1.nii.gz, ID_seg.nii.gz, splits.json, labels.csv where the source has one, and
+contact_sheet.png: look at it. A broken subject is named and left out. What is there already is not made again.
+"""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from drivenmorph_jax import errors, nifti
+from drivenmorph_jax.data.folder import IMAGE, LABELS, drawn_splits
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import make_folder, replacing
+
+SHAPE, SPACING = (160, 192, 160), 1.0  # of the grid in MNI space; holds the template's brain and 10 mm more
+NIFTI = (".nii.gz", ".nii", ".mgz")
+
+
+def neurite_oasis(source):
+    """OASIS as neurite prepared it: OASIS_*/aligned_norm.nii.gz, aligned_seg35.nii.gz."""
+    return {path.parent.name: (path, path.with_name("aligned_seg35.nii.gz"), "train")
+            for path in source.glob("OASIS_*/aligned_norm.nii.gz")}
+
+
+def learn2reg_oasis(source):
+    """OASIS of Learn2Reg: imagesTr/OASIS_0001_0000.nii.gz, labelsTr; subjects 395 to 414 are its validation set."""
+    found = {}
+    for path in source.glob("imagesTr/*_0000.nii.gz"):
+        id = path.name.removesuffix("_0000.nii.gz")
+        number = int(re.search(r"\d+$", id)[0])
+        found[id] = path, source / "labelsTr" / path.name, "val" if 395 <= number <= 414 else "train"
+    return found
+
+
+def ixi_pickles(source):
+    """IXI as TransMorph's authors prepared it: Train, Val, Test and Atlas/*.pkl, a pair (image, labels) each."""
+    splits = {"Train": "train", "Val": "val", "Test": "test", "Atlas": "train"}
+    return {path.stem: (path, path, split) for folder, split in splits.items()
+            for path in source.glob(f"{folder}/*.pkl")}
+
+
+def ixi(source):
+    """IXI as it is published, skull-stripped: IXI002-Guys-0828-T1.nii.gz."""
+    return {path.name.split("-T1")[0]: (path, None, None) for path in source.rglob("IXI*-T1*.nii.gz")}
+
+
+def lpba40(source):
+    """LPBA40, delineation space: S01/S01.delineation.skullstripped.*, S01.delineation.structure.label.*."""
+    found = {}
+    for path in source.rglob("S*.delineation.skullstripped.*"):
+        if path.name.endswith((".img", ".img.gz", *NIFTI)):
+            labels = sorted(path.parent.glob(f"{path.parent.name}.delineation.structure.label.*"))
+            labels = [p for p in labels if not p.name.endswith((".hdr", ".hdr.gz"))]
+            found[path.parent.name] = path, labels[0] if labels else None, None
+    return found
+
+
+def mindboggle(source):
+    """Mindboggle-101 volumes: */t1weighted_brain.nii.gz with labels.DKT31.manual.nii.gz (or .DKT25), native space."""
+    return {path.parent.name: (path, _first(path.parent, "labels.DKT31.manual.nii.gz", "labels.DKT25.manual.nii.gz"),
+                               None) for path in source.rglob("t1weighted_brain.nii.gz")}
+
+
+def malf(source):
+    """MICCAI 2012 multi-atlas challenge: 1000_3.nii.gz with 1000_3_glm.nii.gz, skull-stripped; or ID_t1 and ID_seg."""
+    found = {path.name.split("_3.nii")[0]: (path, _first(path.parent, *(
+        path.name.replace("_3.nii", f"_3_glm{end}") for end in (".nii",))), None) for path in source.rglob("*_3.nii*")}
+    return found or folder(source)
+
+
+def bids(source):
+    """BIDS: sub-*/[ses-*/]anat/*_T1w.nii.gz, the label map beside it or in derivatives/ ending in _dseg.nii.gz."""
+    found = {}
+    for path in source.glob("**/sub-*_T1w.nii*"):
+        id = path.name.split("_T1w")[0]
+        labels = sorted(source.glob(f"**/{id}*_dseg.nii*"))
+        found.setdefault(id, (path, labels[0] if labels else None, None))
+    return found
+
+
+def folder(source):
+    """Any folder: ID.nii.gz, or ID_t1.nii.gz with ID_seg.nii.gz; .nii and .mgz are read too."""
+    found = {}
+    for path in sorted(path for path in source.iterdir() if path.name.endswith(NIFTI)):
+        id = path.name.split(".")[0]
+        if not id.endswith("_seg"):
+            id = id.removesuffix("_t1")
+            found[id] = path, _first(source, *(f"{id}_seg{ending}" for ending in NIFTI)), None
+    return found
+
+
+LAYOUTS = {  # name: (what finds {id: (image, labels or None, split or None)}, whether it is aligned already)
+    "oasis": (neurite_oasis, True), "oasis-l2r": (learn2reg_oasis, True), "ixi": (ixi, False),
+    "ixi-pkl": (ixi_pickles, True), "lpba40": (lpba40, False), "mindboggle": (mindboggle, False),
+    "malf": (malf, False), "bids": (bids, False), "folder": (folder, False),
+}
+
+
+class _Arrays(pickle.Unpickler):
+    """Unpickles NumPy arrays and nothing else: a pickle is a program, and this one may not call anything."""
+
+    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+               *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
+                 for name in ("_reconstruct", "scalar"))}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return super().find_class(module, name)
+
+
+def load_pickle(path):
+    """(image, labels) of one of TransMorph's pickles. Raises InputError where it holds anything but two arrays."""
+    try:
+        image, labels = _Arrays(io.BytesIO(Path(path).read_bytes())).load()
+        image, labels = np.asarray(image, np.float32), np.asarray(labels)
+    except Exception as error:
+        raise InputError(f"{path} is not a pair of NumPy arrays ({error}); it is not read") from None
+    if image.ndim != 3 or image.shape != labels.shape:
+        raise InputError(f"{path} holds arrays of shapes {image.shape} and {labels.shape}; give volumes of one shape")
+    return image, labels
+
+
+def prepare(name, source, destination, workers=None):
+    """Prepare the data set in the folder `source`, laid out as `name` of `LAYOUTS` says; returns the ids that it made.
+
+    Raises InputError where fewer than two subjects can be used.
+    """
+    source, destination = Path(source), Path(destination)
+    if not source.is_dir():
+        raise InputError(f"{source} is not a folder: give the one that holds the data set")
+    layout, aligned = LAYOUTS[name]
+    found = dict(sorted(layout(source).items()))
+    if len(found) < 2:
+        raise InputError(f"{source} holds {len(found)} subjects in the layout {name}: {layout.__doc__}")
+    make_folder(destination)
+    jobs = [(id, image, labels, destination, aligned) for id, (image, labels, _) in found.items()]
+    with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
+        outcomes = list(tqdm(pool.map(_prepared, jobs), total=len(jobs), unit="subject", dynamic_ncols=True))
+    made = []
+    for (id, *_), fault in zip(jobs, outcomes, strict=True):
+        if fault:
+            print(f"{id} is left out: {fault}")
+        else:
+            made.append(id)
+    if len(made) < 2:
+        raise InputError(f"{source}: {len(made)} of {len(jobs)} subjects can be used; see above, and mend the others")
+    _write_splits(destination, {id: found[id][2] for id in made})
+    for table in sorted(source.glob("labels.csv")):
+        shutil.copyfile(table, destination / "labels.csv")
+    contact_sheet(destination / "contact_sheet.png", destination, made)
+    return made
+
+
+def _prepared(job):
+    """Write one subject; returns what is wrong with it, or None. Each process runs one at a time, on one core."""
+    id, image, labels, destination, aligned = job
+    out = destination / f"{id}{IMAGE}"
+    if out.is_file():
+        return None
+    try:
+        if image.suffix == ".pkl":
+            voxels, segmentation = load_pickle(image)
+            image, labels = nifti.load_image(voxels), nifti.load_labels(segmentation.astype(np.int32))
+        else:
+            image = nifti.load_image(_source(image))
+            labels = nifti.load_labels(_source(labels), image) if labels is not None and labels.is_file() else None
+        if aligned:
+            image, labels = nifti.canonical(image), labels and nifti.canonical(labels)
+            voxels, segmentation, grid = image.data, labels and labels.data, image.affine
+        else:
+            from drivenmorph_jax.affine import register_affine
+            template, grid = mni_grid()
+            transform = register_affine(template, image)
+            voxels = nifti.resample(nifti.smoothed(image, SPACING), SHAPE, grid, transform)
+            segmentation = labels and nifti.resample(labels, SHAPE, grid, transform, order=0)
+        like = nifti.on_grid(voxels.shape, grid)
+        if segmentation is not None:
+            nifti.save(destination / f"{id}{LABELS}", segmentation.astype(np.int32), like)
+        # Last: where it is, the subject is whole. 255 steps are more than a scanner's noise lets through.
+        nifti.save(out, np.rint(255 * nifti.normalise(voxels)).astype(np.int16), like)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _source(path):
+    """Analyze files, which only LPBA40 still has, are opened here: of them nothing else knows which side is left."""
+    return nibabel.load(path) if path.name.endswith((".img", ".img.gz")) else path
+
+
+def mni_grid():
+    """(the MNI152 brain as a Volume, the affine of a grid of `SHAPE` around it)."""
+    from nilearn.datasets import load_mni152_template
+    template = nifti.canonical(nifti.load_image(load_mni152_template(resolution=1)))
+    inside = np.argwhere(nifti.foreground(template.data))
+    centre = template.affine @ [*(inside.min(0) + inside.max(0)) / 2, 1]
+    affine = np.diag([SPACING, SPACING, SPACING, 1.0])
+    affine[:3, 3] = np.round(centre[:3] - SPACING * (np.array(SHAPE) - 1) / 2)
+    return template, affine
+
+
+def _write_splits(destination, given):
+    """splits.json: as the data set has them; who has none is drawn, a tenth for val and a tenth for test."""
+    splits = {split: [id for id in given if given[id] == split] for split in ("train", "val", "test")}
+    if not all(given.values()):
+        splits = drawn_splits(sorted(given))
+    elif len(splits["val"]) < 2:
+        splits |= drawn_splits(sorted(splits["train"]))
+    with replacing(destination / "splits.json") as temporary:
+        temporary.write_text(json.dumps(splits, indent=1) + "\n")
+
+
+def contact_sheet(path, folder, ids, columns=12):
+    """A picture of every subject's middle axial plane, labels outlined: what is turned or shifted is seen at once."""
+    rows = -(-len(ids) // columns)
+    figure = Figure(figsize=(1.2 * columns, 1.45 * rows), facecolor="black", layout="tight")
+    for k, id in enumerate(ids):
+        ax = figure.add_subplot(rows, columns, k + 1)
+        image = nifti.load_image(folder / f"{id}{IMAGE}").data
+        plane = image[:, :, image.shape[2] // 2].T
+        ax.imshow(plane, cmap="gray", origin="lower")
+        if (folder / f"{id}{LABELS}").is_file():
+            labels = nifti.load_labels(folder / f"{id}{LABELS}").data[:, :, image.shape[2] // 2].T
+            edges = (labels != np.roll(labels, 1, 0)) | (labels != np.roll(labels, 1, 1))
+            ax.imshow(np.where(edges, 1.0, np.nan), cmap="autumn", origin="lower", alpha=0.6)
+        ax.set_title(id, fontsize=6, color="white", pad=2)
+        ax.set_axis_off()
+    FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def _first(parent, *names):
+    return next((parent / name for name in names if (parent / name).is_file()), None)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"{name}: {layout.__doc__}" for name, (layout, _) in LAYOUTS.items()))
+    parser.add_argument("name", choices=LAYOUTS, metavar="NAME", help=f"one of {', '.join(LAYOUTS)}")
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("destination", metavar="DESTINATION")
+    parser.add_argument("--workers", type=int, help="subjects at a time; default: one a core")
+    flags = parser.parse_args()
+    made = prepare(flags.name, flags.source, flags.destination, flags.workers)
+    print(f"{len(made)} subjects; look at {Path(flags.destination) / 'contact_sheet.png'}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
