@@ -6,6 +6,7 @@ the voxels that are written.
 """
 
 import json
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,10 @@ from drivenmorph_jax.warp import warp
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
 REFINE_STEPS = {"drivenmorph": 20, "demons": 0}
-FORMATS = ("itk", "ras", "h5", "l2r")
+BASE_BYTES = 600e6  # Python, JAX and SimpleITK
+# A voxel's share of what lies on the images' own grids: images, two displacements and the force, three float32 each,
+# Jacobian, and a copy of the largest while it is written; and of what Demons has on its working grid.
+FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES = 64, 24, 160
 NETWORK_FORCE = "driving force of the network: the sum over its updates, on the fixed grid"
 DEMONS_FORCE = "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"
 
@@ -104,7 +108,7 @@ class Result:
 
 
 def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="lncc", affine=True, refine_steps=None,
-             fixed_labels=None, moving_labels=None, fixed_mask=None, moving_mask=None, quiet=False):
+             fixed_labels=None, moving_labels=None, fixed_mask=None, moving_mask=None, memory=None, quiet=False):
     """Register the image `moving` to `fixed`: files, nibabel images, or arrays with voxels of 1 mm.
 
     Args:
@@ -119,13 +123,15 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
       fixed_labels, moving_labels: label maps on the grids of their images.
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or sick: no force is taken
         from there, and the field goes on smoothly inside.
+      memory: bytes that may be used; the network then sees images of half or a quarter of the resolution where it
+        would need more, and refinement does the rest.
       quiet: tell nothing of the stages.
 
     Returns:
       A `Result`.
 
     Raises:
-      InputError: an image that cannot be used.
+      InputError: an image that cannot be used, or memory that does not suffice; before it is asked for.
     """
     stages = _Stages(quiet)
     if refine_steps is None:
@@ -139,9 +145,12 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             affine = transforms.read_affine(affine)
         if method == "drivenmorph":
             config, params, about = load_checkpoint(checkpoint)
-            spacing, multiple = about["spacing"], grid_multiple(config)
+            spacing = about["spacing"]
         else:
-            spacing, multiple = max(DEMONS_SPACING, float(fixed.spacing.min())), demons.MULTIPLE
+            spacing = max(DEMONS_SPACING, float(fixed.spacing.min()))
+        limit = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        host = BASE_BYTES + FIXED_BYTES * fixed.data.size + MOVING_BYTES * moving.data.size
+        masked = fixed_mask is not None or moving_mask is not None
 
     with stages("affine"):
         if affine is True:
@@ -149,12 +158,24 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         else:
             transform = np.eye(4) if affine is False else np.asarray(affine, float)
 
+    with stages("compile" if method == "drivenmorph" else "plan"):
+        if method == "drivenmorph":
+            predict, shape, grid, needed = _compiled(config, params, fixed, spacing, masked, limit - host)
+        else:
+            shape, grid = nifti.working_grid(fixed, spacing, demons.MULTIPLE)
+            needed = DEMONS_BYTES * int(np.prod(shape))
+        needed += host
+        if needed > limit:
+            raise InputError(f"{fixed.path} and {moving.path} need about {needed / 1e9:.1f} GB of memory, more than "
+                             f"{limit / 1e9:.1f} GB: " + ("give more, crop or downsample them" if memory else
+                                                          "give --memory with less, crop or downsample them"))
+        stages.tell(f"memory {needed / 1e9:.1f} GB,", end=" ")
+
     with stages("resample"):
-        shape, grid = nifti.working_grid(fixed, spacing, multiple)
         f, m = (jnp.asarray(nifti.resample(nifti.smoothed(volume, spacing), shape, grid, through))
                 for volume, through in ((fixed, None), (moving, transform)))
         masks = weights = None
-        if fixed_mask is not None or moving_mask is not None:
+        if masked:
             masks = [jnp.zeros(shape, bool) if mask is None else
                      jnp.asarray(nifti.resample(mask, shape, grid, through, order=0) > 0)
                      for mask, through in ((fixed_mask, None), (moving_mask, transform))]
@@ -168,7 +189,7 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
     with stages(method):
         if method == "drivenmorph":
             both = () if weights is None else (jnp.concatenate(weights, -1)[None],)
-            u, u_inverse, force = (x[0] for x in make_predict(config)(params, f[None], m[None], *both)[:3])
+            u, u_inverse, force = (x[0] for x in predict(params, f[None], m[None], *both)[:3])
         else:
             features, settings = demons.FORCES[force]
             features, driven = demons.weighted((features(f[..., None]), features(m[..., None])), weights,
@@ -204,7 +225,8 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             "fixed": fixed.path, "moving": moving.path, "method": method,
             "checkpoint": str(checkpoint) if method == "drivenmorph" else None,
             "refine_steps": refine_steps, "affine": affine if isinstance(affine, bool) else transform.tolist(),
-            "device": jax.devices()[0].device_kind, "working_grid": list(shape), "working_spacing_mm": spacing,
+            "memory_gb": needed / 1e9, "device": jax.devices()[0].device_kind, "working_grid": list(shape),
+            "working_spacing_mm": spacing,
             "similarity_before": _similarity(f, m, counted), "similarity_after": _similarity(f, moved, counted),
             "fold_pct": float(100 * np.mean(jacobian[inside] <= 0)),
             "sdlogj": float(np.log(np.maximum(jacobian[inside], 1e-9)).std()),
@@ -212,6 +234,7 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             "definitions": {
                 "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, "
                               "without what masks leave out; before: after the affine.",
+                "memory_gb": "Estimated before the work: the compiled network's own account, and the arrays around it.",
                 "dice": metrics.DEFINITIONS["dice"] + " Before: after the affine. Without label 0.",
                 "fold_pct": "Percentage of voxels of the fixed brain where the Jacobian determinant of the total "
                             "transform is 0 or less.",
@@ -231,6 +254,24 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         found, vectors, jacobian, summary,
         {"fixed": np.asarray(f), "moving": np.asarray(m), "warped": moved, "u": u, "force": force,
          "jac": metrics.jacobian(u), "spacing": (spacing,) * 3, "labels": outlines})
+
+
+def _compiled(config, params, fixed, spacing, masked, limit):
+    """(the network compiled for the working grid of `fixed`; that grid's shape and affine; bytes that it needs).
+
+    Of full, half and quarter resolution the finest whose bytes stay below the limit, else the last.
+    """
+    for coarser in (1, 2, 2):
+        config.data.downsample *= coarser
+        shape, grid = nifti.working_grid(fixed, spacing, grid_multiple(config))
+        image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        weights = (jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32),) if masked else ()
+        predict = make_predict(config).lower(params, image, image, *weights).compile()
+        plan = predict.memory_analysis()
+        needed = plan.temp_size_in_bytes + plan.output_size_in_bytes + plan.argument_size_in_bytes
+        if needed <= limit:
+            break
+    return predict, shape, grid, needed
 
 
 def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None):
@@ -284,17 +325,17 @@ class _Stages:
 
     @contextmanager
     def __call__(self, name):
-        self._tell(f"{name} ...", end=" ")
+        self.tell(f"{name} ...", end=" ")
         start = time.perf_counter()
         try:
             yield
         except BaseException:
-            self._tell()
+            self.tell()
             raise
         self.seconds[name] = time.perf_counter() - start
-        self._tell(f"{self.seconds[name]:.1f} s")
+        self.tell(f"{self.seconds[name]:.1f} s")
 
-    def _tell(self, *words, end="\n"):
+    def tell(self, *words, end="\n"):
         if not self.quiet:
             print(*words, end=end, flush=True)
 

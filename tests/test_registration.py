@@ -8,6 +8,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from drivenmorph_jax import metrics, nifti, transforms
+from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.registration import register
 
 FILES = {"warped.nii.gz", "displacement.nii.gz", "displacement.json", "inverse_displacement.nii.gz",
@@ -154,6 +155,19 @@ def test_other_forms_of_the_transform_are_written_by_bids_names(brains, tmp_path
     ours = found.warped.get_fdata().transpose(2, 1, 0)
     brain = ndimage.binary_erosion(sitk.GetArrayFromImage(fixed) > 0, iterations=2)
     assert np.abs(theirs - ours)[brain].mean() < 0.002 * np.ptp(ours)
+
+
+def test_memory_is_told_and_kept_to(brains, smoke, capsys):
+    names = [str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)]
+    whole = register(*names, checkpoint=smoke[0], affine=False)
+    told = re.search(r"memory (\d+\.\d) GB", capsys.readouterr().out)
+    assert float(told[1]) == pytest.approx(whole.summary["memory_gb"], abs=0.05)
+    less = register(*names, checkpoint=smoke[0], affine=False, quiet=True,
+                    memory=1e9 * whole.summary["memory_gb"] - 1e3)
+    assert less.summary["memory_gb"] < whole.summary["memory_gb"]
+    assert less.summary["similarity_after"] > less.summary["similarity_before"]
+    with pytest.raises(InputError, match=r"sub-000_t1.* need about .* GB of memory, more than 0.1 GB"):
+        register(*names, checkpoint=smoke[0], affine=False, memory=1e8, quiet=True)
 
 
 def test_an_affine_of_ones_own_is_taken_as_it_is(brains, tmp_path):

@@ -229,8 +229,9 @@ def _write_splits(destination, given):
         temporary.write_text(json.dumps(splits, indent=1) + "\n")
 
 
-def contact_sheet(path, folder, ids, columns=12):
+def contact_sheet(path, folder, ids):
     """A picture of every subject's middle axial plane, labels outlined: what is turned or shifted is seen at once."""
+    columns = min(12, len(ids))
     rows = -(-len(ids) // columns)
     figure = Figure(figsize=(1.2 * columns, 1.45 * rows), facecolor="black", layout="tight")
     for k, id in enumerate(ids):
