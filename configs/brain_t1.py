@@ -16,9 +16,11 @@ def get_config():
     config.model.strides = (1, 2, 4, 8)
     config.model.channels = (2, 4, 16, 32)
     config.model.updates = (4, 4, 4, 4)
-    config.model.cross_radius = (0, 0, 0, 2)
+    config.model.cross_radius = (0, 0, 1, 2)
     config.model.self_radius = (0, 0, 0, 0)
     config.model.self_window = (0, 0, 0, 5)
     config.loss.window = 9
     config.loss.smoothness = 3.0
+    config.data.intensity = 0.3
+    config.data.bias = 0.2
     return config
