@@ -82,6 +82,8 @@ def main():
     for name in ("similarity", "dice"):
         if f"{name}_after" in summary:
             print(f"{name} {summary[f'{name}_before']:.4f} before, {summary[f'{name}_after']:.4f} after")
+    if summary["similarity_after"] <= summary["similarity_before"]:
+        print("warning: the registration did not make the images more alike; look at the pictures before you use it")
     print(f"folding {summary['fold_pct']:.4f} %; look at {flags.out}/overview.png")
 
 

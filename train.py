@@ -18,14 +18,12 @@ def main():
     flags, settings = parser.parse_known_args()
 
     # Imported late, so that --help answers at once.
-    import jax
-
     from drivenmorph_jax import configuration, report, sharding
     from drivenmorph_jax.training import train_and_evaluate
     sharding.start(flags.distributed)
     config = configuration.override(configuration.load(flags.config), settings)
     summary = train_and_evaluate(config, flags.workdir)
-    if jax.process_index() == 0:
+    if summary is not None:
         print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
         print(f"Checkpoints, logs and figures: {flags.workdir}; the report: {flags.workdir}/evaluation/report.html")
 

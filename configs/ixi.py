@@ -1,9 +1,10 @@
-"""IXI, brain to brain, skull-stripped, as published or as TransMorph's authors prepared it: the network of configs/brain_t1.py, from its weights.
+"""IXI, skull-stripped, brain to brain: the network of configs/brain_t1.py, from its weights.
 
 python -m drivenmorph_jax.data.prepare ixi SOURCE data/ixi
 python train.py --config configs/ixi.py --workdir runs/ixi
 
-Layouts: ixi or ixi-pkl. Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
+Layouts of the preparation: ixi or ixi-pkl.
+Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
 """
 
 from configs.brain_t1 import get_config as brain_t1

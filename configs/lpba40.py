@@ -3,7 +3,8 @@
 python -m drivenmorph_jax.data.prepare lpba40 SOURCE data/lpba40
 python train.py --config configs/lpba40.py --workdir runs/lpba40
 
-Layouts: lpba40. Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
+Layouts of the preparation: lpba40.
+Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
 """
 
 from configs.brain_t1 import get_config as brain_t1

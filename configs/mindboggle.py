@@ -3,7 +3,8 @@
 python -m drivenmorph_jax.data.prepare mindboggle SOURCE data/mindboggle
 python train.py --config configs/mindboggle.py --workdir runs/mindboggle
 
-Layouts: mindboggle. Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
+Layouts of the preparation: mindboggle.
+Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
 """
 
 from configs.brain_t1 import get_config as brain_t1

@@ -3,7 +3,8 @@
 python -m drivenmorph_jax.data.prepare oasis SOURCE data/oasis
 python train.py --config configs/oasis.py --workdir runs/oasis
 
-Layouts: oasis (neurite) or oasis-l2r. Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
+Layouts of the preparation: oasis (neurite) or oasis-l2r.
+Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
 """
 
 from configs.brain_t1 import get_config as brain_t1

@@ -1,6 +1,7 @@
 """Output files: whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 
@@ -20,6 +21,18 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Holds the folder for this process. Raises InputError where another process of this machine holds it."""
+    with (Path(folder) / ".lock").open("w") as file:  # the system lets go of it when the process ends, however
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder} is in use by another run: wait for it, stop it, or take another "
+                             "--workdir") from error
+        yield
 
 
 def check_folder(path):

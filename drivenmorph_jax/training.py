@@ -1,6 +1,9 @@
 """Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
 
+import signal
+import threading
 import time
+from contextlib import contextmanager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import optax
 from drivenmorph_jax import checkpoint, data, sharding
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate, grid_multiple, make_predict, validate
-from drivenmorph_jax.files import make_folder
+from drivenmorph_jax.files import alone_in, make_folder
 from drivenmorph_jax.logs import Logs
 from drivenmorph_jax.losses import SIMILARITIES, total_loss
 from drivenmorph_jax.networks import make_network, multiple
@@ -59,13 +62,33 @@ def train_and_evaluate(config, workdir):
       workdir: gets `latest/` and `best/` checkpoints, `metrics.jsonl`, `tensorboard/` and `evaluation/`.
 
     Returns:
-      The summary of `evaluate` on the test pairs; None from any process but the first.
+      The summary of `evaluate` on the test pairs; None from any process but the first, and from a run that SIGTERM
+      stopped: it saves the step that it is at and ends.
 
     Raises:
-      InputError: a setting that does not fit the data or the devices, a checkpoint of another model, or a loss or
-        gradient that is not finite.
+      InputError: a setting that does not fit the data or the devices, a checkpoint of another model, another run in
+        `workdir`, or a loss or gradient that is not finite.
     """
     workdir = make_folder(workdir)
+    with alone_in(workdir) if jax.process_index() == 0 else nullcontext(), terminated() as stopping:
+        return _train_and_evaluate(config, workdir, stopping)
+
+
+@contextmanager
+def terminated():
+    """An Event that SIGTERM sets, in place of ending the process."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
+        yield stopping
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    try:
+        yield stopping
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train_and_evaluate(config, workdir, stopping):
     model, mesh = make_network(config.model), sharding.data_parallel_mesh()
     if config.loss.similarity not in SIMILARITIES:
         raise InputError(f"loss.similarity is {config.loss.similarity!r}: set it to one of {', '.join(SIMILARITIES)}")
@@ -134,6 +157,8 @@ def train_and_evaluate(config, workdir):
             record()
             waiting = step, row
             last = step == config.steps
+            # Machines of several processes are told of an end by their scheduler, all at the same step.
+            ending = stopping.is_set() if jax.process_count() == 1 else latest.reached_preemption(step)
             if step % config.val_every == 0 or last:
                 # A copy on one device: every process scores all pairs by itself.
                 here = jax.tree.map(lambda x: x.addressable_data(0), params)
@@ -143,9 +168,12 @@ def train_and_evaluate(config, workdir):
                 if score > best_score:
                     best_score = score
                     checkpoint.save(best, step, about | {"score": score, "step": step}, params)
-            if step % config.checkpoint_every == 0 or last:
+            if step % config.checkpoint_every == 0 or last or ending:
                 record()
                 checkpoint.save(latest, step, about | {"step": step}, params, opt_state, batches.get_state())
+            if ending and not last:
+                print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
+                return None
     finally:
         logs.close()
         for manager in (latest, best):

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from configs.smoke import get_config
 from drivenmorph_jax import checkpoint, logs, sharding, training
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import load_checkpoint
+from drivenmorph_jax.files import alone_in
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +72,30 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch
                     for folder in (tmp_path, workdir)]
     assert without_time[0] == without_time[1]
     assert again["dice"] == summary["dice"]
+
+
+def test_sigterm_saves_the_step_and_ends_and_the_next_run_goes_on(smoke, tmp_path, monkeypatch, capsys):
+    real, calls = sharding.global_batch, []
+
+    def interrupted(batch, mesh):
+        calls.append(0)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "global_batch", interrupted)
+        assert training.train_and_evaluate(get_config(), tmp_path) is None
+    assert "stopped at step 2, which is saved" in capsys.readouterr().out
+    assert len(calls) == 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    training.train_and_evaluate(get_config(), tmp_path)
+    for a, b in zip(latest_bits(tmp_path)[0], latest_bits(smoke[0])[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
+    with alone_in(tmp_path), pytest.raises(InputError, match="in use by another run"):
+        training.train_and_evaluate(get_config(), tmp_path)
 
 
 def test_a_finished_run_is_only_scored_again(smoke):

@@ -1,0 +1,97 @@
+"""Damaged NIfTI files: each is read, or refused in one sentence; never another exception, never much memory.
+
+FUZZ=2000 python -m pytest tests/test_fuzz.py    # as many files; 300 where it is not set
+"""
+
+import gzip
+import os
+import resource
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from drivenmorph_jax import nifti, transforms
+from drivenmorph_jax.errors import InputError
+
+COUNT = int(os.environ.get("FUZZ", 300))
+SHAPE = (12, 10, 8)
+# Fields of the header where damage means something: offset, and the type of what is written there.
+FIELDS = {"sizeof_hdr": (0, "<i4"), "dim": (40, "<i2", 8), "datatype": (70, "<i2"), "bitpix": (72, "<i2"),
+          "pixdim": (76, "<f4", 8), "vox_offset": (108, "<f4"), "scl_slope": (112, "<f4"), "scl_inter": (116, "<f4"),
+          "xyzt_units": (123, "u1"), "qform_code": (252, "<i2"), "sform_code": (254, "<i2"), "quatern": (256, "<f4", 6),
+          "srow": (280, "<f4", 12), "intent": (68, "<i2"), "magic": (344, "u1", 4)}
+STRANGE = {"i": (0, -1, 1, 2, 7, 16, 64, 255, 2**15 - 1, -2**15), "u": (0, 1, 2, 3, 255),
+           "f": (0, -1, 1e-30, 1e30, np.nan, np.inf, -np.inf, 352, 1e9)}
+
+
+def whole(rng):
+    """The bytes of a good file: an image, a label map, or a displacement field."""
+    data = rng.random(SHAPE).astype(np.float32)
+    kind = rng.integers(3)
+    if kind == 1:
+        data = rng.integers(0, 5, SHAPE).astype(np.int16)
+    image = nib.Nifti1Image(rng.standard_normal((*SHAPE, 1, 3)).astype(np.float32) if kind == 2 else data,
+                            np.diag([1.0, 2, 1, 1]))
+    if kind == 2:
+        image.header.set_intent(1007)
+    return bytearray(image.to_bytes())
+
+
+def damaged(rng):
+    """(bytes, ending) of a file with one to three faults."""
+    data = whole(rng)
+    voxels = len(data) - 352
+    for _ in range(rng.integers(1, 4)):
+        kind = rng.integers(6)
+        if kind <= 2:
+            offset, dtype, *count = FIELDS[str(rng.choice(list(FIELDS)))]
+            size, place = np.dtype(dtype).itemsize, rng.integers(count[0]) if count else 0
+            start = offset + size * int(place)
+            with np.errstate(all="ignore"):
+                value = np.array(rng.choice(STRANGE[np.dtype(dtype).kind])).astype(dtype)
+            data[start:start + size] = value.tobytes()
+        elif kind == 3:
+            for place in rng.integers(0, len(data), 8):
+                data[place] = rng.integers(256)
+        elif kind == 4:
+            del data[rng.integers(len(data)):]
+            data = data or bytearray(1)
+        elif len(data) > 352 + 64:
+            fill = rng.choice([np.nan, np.inf, 0, 1e38, -5])
+            data[352:352 + voxels // 4 * 4] = np.full(voxels // 4, fill, "<f4").tobytes()
+    if rng.random() < 0.5:
+        return bytes(data), ".nii"
+    packed = bytearray(gzip.compress(bytes(data), 1))
+    if rng.random() < 0.3:
+        packed[rng.integers(len(packed))] ^= 255
+    return bytes(packed), ".nii.gz"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path):
+    counts = {"read": 0, "refused": 0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(COUNT):
+        data, ending = damaged(np.random.default_rng(seed))
+        path = tmp_path / f"a{ending}"
+        path.write_bytes(data)
+        start = time.perf_counter()
+        for read in (nifti.load_image, nifti.load_labels, transforms.Transform.load):
+            try:
+                found = read(path)
+            except InputError as error:
+                assert str(path) in str(error) and "\n" not in str(error), seed
+                counts["refused"] += 1
+            except BaseException as error:
+                raise AssertionError(f"seed {seed}: {read.__qualname__} raised {type(error).__name__}") from error
+            else:
+                counts["read"] += 1
+                if read is nifti.load_image:
+                    assert np.isfinite(nifti.normalise(found.data)).all(), seed
+                    nifti.canonical(found)
+        assert time.perf_counter() - start < 20, seed
+    assert min(counts.values()) > COUNT / 20, counts
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    assert grown < 4, f"{grown:.1f} GiB"
