@@ -7,16 +7,10 @@ Layouts of the preparation: ixi or ixi-pkl.
 Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
 """
 
-from configs.brain_t1 import get_config as brain_t1
+from configs.oasis import get_config as oasis
 
 
 def get_config():
-    config = brain_t1()
-    config.steps = 15_000
-    config.val_every = 1000
-    config.checkpoint_every = 250
-    config.learning_rate = 4e-4
-    config.init = "weights/brain-t1"
+    config = oasis()
     config.data.root = "data/ixi"
-    config.data.exclude = (0,)
     return config
