@@ -5,7 +5,9 @@ and in `latest` also `opt_state` and `data`, the state of the input pipeline.
 """
 
 import logging
+import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -102,6 +104,12 @@ def git_commit():
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def environment():
+    """What a result depends on besides its inputs: commit, versions, devices."""
+    return {"commit": git_commit(), "python": platform.python_version(), "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(), **{name: version(name) for name in ("jax", "flax", "numpy", "SimpleITK")}}
 
 
 def _newest(folder):

@@ -287,4 +287,4 @@ def coarse_inverse(u, stride=2):
     """Displacement of the inverse of id + u, found on the coarser grid of `demons`' fields and finished on u's own."""
     space = u.shape[:-1]
     coarse = inverse(resize_field(u, [n // stride for n in space]))
-    return inverse(u, 5, resize_field(coarse, space))
+    return inverse(u, 10, resize_field(coarse, space))

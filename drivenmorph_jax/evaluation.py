@@ -201,7 +201,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     of_force = report.OF_FORCE if statistics else ()
     summary = {"data": dataset.name, "split": split, "pairs": len(rows), "spacing_mm": dataset.spacing,
                "refine_steps": refine_steps,
-               "device": jax.devices()[0].device_kind, "excluded_labels": list(dataset.exclude),
+               "environment": checkpoint.environment(), "excluded_labels": list(dataset.exclude),
                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *of_force, "brain")},
                "force": statistics, **scores}

@@ -19,7 +19,7 @@ import numpy as np
 
 from drivenmorph_jax import demons, metrics, nifti, page, report, transforms
 from drivenmorph_jax.affine import register_affine
-from drivenmorph_jax.checkpoint import SHIPPED
+from drivenmorph_jax.checkpoint import SHIPPED, environment
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
 from drivenmorph_jax.files import make_folder, replacing
@@ -225,7 +225,7 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             "fixed": fixed.path, "moving": moving.path, "method": method,
             "checkpoint": str(checkpoint) if method == "drivenmorph" else None,
             "refine_steps": refine_steps, "affine": affine if isinstance(affine, bool) else transform.tolist(),
-            "memory_gb": needed / 1e9, "device": jax.devices()[0].device_kind, "working_grid": list(shape),
+            "memory_gb": needed / 1e9, "environment": environment(), "working_grid": list(shape),
             "working_spacing_mm": spacing,
             "similarity_before": _similarity(f, m, counted), "similarity_after": _similarity(f, moved, counted),
             "fold_pct": float(100 * np.mean(jacobian[inside] <= 0)),

@@ -144,7 +144,7 @@ def run(method, fixed, moving, *arguments):
 
 
 def installed(names):
-    """Those of `names` that can run; says which package each of the others needs.
+    """Those of `names` that can run; says what each of the others lacks.
 
     Raises InputError for a name that is none of `METHODS`.
     """
@@ -152,9 +152,12 @@ def installed(names):
     for name in names:
         if name not in METHODS:
             raise InputError(f"--rivals: {name} is none of {', '.join(METHODS)}")
-        package = METHODS[name][2]
+        function, arguments, package = METHODS[name]
         if package and importlib.util.find_spec(package) is None:
             print(f"{name} is left out: {package} is not installed; pip install -r requirements-rivals.txt")
+        elif function is network and not Path(arguments[0]).is_dir():
+            print(f"{name} is left out: {arguments[0]} has no weights; train configs/{name}.py and copy its best "
+                  "checkpoint there")
         else:
             found.append(name)
     return found

@@ -127,7 +127,7 @@ def _train_and_evaluate(config, workdir, stopping):
         params, opt_state = jax.jit(init, out_shardings=whole, compiler_options=sharding.compiler_options())()
         if config.init:
             params = checkpoint.read_into(config.init, params)
-    about = {"config": config.to_dict(), "commit": checkpoint.git_commit(), "spacing": dataset.spacing,
+    about = {"config": config.to_dict(), "environment": checkpoint.environment(), "spacing": dataset.spacing,
              "data": dataset.name, "exclude": list(dataset.exclude)}
     best_score = checkpoint.read_about(workdir / "best")["score"] if best.latest_step() else -np.inf
 

@@ -21,7 +21,7 @@ def test_scores_of_a_run_hold_every_metric_and_its_definition(smoke):
     assert summary.keys() == returned.keys() and summary["dice"] == returned["dice"]
     for key in (*PROMISED, "tre_mm"):
         assert set(summary[key]) == {"mean", "std"} and summary["definitions"][key]
-    assert summary["pairs"] == 2 and summary["device"]
+    assert summary["pairs"] == 2 and {"device", "commit", "jax"} <= set(summary["environment"])
     rows = list(csv.DictReader((out / "pairs.csv").open()))
     assert len(rows) == 2
     for key in PROMISED:

@@ -31,8 +31,11 @@ def test_the_table_has_means_spread_and_the_test():
 
 def test_what_is_not_installed_is_said_and_what_is_unknown_refused(capsys, monkeypatch):
     monkeypatch.setitem(rivals.METHODS, "strange", (None, (), "no_such_package"))
-    assert rivals.installed(["affine", "strange"]) == ["affine"]
-    assert "strange is left out: no_such_package is not installed" in capsys.readouterr().out
+    monkeypatch.setitem(rivals.METHODS, "bare", (rivals.network, ("weights/none",), None))
+    assert rivals.installed(["affine", "strange", "bare"]) == ["affine"]
+    said = capsys.readouterr().out
+    assert "strange is left out: no_such_package is not installed" in said
+    assert "bare is left out: weights/none has no weights; train configs/bare.py" in said
     with pytest.raises(InputError, match="voxel is none of .*greedy"):
         rivals.installed(["voxel"])
 

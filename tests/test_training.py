@@ -36,8 +36,8 @@ def test_a_run_learns_and_leaves_what_it_promises(smoke):
     assert "val_dice" in rows[2] and "val_dice" in rows[5] and "val_dice" not in rows[1]
     assert list((workdir / "tensorboard").glob("events*"))
     about = checkpoint.read_about(workdir)
-    assert about["config"]["steps"] == 6 and {"commit", "spacing", "score"} <= set(about)
-    assert about["commit"] == checkpoint.git_commit()
+    assert about["config"]["steps"] == 6 and {"environment", "spacing", "score"} <= set(about)
+    assert about["environment"]["commit"] == checkpoint.git_commit()
     assert summary["dice"]["mean"] > summary["dice_initial"]["mean"] + 0.02
     assert summary["fold_pct"]["mean"] < 0.01 and summary["inverse_mm"]["mean"] < 1.0
 
