@@ -88,6 +88,8 @@ def main():
             for name, part in ROWS[row][1].items():
                 stack.enter_context(mock.patch.object(model, name, part))
             summary = training.train_and_evaluate(config, out / row.replace(" ", "-"))
+            if summary is None:  # SIGTERM
+                return
             image = jnp.zeros((1, 48, 48, 48, 1))
             network = model.DrivenMorph(model.checked(config.model))
             shapes = jax.eval_shape(network.init, jax.random.key(0), image, image)
