@@ -1,5 +1,9 @@
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -11,6 +15,7 @@ from drivenmorph_jax.data import Dataset
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate, evaluate_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMISED = ("dice", "dice_initial", "hd95", "sdlogj", "sdlogj_l2r", "fold_pct", "ndv_pct", "inverse_mm", "seconds")
 
 
@@ -101,3 +106,21 @@ def test_what_another_run_left_or_one_that_ended_is_not_taken_over(tmp_path):
     evaluation.Record(tmp_path, "this").add(row)
     (tmp_path / "summary.json").touch()
     assert evaluation.Record(tmp_path, "this").rows == {} and not (tmp_path / "summary.json").exists()
+
+
+def test_pairs_are_shared_by_the_devices(smoke, tmp_path):
+    """Two pairs on three devices: the scores of one device."""
+    script = f"""
+from drivenmorph_jax.evaluation import evaluate_checkpoint
+evaluate_checkpoint({str(smoke[0])!r}, {str(tmp_path)!r}, refine_steps=2)
+"""
+    done = {}
+    for devices in (1, 3):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags},
+                             capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        done[devices] = json.loads((tmp_path / "summary.json").read_text())
+    assert done[3]["environment"]["devices"] == 3
+    for key in ("dice", "hd95", "inverse_mm"):
+        assert done[3][key]["mean"] == pytest.approx(done[1][key]["mean"], rel=1e-3)
