@@ -12,6 +12,7 @@ A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, 
 import csv
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,9 +71,8 @@ class Transform:
         if backward is None:
             # linear^-1 o self lies near the identity, in the first world, where it is inverted in voxels.
             back = np.linalg.inv(self.linear)
-            near = np.empty_like(self.displacement)
-            for i, x in _planes(near.shape[:3], self.grid.affine):
-                near[i] = _map(back, x + self.displacement[i]) - x
+            near = _by_planes(self.displacement.shape, self.grid.affine,
+                              lambda i, x: _map(back, x + self.displacement[i]) - x)
             u = near @ np.linalg.inv(self.grid.affine[:3, :3]).T.astype(np.float32)
             backward = total_inverse_displacement(self.other.data.shape, self.other.affine, np.asarray(inverse(u)),
                                                   self.grid.affine, self.linear)
@@ -82,12 +82,12 @@ class Transform:
     def compose(self, then):
         """x -> then(self(x)), from the first world to the second of `then`; points beyond its grid move as its edge."""
         def follow(first, second):
-            out = np.empty_like(first.displacement)
             field, to_voxel = _channels_first(second.displacement), np.linalg.inv(second.grid.affine)
-            for i, x in _planes(out.shape[:3], first.grid.affine):
+
+            def plane(i, x):
                 y = x + first.displacement[i]
-                out[i] = y + _sample(field, _map(to_voxel, y)) - x
-            return out
+                return y + _sample(field, _map(to_voxel, y)) - x
+            return _by_planes(first.displacement.shape, first.grid.affine, plane)
 
         known = self.backward is not None and then.backward is not None
         return Transform(follow(self, then), self.grid, then.linear @ self.linear, then.other,
@@ -112,9 +112,8 @@ class Transform:
         grid, displacement = self.grid, self.displacement
         if reference is not None:
             grid, field, to_voxel = reference, _channels_first(displacement), np.linalg.inv(self.grid.affine)
-            displacement = np.empty((*grid.data.shape, 3), np.float32)
-            for i, x in _planes(grid.data.shape, grid.affine):
-                displacement[i] = _sample(field, _map(to_voxel, x))
+            displacement = _by_planes((*grid.data.shape, 3), grid.affine,
+                                      lambda i, x: _sample(field, _map(to_voxel, x)))
         order = ORDERS[interpolation]
         like = replace(grid, header=_with_type(grid.header, source.get_data_dtype()))
         moved = [apply(nifti.Volume(volume.astype(np.float32) if order else volume, source.affine, source.header, name),
@@ -150,10 +149,9 @@ class Transform:
     def save_learn2reg(self, path):
         """Write Learn2Reg's field: A_other^-1 (x + d(x)) - i at voxel i of the grid, (X, Y, Z, 3), voxels."""
         to_fixed, to_moving = (np.linalg.inv(grid.affine) for grid in (self.grid, self.other))
-        out = np.empty_like(self.displacement)
-        for i, x in _planes(out.shape[:3], self.grid.affine):
-            out[i] = _map(to_moving, x + self.displacement[i]) - _map(to_fixed, x)
-        nifti.save(path, out, self.grid)
+        nifti.save(path, _by_planes(self.displacement.shape, self.grid.affine,
+                                    lambda i, x: _map(to_moving, x + self.displacement[i]) - _map(to_fixed, x)),
+                   self.grid)
 
 
 def _with_type(header, dtype):
@@ -197,10 +195,7 @@ def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform)
 def force_on_grid(shape, affine, force, work_affine):
     """Forces (D, H, W, 3) in voxels of the working grid as vectors in RAS mm on another grid: (X, Y, Z, 3)."""
     to_voxel, channels = np.linalg.inv(work_affine), _channels_first(force)
-    out = np.empty((*shape, 3), np.float32)
-    for i, x in _planes(shape, affine):
-        out[i] = _sample(channels, _map(to_voxel, x)) @ work_affine[:3, :3].T
-    return out
+    return _by_planes((*shape, 3), affine, lambda i, x: _sample(channels, _map(to_voxel, x)) @ work_affine[:3, :3].T)
 
 
 def apply(volume, displacement, affine, order=1):
@@ -210,12 +205,11 @@ def apply(volume, displacement, affine, order=1):
     outside the volume the value is 0.
     """
     to_voxel = np.linalg.inv(volume.affine)
-    out = np.empty(displacement.shape[:3], volume.data.dtype)
-    for i, x in _planes(out.shape, affine):
+
+    def plane(i, x):
         voxel = np.moveaxis(_map(to_voxel, x + displacement[i]), -1, 0)
-        out[i] = ndimage.map_coordinates(volume.data, voxel, order=order, mode="grid-constant",
-                                         prefilter=False)
-    return out
+        return ndimage.map_coordinates(volume.data, voxel, order=order, mode="grid-constant", prefilter=False)
+    return _by_planes(displacement.shape[:3], affine, plane, volume.data.dtype)
 
 
 def transform_points(points, displacement, affine):
@@ -325,9 +319,8 @@ def read_displacement(path):
 def write_composite(path, transform):
     """Write a `Transform` as ITK's composite, .h5: the field on its grid, x -> linear^-1(x + d(x)), then the affine."""
     back, grid = np.linalg.inv(transform.linear), transform.grid
-    near = np.empty_like(transform.displacement)
-    for i, x in _planes(near.shape[:3], grid.affine):
-        near[i] = _map(back, x + transform.displacement[i]) - x
+    near = _by_planes(transform.displacement.shape, grid.affine,
+                      lambda i, x: _map(back, x + transform.displacement[i]) - x)
     field = sitk.GetImageFromArray((near * np.diag(FLIP)[:3]).transpose(2, 1, 0, 3).astype(float), isVector=True)
     lps, spacing = FLIP @ grid.affine, grid.spacing
     field.SetSpacing(spacing.tolist())
@@ -398,18 +391,24 @@ def _deformation(u, affine):
 
 
 def _displacement(shape, affine, move):
-    out = np.empty((*shape, 3), np.float32)
-    for i, x in _planes(shape, affine):
-        out[i] = move(x) - x
-    return out
+    return _by_planes((*shape, 3), affine, lambda i, x: move(x) - x)
 
 
-def _planes(shape, affine):
-    """(i, world points (Y, Z, 3)) per plane of a grid: all its points at once, in float64, would fill memory."""
+def _by_planes(shape, affine, plane, dtype=np.float32):
+    """plane(i, world points (Y, Z, 3)) for every plane i of a grid (X, Y, Z, ...), as one array.
+
+    Planes run on all cores, and one by one: all points of a head at once, in float64, would fill memory.
+    """
     y, z = np.meshgrid(np.arange(shape[1]), np.arange(shape[2]), indexing="ij")
-    plane = np.stack([np.zeros_like(y), y, z], axis=-1)
-    for i in range(shape[0]):
-        yield i, _map(affine, plane + (i, 0, 0))
+    first = np.stack([np.zeros_like(y), y, z], axis=-1)
+    out = np.empty(shape, dtype)
+
+    def fill(i):
+        out[i] = plane(i, _map(affine, first + (i, 0, 0)))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, range(shape[0])))
+    return out
 
 
 def _map(matrix, points):
