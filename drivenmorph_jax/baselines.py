@@ -8,23 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from ml_collections import FrozenConfigDict
 
 from drivenmorph_jax.attention import SelfAttention
 from drivenmorph_jax.encoder import Conv
-from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.integrate import exponential
 from drivenmorph_jax.model import Registration, Update
 
 STEPS = 7
-
-
-def checked(config):
-    """The settings, frozen. Raises InputError where `dtype` is none."""
-    if config.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"model.dtype is {config.dtype!r}: set it to 'float32' or 'bfloat16'")
-    return FrozenConfigDict(config)
 
 
 def integrated(flow):

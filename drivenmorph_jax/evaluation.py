@@ -32,7 +32,7 @@ from drivenmorph_jax import (
 from drivenmorph_jax.data.folder import IMAGE
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.explanation import by_level
-from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.files import make_folder, read_rows, replacing, rows_text
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.model import driving_force
@@ -221,25 +221,19 @@ class Record:
     """
 
     def __init__(self, out, identity):
-        self.path, self.rows, summary = out / "pairs.jsonl", {}, out / "summary.json"
-        kept = []
-        if self.path.is_file() and not summary.is_file():
-            lines = self.path.read_text().splitlines(keepends=True)
-            if lines and lines[0] == _line({"run": identity}):
-                kept = [json.loads(line) for line in lines[1:] if line.endswith("}\n")]
+        self.path, summary, head = out / "pairs.jsonl", out / "summary.json", {"run": identity}
+        first, *kept = read_rows(self.path) or [None]
+        if first != head or summary.is_file():
+            kept = []
         summary.unlink(missing_ok=True)
         with replacing(self.path) as temporary:
-            temporary.write_text(_line({"run": identity}) + "".join(map(_line, kept)))
+            temporary.write_text(rows_text([head, *kept]))
         self.rows = {(row["scores"]["fixed"], row["scores"]["moving"]): row for row in kept}
 
     def add(self, row):
         with self.path.open("a") as file:
-            file.write(_line(row))
+            file.write(rows_text([row]))
         self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = row
-
-
-def _line(x):
-    return json.dumps(x) + "\n"
 
 
 def _names(pair):

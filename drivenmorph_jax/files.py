@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def alone_in(folder):
             raise InputError(f"{folder} is in use by another run: wait for it, stop it, or take another "
                              "--workdir") from error
         yield
+
+
+def read_rows(path):
+    """The rows of a file of JSON lines, in order; none where there is none. A killed process can leave half a line."""
+    if not Path(path).is_file():
+        return []
+    return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def rows_text(rows):
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def check_folder(path):

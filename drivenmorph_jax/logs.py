@@ -1,10 +1,11 @@
 """What a run tells while it goes: a progress bar, JSON lines, TensorBoard."""
 
-import json
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from drivenmorph_jax.files import read_rows, rows_text
 
 
 class Logs:
@@ -20,7 +21,7 @@ class Logs:
             return
         path = Path(folder) / "metrics.jsonl"
         kept = [row for row in read(folder) if row["step"] <= start]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        path.write_text(rows_text(kept))
         self.file = path.open("a")
         self.writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -29,7 +30,7 @@ class Logs:
     def write(self, step, row):
         if not self.main:
             return
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.write(rows_text([{"step": step, **row}]))
         self.file.flush()
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
@@ -48,8 +49,4 @@ class Logs:
 
 def read(folder):
     """The rows of a run's `metrics.jsonl`, in order; none where there is no such file."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    # A run that is killed can leave half a line at the end.
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return read_rows(Path(folder) / "metrics.jsonl")

@@ -88,6 +88,11 @@ def checked(config):
                              "choose a divisor")
     if config.update_rule not in ("compositional", "log"):
         raise InputError(f"model.update_rule is {config.update_rule!r}: set it to 'compositional' or 'log'")
+    return with_dtype(config)
+
+
+def with_dtype(config):
+    """The settings of any network, frozen. Raises InputError where `dtype` is none to compute in."""
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"model.dtype is {config.dtype!r}: set it to 'float32' or 'bfloat16'")
     return FrozenConfigDict(config)

@@ -5,8 +5,8 @@ from drivenmorph_jax.errors import InputError
 
 NETWORKS = {  # name: (module, what checks its settings, what every side of its images must be a multiple of)
     "drivenmorph": (model.DrivenMorph, model.checked, model.multiple),
-    "voxelmorph": (baselines.VoxelMorph, baselines.checked, lambda config: 2 ** len(config.encoder)),
-    "transmorph": (baselines.TransMorph, baselines.checked, lambda config: 2 ** (len(config.channels) + 1)),
+    "voxelmorph": (baselines.VoxelMorph, model.with_dtype, lambda config: 2 ** len(config.encoder)),
+    "transmorph": (baselines.TransMorph, model.with_dtype, lambda config: 2 ** (len(config.channels) + 1)),
 }
 
 

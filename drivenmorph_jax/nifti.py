@@ -217,10 +217,22 @@ def save(path, data, like, intent=None):
 
     Raises InputError where the file cannot be written or its name ends otherwise than in .nii or .nii.gz.
     """
+    write(path, to_nibabel(data, like, intent))
+
+
+def write(path, image):
+    """Write a nibabel image, whole or not at all; raises as `save` does."""
     if not str(path).endswith(ENDINGS):
         raise InputError(f"{path} must end in .nii or .nii.gz to be written")
     with replacing(path) as temporary:
-        nibabel.save(to_nibabel(data, like, intent), temporary)
+        nibabel.save(image, temporary)
+
+
+def with_type(volume, dtype):
+    """The same Volume with a header of that type: what lies on its grid is then stored so, where it fits."""
+    header = volume.header.copy()
+    header.set_data_dtype(dtype)
+    return replace(volume, header=header)
 
 
 def to_nibabel(data, like, intent=None):

@@ -81,8 +81,7 @@ class Result:
         out, (fixed, moving) = make_folder(out), (self.transform.grid, self.transform.other)
         for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
             if image is not None:
-                with replacing(out / f"{name}.nii.gz") as temporary:
-                    nibabel.save(image, temporary)
+                nifti.write(out / f"{name}.nii.gz", image)
         names = ["displacement", "inverse_displacement"]
         if bids:
             prefix, *spaces = bids
@@ -250,7 +249,8 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
     outlines = None if fixed_labels is None else nifti.resample(fixed_labels, shape, grid, order=0)
     return Result(
         nifti.to_nibabel(warped, fixed),
-        None if moving_labels is None else nifti.to_nibabel(warped_labels, moving_labels_on(fixed, moving_labels)),
+        None if moving_labels is None else nifti.to_nibabel(
+            warped_labels, nifti.with_type(fixed, moving_labels.header.get_data_dtype())),
         found, vectors, jacobian, summary,
         {"fixed": np.asarray(f), "moving": np.asarray(m), "warped": moved, "u": u, "force": force,
          "jac": metrics.jacobian(u), "spacing": (spacing,) * 3, "labels": outlines})
@@ -302,19 +302,8 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
     else:
         places = [Path(out)]
     for image, place in zip(images, places, strict=True):
-        if not str(place).endswith(nifti.ENDINGS):
-            raise InputError(f"{place} must end in .nii or .nii.gz to be written")
-        moved = found.apply(image, interpolation, reference)
-        with replacing(place) as temporary:
-            nibabel.save(moved, temporary)
+        nifti.write(place, found.apply(image, interpolation, reference))
         yield place
-
-
-def moving_labels_on(fixed, labels):
-    """The fixed image's geometry with the integer type of the moving labels, to save warped labels by."""
-    header = fixed.header.copy()
-    header.set_data_dtype(labels.header.get_data_dtype())
-    return nifti.Volume(fixed.data, fixed.affine, header, fixed.path)
 
 
 class _Stages:

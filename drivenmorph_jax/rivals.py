@@ -21,7 +21,7 @@ import numpy as np
 
 # The rest is imported where it is used: a command's seconds count its imports.
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.files import make_folder, read_rows, replacing, rows_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -187,10 +187,9 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
     arguments = {name: METHODS[name][1] for name in names}
     arguments["drivenmorph"] = checkpoint or arguments["drivenmorph"][0], refine_steps
     record = out / "rivals.jsonl"
-    lines = record.read_text().splitlines() if record.is_file() else []
-    known = {run["key"]: run["scores"] for run in (json.loads(line) for line in lines if line.endswith("}}"))}
+    known = {run["key"]: run["scores"] for run in read_rows(record)}
     with replacing(record) as temporary:  # less a line that was cut short
-        temporary.write_text("".join(json.dumps({"key": key, "scores": known[key]}) + "\n" for key in known))
+        temporary.write_text(rows_text({"key": key, "scores": scores} for key, scores in known.items()))
     rows, reused = {name: [] for name in names}, 0
     with tqdm(total=len(pairs) * len(names), unit="run", dynamic_ncols=True) as progress:
         for pair in pairs:
@@ -207,7 +206,7 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
                                                   metrics.brain(fixed.image), dataset.exclude)
                     known[key] = {"fixed": fixed.id, "moving": moving.id, **scores, "seconds": seconds}
                     with record.open("a") as file:
-                        file.write(json.dumps({"key": key, "scores": known[key]}) + "\n")
+                        file.write(rows_text([{"key": key, "scores": known[key]}]))
                 rows[name].append(known[key])
                 progress.update()
     if reused:

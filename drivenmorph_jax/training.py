@@ -70,13 +70,25 @@ def train_and_evaluate(config, workdir):
         `workdir`, or a loss or gradient that is not finite.
     """
     workdir = make_folder(workdir)
-    with alone_in(workdir) if jax.process_index() == 0 else nullcontext(), terminated() as stopping:
-        return _train_and_evaluate(config, workdir, stopping)
+    with alone_in(workdir) if jax.process_index() == 0 else nullcontext():
+        return _train_and_evaluate(config, workdir)
+
+
+@contextmanager
+def closing(logs, *managers):
+    """Closes them in the end, whatever happens, checkpoints being on disk before."""
+    try:
+        yield
+    finally:
+        logs.close()
+        for manager in managers:
+            manager.wait_until_finished()
+            manager.close()
 
 
 @contextmanager
 def terminated():
-    """An Event that SIGTERM sets, in place of ending the process."""
+    """An Event that SIGTERM sets, in place of ending the process: for the loop, which can save; nothing else looks."""
     stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
         yield stopping
@@ -88,7 +100,7 @@ def terminated():
         signal.signal(signal.SIGTERM, before)
 
 
-def _train_and_evaluate(config, workdir, stopping):
+def _train_and_evaluate(config, workdir):
     model, mesh = make_network(config.model), sharding.data_parallel_mesh()
     if config.loss.similarity not in SIMILARITIES:
         raise InputError(f"loss.similarity is {config.loss.similarity!r}: set it to one of {', '.join(SIMILARITIES)}")
@@ -149,7 +161,7 @@ def _train_and_evaluate(config, workdir, stopping):
             waiting = None
 
     began = time.perf_counter()
-    try:
+    with terminated() as stopping, closing(logs, latest, best):
         for step in range(start + 1, config.steps + 1):
             batch = sharding.global_batch(one_hot(next(batches), labels), mesh)
             params, opt_state, row = train_step(params, opt_state, batch)
@@ -174,11 +186,6 @@ def _train_and_evaluate(config, workdir, stopping):
             if ending and not last:
                 print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
                 return None
-    finally:
-        logs.close()
-        for manager in (latest, best):
-            manager.wait_until_finished()
-            manager.close()
 
     params = checkpoint.read_params(workdir / "best", jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,

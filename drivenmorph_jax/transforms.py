@@ -13,7 +13,7 @@ import csv
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -115,7 +115,7 @@ class Transform:
             displacement = _by_planes((*grid.data.shape, 3), grid.affine,
                                       lambda i, x: _sample(field, _map(to_voxel, x)))
         order = ORDERS[interpolation]
-        like = replace(grid, header=_with_type(grid.header, source.get_data_dtype()))
+        like = nifti.with_type(grid, source.get_data_dtype())
         moved = [apply(nifti.Volume(volume.astype(np.float32) if order else volume, source.affine, source.header, name),
                        displacement, grid.affine, order)
                  for volume in (np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])]
@@ -152,12 +152,6 @@ class Transform:
         nifti.save(path, _by_planes(self.displacement.shape, self.grid.affine,
                                     lambda i, x: _map(to_moving, x + self.displacement[i]) - _map(to_fixed, x)),
                    self.grid)
-
-
-def _with_type(header, dtype):
-    header = header.copy()
-    header.set_data_dtype(dtype)
-    return header
 
 
 def linear_part(displacement, affine):

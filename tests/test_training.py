@@ -88,7 +88,10 @@ def test_sigterm_saves_the_step_and_ends_and_the_next_run_goes_on(smoke, tmp_pat
         assert training.train_and_evaluate(get_config(), tmp_path) is None
     assert "stopped at step 2, which is saved" in capsys.readouterr().out
     assert len(calls) == 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    while_scoring = []
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: while_scoring.append(signal.getsignal(signal.SIGTERM)))
     training.train_and_evaluate(get_config(), tmp_path)
+    assert while_scoring == [signal.SIG_DFL]  # nobody would look at the event there
     for a, b in zip(latest_bits(tmp_path)[0], latest_bits(smoke[0])[0], strict=True):
         np.testing.assert_array_equal(a, b)
 

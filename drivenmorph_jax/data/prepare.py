@@ -81,8 +81,8 @@ def mindboggle(source):
 
 def malf(source):
     """MICCAI 2012 multi-atlas challenge: 1000_3.nii.gz with 1000_3_glm.nii.gz, skull-stripped; or ID_t1 and ID_seg."""
-    found = {path.name.split("_3.nii")[0]: (path, _first(path.parent, *(
-        path.name.replace("_3.nii", f"_3_glm{end}") for end in (".nii",))), None) for path in source.rglob("*_3.nii*")}
+    found = {path.name.split("_3.nii")[0]: (path, _first(path.parent, path.name.replace("_3.nii", "_3_glm.nii")), None)
+             for path in source.rglob("*_3.nii*")}
     return found or folder(source)
 
 
