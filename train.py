@@ -14,13 +14,21 @@ def main():
     parser.add_argument("--workdir", required=True, metavar="DIR",
                         help="folder for checkpoints, logs and scores; made where it is missing")
     parser.add_argument("--distributed", action="store_true",
-                        help="one of several processes (Slurm, Kubernetes, Cloud TPU): join the others first")
+                        help="one of several processes: join the others first (Slurm, Kubernetes, Cloud TPU)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT",
+                        help="with --distributed, where nothing tells: address of the first process")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
     flags, settings = parser.parse_known_args()
+    told = (flags.coordinator, flags.processes, flags.process)
+    if any(x is not None for x in told) and (None in told or not flags.distributed):
+        parser.error("--coordinator, --processes and --process belong together, and to --distributed")
 
     # Imported late, so that --help answers at once.
     from drivenmorph_jax import configuration, report, sharding
     from drivenmorph_jax.training import train_and_evaluate
-    sharding.start(flags.distributed)
+    sharding.start(flags.distributed, coordinator_address=flags.coordinator, num_processes=flags.processes,
+                   process_id=flags.process)
     config = configuration.override(configuration.load(flags.config), settings)
     summary = train_and_evaluate(config, flags.workdir)
     if summary is not None:

@@ -14,6 +14,7 @@ def get_config():
     config.seed = 0
     config.steps = 70
     config.batch_size = 1  # pairs, over all devices
+    config.space = 1  # devices to a volume, each with a part of its first axis
     config.learning_rate = 1e-3
     config.warmup_steps = 10
     config.clip = 1.0  # largest norm of the gradient

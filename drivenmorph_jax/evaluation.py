@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import resource
 import time
 from collections import deque
@@ -42,7 +43,7 @@ from drivenmorph_jax.warp import warp
 
 def grid_multiple(config):
     """What every side of an image must be a multiple of."""
-    return config.data.downsample * multiple(config.model)
+    return config.data.downsample * math.lcm(multiple(config.model), config.get("space", 1))
 
 
 def downsample_to(voxel, spacing):
@@ -84,18 +85,20 @@ def make_predict(config, refine_steps=0):
     return predict
 
 
-def predictions(predict, params, pairs):
+def predictions(predict, params, pairs, space=1):
     """For each (fixed, moving) in turn: (what `predict` found, as NumPy arrays without the batch axis; seconds).
 
-    As many pairs at a time as this process has devices, each on one of them. Accelerators work on the next pairs while
-    the caller looks at the last ones; a CPU would have to do both at once, and the seconds would tell of both.
+    As many pairs at a time as this process has devices, each on one of them, or on `space` where so many are there.
+    Accelerators work on the next pairs while the caller looks at the last ones; a CPU would have to do both at once,
+    and the seconds would tell of both.
     """
-    mesh = sharding.data_parallel_mesh(jax.local_devices())
+    mesh = sharding.device_mesh(math.gcd(space, jax.local_device_count()), jax.local_devices())
     params = jax.device_put(params, sharding.replicated(mesh))
-    groups = [pairs[i:i + mesh.size] for i in range(0, len(pairs), mesh.size)]
+    at_once = mesh.shape["data"]
+    groups = [pairs[i:i + at_once] for i in range(0, len(pairs), at_once)]
 
     def run(group):
-        whole = group + group[:1] * (mesh.size - len(group))
+        whole = group + group[:1] * (at_once - len(group))
         start = time.perf_counter()
         images = (np.stack([pair[role].image for pair in whole]) for role in (0, 1))
         found = jax.block_until_ready(predict(params, *jax.device_put(tuple(images), sharding.split_batch(mesh))))
@@ -111,10 +114,10 @@ def predictions(predict, params, pairs):
                 yield jax.tree.map(lambda x, k=k: x[k], found), seconds
 
 
-def validate(predict, params, dataset):
+def validate(predict, params, dataset, space=1):
     """Mean over the ordered val pairs: Dice and folding, or the LNCC of the images where there are no labels."""
     rows, pairs = [], data.ordered_pairs(dataset.val)
-    for (fixed, moving), ((u, *_), _) in zip(pairs, predictions(predict, params, pairs), strict=True):
+    for (fixed, moving), ((u, *_), _) in zip(pairs, predictions(predict, params, pairs, space), strict=True):
         if fixed.labels is None or moving.labels is None:
             rows.append({"val_lncc": float(_similarity(fixed.image, moving.image, u))})
             continue
@@ -152,7 +155,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     if not pairs:
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
     out = make_folder(out)
-    predict = make_predict(config, refine_steps)
+    predict, space = make_predict(config, refine_steps), config.get("space", 1)
     record = Record(out, _identity(config, params, subjects, refine_steps, l2r))
     # The control of a fixed image's pairs: the force between two images of which neither is this one, if there are.
     jobs = []
@@ -162,10 +165,10 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
             jobs += [(True, (subjects[(k + 1) % len(subjects)], subjects[(k + 2) % len(subjects)])),
                      *((False, pair) for pair in left)]
     if jobs:
-        for _ in predictions(predict, params, pairs[:1]):  # compiles
+        for _ in predictions(predict, params, pairs[:1], space):  # compiles
             pass
     with tqdm(total=len(pairs), initial=len(record.rows), unit="pair", desc=split, dynamic_ncols=True) as bar:
-        found = predictions(predict, params, [pair for _, pair in jobs])
+        found = predictions(predict, params, [pair for _, pair in jobs], space)
         for (is_control, pair), (fields, seconds) in zip(jobs, found, strict=True):
             if is_control:
                 control = fields
@@ -182,7 +185,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     rank = np.argsort([row.get("dice", row["sdlogj"]) for row in rows])
     shown = {"Worst": rank[0], "Median": rank[len(rank) // 2], "Best": rank[-1]}
     statistics = explanation.statistics([one["force"] for one in found], [one["control"] for one in found])
-    again = predictions(predict, params, [pairs[place] for place in shown.values()])
+    again = predictions(predict, params, [pairs[place] for place in shown.values()], space)
     for (name, place), ((u, _, force, levels), _) in zip(shown.items(), again, strict=True):
         figures[f"{name} pair"] = out / f"{name.lower()}.png"
         viewers.append(_show(figures[f"{name} pair"], *pairs[place], u, force, rows[place], dataset.spacing))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from drivenmorph_jax.warp import compose
 
 
-def exponential(v, steps=7):
+def exponential(v, steps=7, reach=None):
     """Displacement of exp(v), the flow of the stationary velocity v at time one, by scaling and squaring.
 
     s_0 = v / 2^N;  s_(n+1) = s_n o s_n;  exp(v) = id + s_N. The inverse is exponential(-v).
@@ -14,6 +14,7 @@ def exponential(v, steps=7):
     Args:
       v: (..., D, H, W, 3) velocity in voxels per unit of time.
       steps: number of squarings N. The first step should move less than half a voxel: N >= 1 + log2 max|v|.
+      reach: a bound on |v| in voxels, where the caller knows one, as in `warp`: no flow goes further.
 
     Returns:
       (..., D, H, W, 3) displacement in voxels.
@@ -22,7 +23,7 @@ def exponential(v, steps=7):
     """
     # A loop, not an unrolled chain: XLA on CPU would fuse each squaring into the eight gathers of the next and compute
     # it eight times over.
-    return jax.lax.fori_loop(0, steps, lambda _, s: compose(s, s), v / 2**steps)
+    return jax.lax.fori_loop(0, steps, lambda _, s: compose(s, s, reach), v / 2**steps)
 
 
 def inverse(u, iterations=40, start=None):

@@ -186,8 +186,8 @@ class Level(nn.Module):
                 v = demons.log_update(v, delta, c.sigma_diffusion)
                 u, u_inverse = exponential(jnp.stack([v, -v]), LOG_STEPS)
             else:
-                forward, backward = exponential(jnp.stack([delta, -delta]), STEPS)
-                u, u_inverse = compose(u, forward), compose(backward, u_inverse)
+                forward, backward = exponential(jnp.stack([delta, -delta]), STEPS, layer.max_step)
+                u, u_inverse = compose(u, forward, layer.max_step), compose(backward, u_inverse)
             updates.append(made.replace(u=u, u_inverse=u_inverse))
         return u, u_inverse, v, tuple(updates)
 

@@ -1,22 +1,30 @@
-"""The devices: how a program starts on them, and the mesh. Batches are split over it, parameters are everywhere."""
+"""The devices: how a program starts on them, and the mesh. Batches are split over it, parameters are everywhere.
+
+The mesh has two axes: "data", over which pairs are split, and "space", over which the first axis of every volume is.
+What crosses a border between two parts of a volume (convolutions, box sums, attention, warps) XLA exchanges by itself.
+"""
 
 from pathlib import Path
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from drivenmorph_jax.errors import InputError
 
 
-def start(distributed=False):
+def start(distributed=False, **process):
     """What a program does first: keep compiled code for the next run, and join the other processes if there are any.
 
-    The code lies in ~/.cache/drivenmorph_jax, or where JAX_COMPILATION_CACHE_DIR says.
+    The code lies in ~/.cache/drivenmorph_jax, or where JAX_COMPILATION_CACHE_DIR says. `process` is what
+    `jax.distributed.initialize` takes, where nothing on the machine tells it (Slurm, Kubernetes and Cloud TPU do).
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "drivenmorph_jax"))
     # By default what compiles within a second is not kept: a program of many small parts waits for all of them again.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**process)
 
 
 def compiler_options():
@@ -24,10 +32,17 @@ def compiler_options():
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
 
 
-def data_parallel_mesh(devices=None):
-    """The devices, by default all of all processes, along one axis, "data"."""
-    devices = devices or jax.devices()
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+def device_mesh(space=1, devices=None):
+    """The devices, by default all of all processes, as a mesh ("data", "space"), `space` of them to a volume.
+
+    Raises InputError where the devices of a process cannot be divided so: a volume lies within one process.
+    """
+    devices = sorted(devices or jax.devices(), key=lambda device: device.process_index)
+    here = sum(device.process_index == devices[0].process_index for device in devices)
+    if space < 1 or here % space:
+        raise InputError(f"space is {space}, which does not divide the {here} devices of a process: "
+                         "set --config.space to a divisor")
+    return Mesh(np.reshape(devices, (-1, space)), ("data", "space"))
 
 
 def replicated(mesh):
@@ -36,8 +51,8 @@ def replicated(mesh):
 
 
 def split_batch(mesh):
-    """Every device holds its part of the leading axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Every device holds its part of the leading axis, and of the first spatial one, of (B, D, ...)."""
+    return NamedSharding(mesh, PartitionSpec("data", "space"))
 
 
 def global_batch(batch, mesh):

@@ -90,7 +90,8 @@ def closing(logs, *managers):
 def terminated():
     """An Event that SIGTERM sets, in place of ending the process: for the loop, which can save; nothing else looks."""
     stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
+    # No other thread may listen to signals. Of several processes the runtime listens, and tells all of them.
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield stopping
         return
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
@@ -101,18 +102,20 @@ def terminated():
 
 
 def _train_and_evaluate(config, workdir):
-    model, mesh = make_network(config.model), sharding.data_parallel_mesh()
+    model, mesh = make_network(config.model), sharding.device_mesh(config.space)
     if config.loss.similarity not in SIMILARITIES:
         raise InputError(f"loss.similarity is {config.loss.similarity!r}: set it to one of {', '.join(SIMILARITIES)}")
-    if config.batch_size % mesh.size:
-        raise InputError(f"batch_size is {config.batch_size}, which {mesh.size} devices cannot share: "
-                         f"set --config.batch_size={mesh.size * -(-config.batch_size // mesh.size)}")
+    shares = mesh.shape["data"]
+    if config.batch_size % shares:
+        raise InputError(f"batch_size is {config.batch_size}, which {mesh.size} devices, {config.space} to a volume, "
+                         f"cannot share: set --config.batch_size={shares * -(-config.batch_size // shares)}")
     dataset = data.load(config.data, multiple=grid_multiple(config))
     if len(dataset.val) < 2:
         raise InputError(f"{dataset.name} has {len(dataset.val)} subjects in its val split: put at least 2 there")
-    if any(side % multiple(config.model) for side in config.data.crop):
-        raise InputError(f"data.crop is {tuple(config.data.crop)}: make every side a multiple of "
-                         f"{multiple(config.model)}, or 0 for the whole image")
+    sides = grid_multiple(config) // config.data.downsample
+    if any(side % sides for side in config.data.crop):
+        raise InputError(f"data.crop is {tuple(config.data.crop)}: make every side a multiple of {sides}, or 0 for the "
+                         "whole image")
     with_labels = config.loss.dice > 0
     batches = data.training_batches(dataset.train, config.batch_size // jax.process_count(), config.seed,
                                     with_labels=with_labels, **{key: config.data[key] for key in (
@@ -169,12 +172,12 @@ def _train_and_evaluate(config, workdir):
             record()
             waiting = step, row
             last = step == config.steps
-            # Machines of several processes are told of an end by their scheduler, all at the same step.
+            # Several processes must end at the same step: the runtime agrees on one.
             ending = stopping.is_set() if jax.process_count() == 1 else latest.reached_preemption(step)
             if step % config.val_every == 0 or last:
                 # A copy on one device: every process scores all pairs by itself.
                 here = jax.tree.map(lambda x: x.addressable_data(0), params)
-                scores = validate(predict, here, dataset)
+                scores = validate(predict, here, dataset, config.space)
                 score = scores.get("val_dice", scores.get("val_lncc"))
                 record(scores)
                 if score > best_score:
@@ -184,7 +187,8 @@ def _train_and_evaluate(config, workdir):
                 record()
                 checkpoint.save(latest, step, about | {"step": step}, params, opt_state, batches.get_state())
             if ending and not last:
-                print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
+                if jax.process_index() == 0:
+                    print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
                 return None
 
     params = checkpoint.read_params(workdir / "best", jax.tree.map(

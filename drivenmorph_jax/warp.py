@@ -6,6 +6,7 @@ x_moving = x + u(x), so the warped moving image is (M o phi)(x) = M(x + u(x)) wi
 
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,25 @@ import jax.numpy as jnp
 from drivenmorph_jax.grid import identity_grid
 
 
-def warp(image, u):
+def warp(image, u, reach=None):
     """Trilinear samples of `image` at x + u(x), clamped at the edge; bilinear in 2-D.
 
     out(x) = sum over the 8 corners q of the cell around x + u(x):  image(q) prod_a (1 - |x_a + u_a(x) - q_a|)
 
-    Each corner is gathered once for all channels, so the floor is 8 reads of C values and one write a voxel.
+    Each corner is gathered once for all channels, so the floor is 8 reads of C values and one write a voxel. On TPU,
+    where a gather moves a tile of memory for every sample, a short displacement is a sum of shifted slices instead, and
+    any other gathers whole rows.
 
     Args:
       image: (..., D, H, W, C), any channel count; every side at least 2.
       u: (..., X, Y, Z, 3) displacement in voxels of the image's grid; (..., X, Y, 2) of an image (..., H, W, C).
+      reach: a bound on |u_a| in voxels along every axis, where the caller knows one; u on the image's own grid.
 
     Returns:
       (..., X, Y, Z, C). Its derivative with respect to u is zero along an axis on which the sample lies outside.
     """
-    return _batched(_warp, u)(image, u)
+    near = reach is not None and reach <= 1
+    return _batched(partial(_on_tpu, near=near) if jax.default_backend() == "tpu" else _warp, u)(image, u)
 
 
 def _batched(f, u):
@@ -117,6 +122,60 @@ def _warp_backward(residuals, g):
 _warp.defvjp(_warp_forward, _warp_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_tpu(image, u, near):
+    return (_shifted if near else _rows)(image, u)
+
+
+def _shifted(image, u):
+    """out(x) = sum over k in {-1, 0, 1}^n of image(x + k) prod_a max(0, 1 - |u_a(x) - k_a|), for |u_a| <= 1: no gather,
+    and its adjoint is no scatter."""
+    space, shifts = image.shape[:-1], (-1, 0, 1)
+    padded = jnp.pad(image, [(1, 1)] * len(space) + [(0, 0)], mode="edge")
+    hats = [[jnp.maximum(0, 1 - jnp.abs(u[..., axis] - k)) for k in shifts] for axis in range(len(space))]
+    return sum(math.prod(hats[axis][k + 1] for axis, k in enumerate(shift)).astype(image.dtype)[..., None]
+               * padded[tuple(slice(1 + k, 1 + k + n) for k, n in zip(shift, space, strict=True))]
+               for shift in itertools.product(shifts, repeat=len(space)))
+
+
+def _rows(image, u):
+    """All corners of a cell side by side in one row of the 128 lanes, so that a sample is one gather of one row."""
+    space, channels = image.shape[:-1], image.shape[-1]
+    corners = list(itertools.product((0, 1), repeat=len(space)))
+    at_once = 128 // len(corners)
+    low, fraction, inside = _cell(space, u)
+    # As in `_warp`: the derivative is that of u wherever the sample is inside, where `clip` halves it at the edge.
+    fixed = jax.lax.stop_gradient
+    fraction = [fixed(f) + jnp.where(m, x - fixed(x), 0)
+                for f, m, x in zip(fraction, inside, jnp.moveaxis(u, -1, 0), strict=True)]
+    index = 0
+    for n, x in zip(space, low, strict=True):
+        index = index * n + x
+    padded = jnp.pad(image, [(0, 1)] * len(space) + [(0, -channels % at_once)])
+    parts = []
+    for start in range(0, channels, at_once):
+        rows = jnp.concatenate([padded[tuple(slice(k, k + n) for k, n in zip(corner, space, strict=True))]
+                                [..., start:start + at_once] for corner in corners], -1)
+        rows = jnp.take(rows.reshape(-1, rows.shape[-1]), index, axis=0, mode="clip")
+        weights = [math.prod(f if side else 1 - f for f, side in zip(fraction, corner, strict=True))
+                   for corner in corners]
+        parts.append(sum(w.astype(image.dtype)[..., None] * rows[..., i * at_once:(i + 1) * at_once]
+                         for i, w in enumerate(weights)))
+    return jnp.concatenate(parts, -1)[..., :channels]
+
+
+def _on_tpu_forward(image, u, near):
+    return _on_tpu(image, u, near), (image, u)
+
+
+def _on_tpu_backward(near, residuals, g):
+    # What the forward pass made is made again: a row is 128 values for each sample.
+    return jax.vjp(_shifted if near else _rows, *residuals)[1](g)
+
+
+_on_tpu.defvjp(_on_tpu_forward, _on_tpu_backward)
+
+
 def warp_nearest(labels, u):
     """The value of the nearest voxel at x + u(x), clamped at the edge: the one interpolation label maps may have.
 
@@ -132,6 +191,9 @@ def warp_nearest(labels, u):
     return _batched(nearest, u)(labels, u)
 
 
-def compose(u, s):
-    """The displacement of phi_u o phi_s: w(x) = s(x) + u(x + s(x)), all (..., D, H, W, 3) or (..., H, W, 2)."""
-    return s + warp(u, s)
+def compose(u, s, reach=None):
+    """The displacement of phi_u o phi_s: w(x) = s(x) + u(x + s(x)), all (..., D, H, W, 3) or (..., H, W, 2).
+
+    `reach` is a bound on |s_a|, as in `warp`.
+    """
+    return s + warp(u, s, reach)

@@ -1,8 +1,11 @@
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -171,8 +174,9 @@ def test_schedule_warms_up_and_falls():
 
 
 DEVICES = """
-import jax, numpy as np, sys
+import jax, numpy as np
 from ml_collections import FrozenConfigDict
+from scipy.ndimage import gaussian_filter
 from configs.smoke import get_config
 from drivenmorph_jax import sharding, training
 from drivenmorph_jax.model import DrivenMorph
@@ -181,37 +185,105 @@ config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(1,)
 config.warmup_steps = 0
 model, optimizer = DrivenMorph(FrozenConfigDict(config.model)), training.make_optimizer(config)
 rng = np.random.default_rng(0)
-batch = {key: rng.random((8, 16, 16, 16, 1), np.float32) for key in ("fixed", "moving")}
+batch = {key: gaussian_filter(rng.random((8, 16, 16, 16, 1), np.float32), (0, 1, 1, 1, 0))
+         for key in ("fixed", "moving")}
+gradients = []
 init = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), batch["fixed"], batch["moving"])["params"])()
-for n in (1, 2, 8):
-    mesh = jax.make_mesh((n,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
+large = {key: jax.ShapeDtypeStruct((1, 64, 32, 32, 1), np.float32) for key in batch}
+for data, space in ((1, 1), (8, 1), (4, 2), (1, 8)):
+    mesh = sharding.device_mesh(space, jax.devices()[:data * space])
     params = jax.device_put(jax.tree.map(np.asarray, init), sharding.replicated(mesh))
     state = jax.device_put(optimizer.init(params), sharding.replicated(mesh))
     step, losses, first = training.make_train_step(model, optimizer, config, mesh), [], params
+    memory = step.lower(params, state, large).compile().memory_analysis().temp_size_in_bytes if data == 1 else 0
     for _ in range(3):
         split = sharding.global_batch(batch, mesh)
-        assert {s.data.shape[0] for s in split["fixed"].addressable_shards} == {8 // n}
+        assert {s.data.shape[:2] for s in split["fixed"].addressable_shards} == {(8 // data, 16 // space)}
         params, state, row = step(params, state, split)
         losses.append(float(row["loss"]))
+        if len(losses) == 1:  # of Adam's first moment the gradient is 10 times
+            gradients.append(np.concatenate([x.ravel() for x in jax.tree.leaves(jax.device_get(state[1][0].mu))]))
+    np.testing.assert_allclose(gradients[-1], gradients[0], atol=1e-4 * np.linalg.norm(gradients[0]))
     assert all(x.is_deleted() for x in jax.tree.leaves(first)), "the state is not donated"
-    print(*losses)
+    print(memory, *losses)
 """
 
 
-def test_the_loss_is_the_same_on_1_2_and_8_devices():
+def test_losses_and_gradients_are_the_same_on_every_mesh_and_a_split_volume_takes_less_memory():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run([sys.executable, "-c", DEVICES], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two, eight = np.loadtxt(done.stdout.splitlines())
-    np.testing.assert_allclose(two, one, rtol=1e-4)
-    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    table = np.loadtxt(done.stdout.splitlines())
+    memory, (one, *others) = table[:, 0], table[:, 1:]
+    for other in others:
+        np.testing.assert_allclose(other, one, rtol=1e-4)
     assert one[-1] != one[0]
+    assert memory[0] > 4 * memory[3] > 0
+
+
+PROCESS = """
+import sys
+from configs.smoke import get_config
+from drivenmorph_jax import sharding, training
+workdir, steps, coordinator, processes, process = sys.argv[1:]
+if coordinator:
+    sharding.start(True, coordinator_address=coordinator, num_processes=int(processes), process_id=int(process))
+config = get_config()
+config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(1,), self_radius=(0,), self_window=(4,))
+config.batch_size, config.steps = 8, int(steps)
+config.warmup_steps, config.learning_rate = 1000, 1.0  # the same rate at a step, wherever the run ends
+training.evaluate = lambda *_, **__: None
+training.validate = lambda *_: {"val_dice": 0.5}
+training.train_and_evaluate(config, workdir)
+"""
+
+
+def start(devices, *arguments):
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen([sys.executable, "-c", PROCESS, *map(str, arguments)], cwd=ROOT, text=True,
+                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+
+
+def finish(process):
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-2000:]
+
+
+def test_two_processes_train_as_one_end_together_and_their_checkpoint_goes_on_on_1_and_on_8_devices(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    pair = [start(2, tmp_path / "two", 1000, address, 2, process) for process in (0, 1)]
+    while len(logs.read(tmp_path / "two")) < 2 and all(process.poll() is None for process in pair):
+        time.sleep(0.1)
+    pair[1].terminate()
+    for process in pair:
+        finish(process)
+    with checkpoint.manager(tmp_path / "two" / "latest") as latest:
+        stopped = latest.latest_step()
+    assert 2 <= stopped < 1000
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    for devices, name in ((4, "four"), (8, "two"), (1, "one")):
+        finish(start(devices, tmp_path / name, stopped + 1, "", 1, 0))
+    four, two, one = ([row["loss"] for row in logs.read(tmp_path / name)] for name in ("four", "two", "one"))
+    assert len(four) == stopped + 1
+    np.testing.assert_allclose(two, four, rtol=1e-5)
+    np.testing.assert_allclose(one, four, rtol=1e-5)
+
+
+def test_a_volume_is_not_split_over_processes():
+    class Device:
+        def __init__(self, process):
+            self.process_index = process
+    with pytest.raises(InputError, match="space is 4, which does not divide the 2 devices of a process"):
+        sharding.device_mesh(4, [Device(1), Device(0), Device(1), Device(0)])
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch, tmp_path):
     class Mesh:
-        size = 3
-    monkeypatch.setattr(sharding, "data_parallel_mesh", lambda: Mesh)
+        size, shape = 3, {"data": 3}
+    monkeypatch.setattr(sharding, "device_mesh", lambda space: Mesh)
     with pytest.raises(InputError, match="batch_size=3"):
         training.train_and_evaluate(get_config(), tmp_path)

@@ -49,6 +49,28 @@ def test_warp_by_nothing_finite_reads_no_foreign_memory():
         assert not np.isfinite(out).any() or np.abs(out).max() <= np.abs(image).max()
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("channels", [1, 20])
+@pytest.mark.parametrize("reach", [None, 1])
+def test_what_a_tpu_computes_is_what_the_others_do_and_so_is_its_derivative(monkeypatch, dims, channels, reach):
+    space = (6, 5, 7)[:dims]
+    image = RNG.normal(size=(2, *space, channels)).astype(np.float32)
+    u = RNG.uniform(-1, 1, size=(2, *space, dims)).astype(np.float32) * (reach or 4)
+    u[:, 0] = 0.5  # some inside for certain
+    g = RNG.normal(size=image.shape).astype(np.float32)
+
+    def value_and_gradients():
+        value, pull = jax.vjp(lambda image, u: warp(image, u, reach), image, u)
+        return value, *pull(g)
+
+    wanted = value_and_gradients()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    text = str(jax.make_jaxpr(value_and_gradients)())
+    assert ("gather" in text, "scatter" in text) == (reach is None,) * 2
+    for a, b in zip(value_and_gradients(), wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_warp_maps_over_leading_axes():
     image = RNG.normal(size=(2, 5, 6, 7, 2)).astype(np.float32)
     u = RNG.normal(size=(2, 5, 6, 7, 3)).astype(np.float32)
