@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from drivenmorph_jax.grid import identity_grid
 
@@ -41,11 +42,16 @@ def _batched(f, u):
     return jnp.vectorize(f, signature=f"({','.join(image)},c),({','.join(field)},k)->({','.join(field)},c)")
 
 
-def _cell(shape, u):
-    """Lower corner, fraction within the cell, and whether the sample is inside: a triple of (X, Y, Z) each."""
+def _cell(shape, u, first=0):
+    """Lower corner, fraction within the cell, and whether the sample is inside: a triple of (X, Y, Z) each.
+
+    `first` is the coordinate along the first axis at which u begins.
+    """
     low, fraction, inside = [], [], []
     for axis, n in enumerate(shape):
         x = jax.lax.broadcasted_iota(jnp.float32, u.shape[:-1], axis) + u[..., axis]
+        if axis == 0:
+            x += first
         clamped = jnp.clip(x, 0, n - 1)
         corner = jnp.clip(jnp.floor(clamped), 0, n - 2)
         low.append(corner.astype(jnp.int32))
@@ -122,11 +128,14 @@ def _warp_backward(residuals, g):
 _warp.defvjp(_warp_forward, _warp_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _on_tpu(image, u, near):
-    return (_shifted if near else _rows)(image, u)
+    if near:
+        return _shifted(image, u)
+    at_once = LANES >> u.shape[-1]
+    return jnp.concatenate([_rows(image[..., k:k + at_once], u) for k in range(0, image.shape[-1], at_once)], -1)
 
 
+@jax.custom_vjp
 def _shifted(image, u):
     """out(x) = sum over k in {-1, 0, 1}^n of image(x + k) prod_a max(0, 1 - |u_a(x) - k_a|), for |u_a| <= 1: no gather,
     and its adjoint is no scatter."""
@@ -138,42 +147,105 @@ def _shifted(image, u):
                for shift in itertools.product(shifts, repeat=len(space)))
 
 
-def _rows(image, u):
-    """All corners of a cell side by side in one row of the 128 lanes, so that a sample is one gather of one row."""
-    space, channels = image.shape[:-1], image.shape[-1]
-    corners = list(itertools.product((0, 1), repeat=len(space)))
-    at_once = 128 // len(corners)
-    low, fraction, inside = _cell(space, u)
+def _shifted_forward(image, u):
+    return _shifted(image, u), (image, u)
+
+
+def _shifted_backward(residuals, g):
+    # Autodiff's own, but of the forward pass made again: kept, it would be 27 weights a voxel.
+    return jax.vjp(_shifted.fun, *residuals)[1](g)
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+LANES = 128  # values that lie side by side in a TPU's memory: up to here one gather costs the same
+
+
+def _table(image):
+    """(rows, LANES): a row holds both sides of a cell along every axis but the last, and two blocks along that.
+
+    Rows begin with every block, so both corners along the last axis lie in one. Beyond the edge are zeros.
+    """
+    *space, channels = image.shape
+    block = _block(image.shape)
+    count = -(-space[-1] // block)
+    image = jnp.pad(image, [(0, 1)] * (len(space) - 1) + [(0, (count + 1) * block - space[-1]), (0, 0)])
+    image = image.reshape(*image.shape[:-2], count + 1, block * channels)
+    image = jnp.concatenate([image[..., :-1, :], image[..., 1:, :]], -1)
+    rows = jnp.concatenate([image[tuple(slice(side, side + n) for side, n in zip(corner, space[:-1], strict=True))]
+                            for corner in itertools.product((0, 1), repeat=len(space) - 1)], -1)
+    return jnp.pad(rows.reshape(-1, rows.shape[-1]), [(0, 0), (0, LANES - rows.shape[-1])])
+
+
+def _block(shape):
+    """Voxels of a block along the last axis, of which a row of the table of an image (..., C) holds two."""
+    return (LANES >> len(shape) - 1) // shape[-1]
+
+
+def _row(shape, u, first):
+    """The row of the table in which each sample finds its cell."""
+    low, _, _ = _cell(shape[:-1], u, first)
+    *low, last = low
+    index = 0
+    for n, x in zip(shape[:-2], low, strict=True):
+        index = index * n + x
+    block = _block(shape)
+    return index * -(-shape[-2] // block) + last // block
+
+
+def _combined(rows, shape, u, first):
+    """Rows (..., LANES) that the samples gathered -> their values (..., C)."""
+    channels, block, dims = shape[-1], _block(shape), u.shape[-1]
+    low, fraction, inside = _cell(shape[:-1], u, first)
     # As in `_warp`: the derivative is that of u wherever the sample is inside, where `clip` halves it at the edge.
     fixed = jax.lax.stop_gradient
     fraction = [fixed(f) + jnp.where(m, x - fixed(x), 0)
                 for f, m, x in zip(fraction, inside, jnp.moveaxis(u, -1, 0), strict=True)]
-    index = 0
-    for n, x in zip(space, low, strict=True):
-        index = index * n + x
-    padded = jnp.pad(image, [(0, 1)] * len(space) + [(0, -channels % at_once)])
-    parts = []
-    for start in range(0, channels, at_once):
-        rows = jnp.concatenate([padded[tuple(slice(k, k + n) for k, n in zip(corner, space, strict=True))]
-                                [..., start:start + at_once] for corner in corners], -1)
-        rows = jnp.take(rows.reshape(-1, rows.shape[-1]), index, axis=0, mode="clip")
-        weights = [math.prod(f if side else 1 - f for f, side in zip(fraction, corner, strict=True))
-                   for corner in corners]
-        parts.append(sum(w.astype(image.dtype)[..., None] * rows[..., i * at_once:(i + 1) * at_once]
-                         for i, w in enumerate(weights)))
-    return jnp.concatenate(parts, -1)[..., :channels]
+    fraction[-1] += low[-1] % block
+    place = np.arange(LANES) // channels
+    places = [*(place // (2 * block) >> bit & 1 for bit in reversed(range(dims - 1))), place % (2 * block)]
+    weights = math.prod(jnp.maximum(0, 1 - jnp.abs(f[..., None] - k)) for f, k in zip(fraction, places, strict=True))
+    weights *= place < block << dims
+    # A product with a 0/1 matrix sums the lanes of each channel.
+    mine = np.arange(LANES)[:, None] % channels == np.arange(channels)
+    return jnp.matmul(weights.astype(rows.dtype) * rows, mine.astype(rows.dtype), precision="highest")
 
 
-def _on_tpu_forward(image, u, near):
-    return _on_tpu(image, u, near), (image, u)
+# A slice of u at a time: what its samples gather is LANES values for each.
+@jax.custom_vjp
+def _rows(image, u):
+    """As `_warp`, with all corners of a cell in one row, so that a sample is one gather of one row."""
+    table = _table(image)
+
+    def part(x):
+        first, u = x
+        rows = jnp.take(table, _row(image.shape, u, first), axis=0, mode="clip")
+        return _combined(rows, image.shape, u, first)[0]
+
+    return jax.lax.map(part, (jnp.arange(len(u)), u[:, None]))
 
 
-def _on_tpu_backward(near, residuals, g):
-    # What the forward pass made is made again: a row is 128 values for each sample.
-    return jax.vjp(_shifted if near else _rows, *residuals)[1](g)
+def _rows_forward(image, u):
+    return _rows(image, u), (image, u)
 
 
-_on_tpu.defvjp(_on_tpu_forward, _on_tpu_backward)
+def _rows_backward(residuals, g):
+    image, u = residuals
+    table, adjoint = jax.vjp(_table, image)
+
+    def part(g_table, x):
+        first, u, g = x
+        index = _row(image.shape, u, first)
+        rows = jnp.take(table, index, axis=0, mode="clip")
+        g_rows, g_u = jax.vjp(lambda rows, u: _combined(rows, image.shape, u, first), rows, u)[1](g)
+        return g_table.at[index].add(g_rows, mode="drop"), g_u[0]
+
+    g_table, g_u = jax.lax.scan(part, jnp.zeros_like(table), (jnp.arange(len(u)), u[:, None], g[:, None]))
+    return *adjoint(g_table), g_u
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def warp_nearest(labels, u):

@@ -1,0 +1,163 @@
+"""The program compiled for a TPU slice, ahead of time and without one: traffic, arithmetic, memory, exchanges.
+
+python -m benchmarks.tpu_compile [--topology v5e:2x4] [--space 1] [--shape 160 192 224] [--only "training step" ...]
+  [--config configs/default.py] [--config.KEY=VALUE ...]
+
+Wants libtpu (`pip install "jax[tpu]"`), on any Linux machine. Parts are compiled for one chip, inference and the
+training step for the whole slice with one volume for each `space` chips. Traffic and arithmetic are XLA's estimates, and
+the seconds are what the traffic takes at the bandwidth of a chip's memory: nothing here has run on a TPU.
+
+XLA counts the body of a loop once. So every program is compiled once more for each length n of its loops, with p trips
+of these in one, p the smallest divisor of n: what that adds is p - 1 trips, of which there are n - 1.
+"""
+
+import argparse
+import os
+import re
+import time
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+# The host's backend is the CPU; libtpu is asked for its compiler only, and need not look for the chips of a slice.
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+import jax
+import jax.numpy as jnp
+from jax._src.lax.control_flow import loops as loops_of_jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from drivenmorph_jax import configuration, demons, encoder, errors, losses, networks, sharding, training
+from drivenmorph_jax.attention import neighbourhood_attention
+from drivenmorph_jax.integrate import exponential
+from drivenmorph_jax.warp import warp
+
+BANDWIDTH = {"v5e": 0.82e12, "v5p": 2.77e12, "v6e": 1.64e12, "v4": 1.23e12}  # bytes a second, as Google publishes
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+SLOW = ("gather", "scatter", "while")
+
+
+def gradient(f):
+    """Of the sum of squares of `f`, with respect to all arguments."""
+    return lambda *x: jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=tuple(range(len(x))))(*x)
+
+
+def parts(shape):
+    """{name: (function, shapes of its arguments)} of the parts of the network, where each is largest."""
+    half = tuple(n // 2 for n in shape)
+    image, field, features, heads = ((1, *space, *last) for space, last in (
+        (shape, (1,)), (half, (3,)), (half, (16,)), (half, (2, 8))))
+    return {
+        "warp of an image": (warp, (image, (1, *shape, 3))),
+        "warp of 16 features": (warp, (features, field)),
+        "composition": (warp, (field, field)),
+        "composition with a short field": (partial(warp, reach=1), (field, field)),
+        "exponential of a short field": (partial(exponential, steps=2, reach=1), (field,)),
+        "convolution, 16 to 16": (encoder.conv3d, (features, (3, 3, 3, 16, 16))),
+        "convolution, 4 to 4": (encoder.conv3d, ((1, *shape, 4), (3, 3, 3, 4, 4))),
+        "attention, 27 neighbours": (lambda q, k, v: neighbourhood_attention(q, k, v, 1)[0], (heads,) * 3),
+        "Gaussian": (partial(demons.gaussian_smooth, sigma=0.7), (field,)),
+        "local correlation": (partial(losses.lncc, window=9), (image, image)),
+    }
+
+
+def programs(config, mesh, shape):
+    """{name: (jitted function, shapes of its arguments)}: inference and the training step, over the mesh."""
+    model, optimizer = networks.make_network(config.model), training.make_optimizer(config)
+    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    image = jnp.zeros((1, *(2 * networks.multiple(config.model),) * 3, 1))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), image, image)["params"])
+    placed = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole))
+    params, state = placed(params), placed(jax.eval_shape(optimizer.init, params))
+    volume = jax.ShapeDtypeStruct((mesh.shape["data"], *shape, 1), jnp.float32, sharding=split)
+    infer = jax.jit(lambda params, *images: model.apply({"params": params}, *images).u, out_shardings=split)
+    return {"inference": (infer, (params, volume, volume)),
+            "training step": (training.make_train_step(model, optimizer, config, mesh),
+                              (params, state, {"fixed": volume, "moving": volume}))}
+
+
+@contextmanager
+def loops(unrolled=None):
+    """Gives the set of lengths of the loops traced within; those of the length `unrolled` run p trips at a time."""
+    lengths, scan = set(), loops_of_jax.scan
+
+    def counted(*arguments, length=None, unroll=1, **options):
+        xs = arguments[2] if len(arguments) > 2 else options.get("xs")
+        n = length if length is not None else len(jax.tree.leaves(xs)[0])
+        lengths.add(n)
+        return scan(*arguments, length=length, unroll=divisor(n) if n == unrolled else unroll, **options)
+
+    # `map` and `fori_loop` find it in the first place, our own code in the second.
+    with mock.patch.object(loops_of_jax, "scan", counted), mock.patch.object(jax.lax, "scan", counted):
+        jax.clear_caches()
+        yield lengths
+
+
+def divisor(n):
+    """The smallest above 1."""
+    return next(p for p in range(2, n + 1) if n % p == 0)
+
+
+def compiled_and_cost(f, arguments):
+    """The compiled program, and {"bytes accessed", "flops"} with every trip of its loops."""
+    with loops() as lengths:
+        compiled = f.lower(*arguments).compile()
+    keys = ("bytes accessed", "flops")
+    once = {key: compiled.cost_analysis().get(key, 0.0) for key in keys}
+    cost = dict(once)
+    for n in lengths - {1}:
+        with loops(n):
+            more = f.lower(*arguments).compile().cost_analysis()
+        for key in keys:
+            cost[key] += (n - 1) * (more.get(key, 0.0) - once[key]) / (divisor(n) - 1)
+    return compiled, cost
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:2x4")
+    parser.add_argument("--space", type=int, default=1, help="chips to a volume")
+    parser.add_argument("--shape", type=int, nargs=3, default=(160, 192, 224))
+    parser.add_argument("--only", nargs="*", help="rows, as the table names them")
+    parser.add_argument("--config", default="configs/default.py")
+    flags, settings = parser.parse_known_args()
+    config = configuration.override(configuration.load(flags.config), settings)
+    try:
+        chips = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
+    except Exception as error:  # whatever libtpu raises
+        raise errors.InputError(f"cannot compile for {flags.topology}: install jax[tpu], or name another slice "
+                                f"({str(error).splitlines()[0]})") from error
+    mesh = sharding.device_mesh(flags.space, chips)
+    rate = BANDWIDTH[flags.topology.split(":")[0]]
+    one = SingleDeviceSharding(chips[0])
+    rows = {}
+    for name, (f, shapes) in parts(tuple(flags.shape)).items():
+        arguments = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=one) for s in shapes]
+        rows |= {name: (jax.jit(f), arguments), f"{name}, gradient": (jax.jit(gradient(f)), arguments)}
+    rows |= programs(config, mesh, tuple(flags.shape))
+    print(f"{flags.topology}, {flags.space} chips to a volume of {'x'.join(map(str, flags.shape))}, "
+          f"jax {jax.__version__}\n")
+    print(f"| | GB accessed | s at {rate / 1e12:.2f} TB/s | GFLOP | GB of a chip | compiled in s | operations |\n"
+          "| --- | ---: | ---: | ---: | ---: | ---: | --- |", flush=True)
+    for name in flags.only or rows:
+        f, arguments = rows[name]
+        start = time.perf_counter()
+        try:
+            compiled, cost = compiled_and_cost(f, arguments)
+        except jax.errors.JaxRuntimeError as error:
+            print(f"| {name} | {str(error).splitlines()[0][:160]} |", flush=True)
+            continue
+        seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+        found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES + SLOW)})(?:-start)?\(", compiled.as_text()))
+        used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        print(f"| {name} | {cost['bytes accessed'] / 1e9:.1f} | {cost['bytes accessed'] / rate:.2f} | "
+              f"{cost['flops'] / 1e9:.1f} | {used / 1e9:.2f} | {seconds:.0f} | "
+              f"{', '.join(f'{n} {op}' for op, n in sorted(found.items()))} |", flush=True)
+
+
+if __name__ == "__main__":
+    # What is traced is what a TPU would trace.
+    with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+        errors.run(main)
