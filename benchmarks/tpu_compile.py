@@ -4,8 +4,8 @@ python -m benchmarks.tpu_compile [--topology v5e:2x4] [--space 1] [--shape 160 1
   [--config configs/default.py] [--config.KEY=VALUE ...]
 
 Wants libtpu (`pip install "jax[tpu]"`), on any Linux machine. Parts are compiled for one chip, inference and the
-training step for the whole slice with one volume for each `space` chips. Traffic and arithmetic are XLA's estimates, and
-the seconds are what the traffic takes at the bandwidth of a chip's memory: nothing here has run on a TPU.
+training step for the whole slice with one volume for each `space` chips. Traffic and arithmetic are XLA's estimates,
+and the seconds are what the traffic takes at the bandwidth of a chip's memory: nothing here has run on a TPU.
 
 XLA counts the body of a loop once. So every program is compiled once more for each length n of its loops, with p trips
 of these in one, p the smallest divisor of n: what that adds is p - 1 trips, of which there are n - 1.

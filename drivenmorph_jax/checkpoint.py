@@ -4,13 +4,18 @@ A checkpoint holds `params`; `about`: the configuration, the git commit and what
 and in `latest` also `opt_state` and `data`, the state of the input pipeline.
 """
 
+import hashlib
+import json
 import logging
 import platform
 import subprocess
+import sys
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -21,60 +26,127 @@ SHIPPED = Path(__file__).resolve().parents[1] / "weights" / "brain-t1"
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step that it takes
 
 
+class Damaged(InputError):
+    """A checkpoint that cannot be read, or holds other values than were written."""
+
+
 def manager(folder):
-    """Writer of checkpoints in `folder`, asynchronous; the last one stays until the next one is whole."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=True)
+    """Writer of checkpoints in `folder`, asynchronous; the last two stay, should the newer one be damaged."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 
 def save(manager, step, about, params, opt_state=None, data=None):
-    """Write one checkpoint; returns before it is on disk. `about` and `data` are made of what JSON knows."""
-    items = {"params": ocp.args.StandardSave(params), "about": ocp.args.JsonSave(about)}
+    """Write one checkpoint; returns before it is on disk. `about` and `data` are made of what JSON knows.
+
+    Raises InputError where this one cannot be written, or the last one could not.
+    """
+    items = {"params": params, "about": about}
     if opt_state is not None:
-        items |= {"opt_state": ocp.args.StandardSave(opt_state), "data": ocp.args.JsonSave(data)}
-    manager.save(step, args=ocp.args.Composite(**items))
+        items |= {"opt_state": opt_state, "data": data}
+    about = about | {"checksums": {name: digest(item) for name, item in items.items()}}
+    arguments = {name: ocp.args.StandardSave(item) if name in ("params", "opt_state") else ocp.args.JsonSave(item)
+                 for name, item in (items | {"about": about}).items()}
+    with written(manager):
+        manager.save(step, args=ocp.args.Composite(**arguments))
+
+
+@contextmanager
+def written(manager):
+    """What Orbax raises within, of this checkpoint or of the last one, as an InputError."""
+    try:
+        yield
+    except Exception as error:  # Orbax raises nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{manager.directory} cannot be written ({reason[:200]}): make room; the same command goes on "
+                         "from the last checkpoint that is whole") from error
+
+
+def digest(item):
+    """SHA-256 of the values of a tree of arrays, or of what JSON knows, as text."""
+    found = hashlib.sha256()
+    for path, x in jax.tree.leaves_with_path(item):
+        if isinstance(x, jax.Array):
+            x = np.asarray(x.addressable_data(0))  # replicated: every device has all of it
+        found.update(jax.tree_util.keystr(path).encode())
+        found.update(x.tobytes() if isinstance(x, np.ndarray) else json.dumps(x).encode())
+    return found.hexdigest()
+
+
+def _verify(path, name, item, checksums):
+    """Raises Damaged where the item is not what was written; checkpoints of before there were checksums have none."""
+    if checksums and checksums.get(name) != digest(item):
+        raise _damaged(path)
 
 
 def restore(manager, params, opt_state):
-    """(params, opt_state, data) of the latest checkpoint; the first two given as ShapeDtypeStructs with shardings.
+    """(step, params, opt_state, data) of the newest checkpoint that is whole; the two given as ShapeDtypeStructs with
+    shardings. A damaged one is named and removed. None where there is no checkpoint.
 
-    Raises InputError where the checkpoint belongs to another model or is damaged.
+    Raises InputError where the checkpoint belongs to another model, and Damaged where all of them are damaged.
     """
-    _check(manager.directory, manager.directory / str(manager.latest_step()), params)
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(params), data=ocp.args.JsonRestore(),
-                              opt_state=ocp.args.StandardRestore(opt_state))
-    try:
-        found = manager.restore(manager.latest_step(), args=args)
-    except Exception as error:  # Orbax raises nearly anything
-        raise InputError(f"{manager.directory} holds a checkpoint of another model, or a damaged one: "
-                         "use another --workdir, or the settings that it was made with") from error
-    return found.params, found.opt_state, found.data
+    damaged = None
+    for step in sorted(manager.all_steps(), reverse=True):
+        path = manager.directory / str(step)
+        try:
+            checksums = _about(path)["checksums"]
+            _check(path, params)
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(params), data=ocp.args.JsonRestore(),
+                                      opt_state=ocp.args.StandardRestore(opt_state))
+            try:
+                found = manager.restore(step, args=args)
+            except Exception as error:
+                raise _damaged(path) from error
+            for name in ("params", "opt_state", "data"):
+                _verify(path, name, found[name], checksums)
+        except Damaged as error:
+            print(f"{path} is damaged: an older checkpoint is looked for", file=sys.stderr)
+            damaged = error
+            continue
+        for later in [s for s in manager.all_steps() if s > step]:
+            manager.delete(later)
+        return step, found.params, found.opt_state, found.data
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def read_about(folder):
     """`about` of the checkpoint in a training's folder, or in its `best` or `latest`.
 
-    Raises InputError where there is none.
+    Raises InputError where there is none, and Damaged where it holds other values than were written.
     """
-    path = _newest(folder)
+    return _about(_newest(folder))
+
+
+def _about(path):
     try:
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "about")
+        about = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "about")
+        checksums = about.pop("checksums", {})
     except Exception as error:
-        raise InputError(f"{folder} is not a checkpoint of drivenmorph_jax (no readable {path / 'about'}): "
-                         "give the --workdir of a training") from error
+        raise _damaged(path) from error
+    _verify(path, "about", about, checksums)
+    return about | {"checksums": checksums}
+
+
+def _damaged(path):
+    return Damaged(f"{path} is a damaged checkpoint, or none: delete it where an older one lies beside it, or give "
+                   "another")
 
 
 def read_params(folder, params):
     """The parameters, in the shapes and shardings of the ShapeDtypeStructs `params`; `folder` as in `read_about`.
 
-    Raises InputError where they belong to another model or are damaged.
+    Raises InputError where they belong to another model, and Damaged where they are not what was written.
     """
     path = _newest(folder)
-    _check(folder, path, params)
+    _check(path, params)
     try:
-        return ocp.StandardCheckpointer().restore(path / "params", params)
+        found = ocp.StandardCheckpointer().restore(path / "params", params)
     except Exception as error:
-        raise InputError(f"{folder} holds a damaged checkpoint: use another, or train again") from error
+        raise _damaged(path) from error
+    _verify(path, "params", found, _about(path)["checksums"])
+    return found
 
 
 def read_into(folder, params):
@@ -83,7 +155,7 @@ def read_into(folder, params):
     Raises InputError where the checkpoint holds parameters that `params` lacks or has in another shape.
     """
     path, found = _newest(folder), flatten_dict(params)
-    stored = flatten_dict(_stored(folder, path))
+    stored = flatten_dict(_stored(path))
     for name, x in stored.items():
         if name not in found or found[name].shape != x.shape:
             wanted = found[name].shape if name in found else "none"
@@ -125,19 +197,19 @@ def _newest(folder):
     raise InputError(f"{folder} holds no checkpoint: give the --workdir of a training, or its best or latest")
 
 
-def _stored(folder, path):
+def _stored(path):
     """Shapes and types of the parameters on disk."""
     try:
         return ocp.StandardCheckpointHandler().metadata(Path(path) / "params").tree
     except Exception as error:
-        raise InputError(f"{folder} holds a damaged checkpoint: use another, or train again") from error
+        raise _damaged(path) from error
 
 
-def _check(folder, path, wanted):
+def _check(path, wanted):
     """Compare shapes before anything is read: Orbax restores a part of a tree without a word, and of another shape it
     complains once more, with a traceback, when the program ends."""
-    stored = _stored(folder, path)
+    stored = _stored(path)
     same = jax.tree.structure(stored) == jax.tree.structure(wanted) and all(
         a.shape == b.shape for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(wanted), strict=True))
     if not same:
-        raise InputError(f"{folder} belongs to another model: use it with the settings that it was trained with")
+        raise InputError(f"{path} belongs to another model: use it with the settings that it was trained with")

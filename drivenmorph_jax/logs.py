@@ -40,6 +40,14 @@ class Logs:
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
+    def skip(self, step, reason, extra=None):
+        """A step without numbers of its own; every process says why."""
+        tqdm.write(reason)
+        if self.main:
+            self.file.write(rows_text([{"step": step, "skipped": reason, **(extra or {})}]))
+            self.file.flush()
+            self.bar.update(step - self.bar.n)
+
     def close(self):
         if self.main:
             self.bar.close()

@@ -18,6 +18,8 @@ from drivenmorph_jax.logs import Logs
 from drivenmorph_jax.losses import SIMILARITIES, total_loss
 from drivenmorph_jax.networks import make_network, multiple
 
+MAX_SKIPPED = 10  # steps in a row that are not finite, before a run gives up
+
 
 def make_optimizer(config):
     """Adam with global-norm clipping, and a learning rate that warms up linearly and falls as a cosine."""
@@ -29,18 +31,21 @@ def make_optimizer(config):
 def make_train_step(model, optimizer, config, mesh):
     """Jitted (params, opt_state, batch) -> (params, opt_state, row); donates the state, splits the batch over `mesh`.
 
-    The loss is a mean over the global batch, so that its gradient is the same on any number of devices.
+    The loss is a mean over the global batch, so that its gradient is the same on any number of devices. A step whose
+    loss or gradient is not finite leaves the state as it is.
     """
     def loss(params, batch):
         return total_loss(config.loss, model.apply({"params": params}, batch["fixed"], batch["moving"]), batch)
 
     def train_step(params, opt_state, batch):
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        update, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, update)
-        row = {"loss": value, **parts, "gradient_norm": optax.global_norm(gradient),
-               "update_norm": optax.global_norm(update), "parameter_norm": optax.global_norm(params)}
-        return params, opt_state, row
+        norm = optax.tree.norm(gradient)
+        update, new_state = optimizer.update(gradient, opt_state, params)
+        new = optax.apply_updates(params, update), new_state
+        row = {"loss": value, **parts, "gradient_norm": norm, "update_norm": optax.tree.norm(update),
+               "parameter_norm": optax.tree.norm(new[0])}
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        return *jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (params, opt_state)), row
 
     whole = sharding.replicated(mesh)
     return jax.jit(train_step, donate_argnums=(0, 1), in_shardings=(whole, whole, sharding.split_batch(mesh)),
@@ -67,7 +72,7 @@ def train_and_evaluate(config, workdir):
 
     Raises:
       InputError: a setting that does not fit the data or the devices, a checkpoint of another model, another run in
-        `workdir`, or a loss or gradient that is not finite.
+        `workdir`, no room for a checkpoint, or MAX_SKIPPED steps in a row whose loss or gradient is not finite.
     """
     workdir = make_folder(workdir)
     with alone_in(workdir) if jax.process_index() == 0 else nullcontext():
@@ -82,7 +87,8 @@ def closing(logs, *managers):
     finally:
         logs.close()
         for manager in managers:
-            manager.wait_until_finished()
+            with checkpoint.written(manager):
+                manager.wait_until_finished()
             manager.close()
 
 
@@ -134,9 +140,9 @@ def _train_and_evaluate(config, workdir):
     whole = sharding.replicated(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init))
     latest, best = (checkpoint.manager(workdir / name) for name in ("latest", "best"))
-    start = latest.latest_step() or 0
-    if start:
-        params, opt_state, state = checkpoint.restore(latest, *shapes)
+    found, start = checkpoint.restore(latest, *shapes), 0
+    if found:
+        start, params, opt_state, state = found
         batches.set_state(state)
     else:
         params, opt_state = jax.jit(init, out_shardings=whole, compiler_options=sharding.compiler_options())()
@@ -149,28 +155,38 @@ def _train_and_evaluate(config, workdir):
     train_step = make_train_step(model, optimizer, config, mesh)
     predict = make_predict(config)
     logs = Logs(workdir, start, config.steps, jax.process_index() == 0)
-    waiting = None
+    waiting, skipped = None, 0
 
     def record(extra=None):
         """Log the step before the one that runs now: waiting for its numbers costs no time then."""
-        nonlocal waiting
-        if waiting is not None:
-            step, row = waiting[0], {key: float(value) for key, value in jax.device_get(waiting[1]).items()}
-            for name in ("loss", "gradient_norm"):
-                if not np.isfinite(row[name]):
-                    raise InputError(f"{name} is {row[name]} at step {step}: lower learning_rate or look at the "
-                                     f"images; {workdir / 'latest'} holds the last good checkpoint")
+        nonlocal waiting, skipped
+        if waiting is None:
+            return
+        (step, pairs, row), waiting = waiting, None
+        row = {key: float(value) for key, value in jax.device_get(row).items()}
+        bad = [name for name in ("loss", "gradient_norm") if not np.isfinite(row[name])]
+        if not bad:
+            skipped = 0
             logs.write(step, row | (extra or {}))
-            waiting = None
+            return
+        skipped += 1
+        names = ", ".join(f"{dataset.train[moving].id} to {dataset.train[fixed].id}" for fixed, moving in pairs)
+        told = f"{bad[0]} is {row[bad[0]]} at step {step}, {names}"
+        if skipped == MAX_SKIPPED:
+            raise InputError(f"{told}, and so were the {skipped - 1} steps before: lower learning_rate or look at "
+                             f"these images; {workdir / 'latest'} holds the last good checkpoint")
+        logs.skip(step, f"{told}: the step is skipped", extra)
 
     began = time.perf_counter()
     with terminated() as stopping, closing(logs, latest, best):
         for step in range(start + 1, config.steps + 1):
-            batch = sharding.global_batch(one_hot(next(batches), labels), mesh)
+            batch = one_hot(next(batches), labels)
+            pairs = batch.pop("pair")
+            batch = sharding.global_batch(batch, mesh)
             params, opt_state, row = train_step(params, opt_state, batch)
             row["seconds"] = time.perf_counter() - began
             record()
-            waiting = step, row
+            waiting = step, pairs, row
             last = step == config.steps
             # Several processes must end at the same step: the runtime agrees on one.
             ending = stopping.is_set() if jax.process_count() == 1 else latest.reached_preemption(step)

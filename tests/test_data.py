@@ -155,7 +155,7 @@ def test_batches_have_images_and_their_labels():
         assert batch[f"{role}_labels"].shape == (3, 4, 6, 4) and batch[f"{role}_labels"].dtype == np.int32
         for image, labels in zip(batch[role], batch[f"{role}_labels"], strict=True):
             np.testing.assert_array_equal(image[..., 0], subjects[labels[0, 0, 0] - 1].image)
-    assert set(next(training_batches(coded(4, labels=False), 3, seed=0))) == {"fixed", "moving"}
+    assert set(next(training_batches(coded(4, labels=False), 3, seed=0))) == {"fixed", "moving", "pair"}
 
 
 def test_an_epoch_holds_every_ordered_pair_once_in_an_order_of_its_own():

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -111,19 +112,64 @@ def test_a_finished_run_is_only_scored_again(smoke):
     assert again["dice"] == summary["dice"] and (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_named(tmp_path, monkeypatch):
+def poisoned(monkeypatch, steps):
+    """The images of these steps are not a number."""
     real, calls = sharding.global_batch, []
 
-    def poisoned(batch, mesh):
+    def global_batch(batch, mesh):
         calls.append(0)
-        if len(calls) == 2:
+        if len(calls) in steps:
             batch["fixed"] = np.full_like(batch["fixed"], np.nan)
         return real(batch, mesh)
 
-    monkeypatch.setattr(sharding, "global_batch", poisoned)
-    with pytest.raises(InputError, match="step 2"):
+    monkeypatch.setattr(sharding, "global_batch", global_batch)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, capsys):
+    config, seen = get_config(), []
+    config.steps = 3
+    make = training.make_train_step
+
+    def watched(*arguments):
+        step = make(*arguments)
+
+        def once(params, state, batch):
+            params, state, row = step(params, state, batch)
+            seen.append(jax.device_get((params, state)))
+            return params, state, row
+        return once
+
+    monkeypatch.setattr(training, "make_train_step", watched)
+    poisoned(monkeypatch, {2})
+    training.train_and_evaluate(config, tmp_path)
+    rows = logs.read(tmp_path)
+    assert "loss" in rows[0] and "loss" in rows[2] and set(rows[1]) == {"step", "skipped"}
+    assert re.match(r"loss is nan at step 2, \S+ to \S+: the step is skipped", rows[1]["skipped"])
+    assert rows[1]["skipped"] in capsys.readouterr().out
+    for a, b in zip(jax.tree.leaves(seen[0]), jax.tree.leaves(seen[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(x[0]) for x in seen[1:]), strict=True))
+
+
+def test_a_run_whose_steps_are_never_finite_gives_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "MAX_SKIPPED", 3)
+    poisoned(monkeypatch, range(2, 7))
+    with pytest.raises(InputError, match="at step 4, .* and so were the 2 steps before"):
         training.train_and_evaluate(get_config(), tmp_path)
-    assert [row["step"] for row in logs.read(tmp_path)] == [1]
+    assert [row["step"] for row in logs.read(tmp_path)] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_left_for_the_one_before(smoke, tmp_path, capfd):
+    workdir, _ = smoke
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    largest = max((tmp_path / "latest" / "6" / "opt_state").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
+    damaged = bytearray(largest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    largest.write_bytes(damaged)
+    training.train_and_evaluate(get_config(), tmp_path)
+    assert "latest/6 is damaged: an older checkpoint is looked for" in capfd.readouterr().err
+    for a, b in zip(latest_bits(tmp_path)[0], latest_bits(workdir)[0], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):

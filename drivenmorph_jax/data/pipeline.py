@@ -34,7 +34,7 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
 
     Returns:
       An iterator over {'fixed', 'moving': (B, D, H, W, 1) float32} and, with labels, {'fixed_labels',
-      'moving_labels': (B, D, H, W) int32}, as NumPy arrays.
+      'moving_labels': (B, D, H, W) int32}, and 'pair' (B, 2), the places of the two in `subjects`, as NumPy arrays.
 
     Raises:
       InputError: fewer than two subjects, labels asked for but missing, a side that `downsample` does not divide,
@@ -44,6 +44,7 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
         raise InputError(f"training needs at least 2 subjects, not {len(subjects)}: add to the train split")
     images = {subject: _pooled(subject, downsample) for subject in subjects}
     labels = {subject: _strided(subject, downsample) for subject in subjects} if with_labels else {}
+    places = {subject: place for place, subject in enumerate(subjects)}
     whole = np.array(next(iter(images.values())).shape)
     box = np.where(crop, crop, whole)
     if (box > whole).any():
@@ -60,7 +61,7 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
         def cut(volume, matrix, order):
             return apply_affine(volume, matrix, order, corner, tuple(box)) if affine else volume[inside]
 
-        batch = {}
+        batch = {"pair": np.array([places[subject] for subject in pair])}
         for role, subject in zip(("fixed", "moving"), pair, strict=True):
             matrix = random_affine(rng, affine)
             image = cut(images[subject][side], matrix, 1)

@@ -1,0 +1,100 @@
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drivenmorph_jax import checkpoint
+from drivenmorph_jax.errors import InputError
+
+PLACES = int(os.environ.get("FUZZ", 60))
+
+
+def state(seed):
+    params = {"layer": {"kernel": jax.random.normal(jax.random.key(seed), (3, 3, 8)), "bias": jnp.full(8, float(seed))}}
+    return params, (jnp.int32(seed), params)
+
+
+def shapes(tree):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with the checkpoints of the states 1 and 2."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with checkpoint.manager(folder) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, step, {"step": step, "shape": (1, 2)}, *state(step), {"next": step})
+    return folder
+
+
+def test_the_newest_checkpoint_comes_back_as_it_was(two):
+    with checkpoint.manager(two) as manager:
+        step, params, opt_state, data = checkpoint.restore(manager, *shapes(state(2)))
+    assert step == 2 and data == {"next": 2} and checkpoint.read_about(two)["step"] == 2
+    for a, b in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves(state(2)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("place", range(PLACES))
+def test_wherever_a_checkpoint_is_damaged_no_wrong_value_is_read(two, tmp_path, place):
+    rng = random.Random(place)
+    folder = tmp_path / "latest"
+    shutil.copytree(two, folder)
+    file = rng.choice(sorted(path for path in (folder / "2").rglob("*") if path.is_file()))
+    content = bytearray(file.read_bytes())
+    kind = rng.choice(["missing", "truncated", "flipped"])
+    if kind == "missing":
+        file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(content[:rng.randrange(max(len(content), 1))])
+    elif content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+    with checkpoint.manager(folder) as manager:
+        try:
+            step, params, opt_state, data = checkpoint.restore(manager, *shapes(state(2)))
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
+            return
+    assert data == {"next": step}
+    for a, b in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves(state(step)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_where_all_are_damaged_that_is_said(two, tmp_path):
+    folder = tmp_path / "latest"
+    shutil.copytree(two, folder)
+    for step in "12":
+        shutil.rmtree(folder / step / "opt_state")
+    with checkpoint.manager(folder) as manager, pytest.raises(checkpoint.Damaged, match="is a damaged checkpoint"):
+        checkpoint.restore(manager, *shapes(state(2)))
+
+
+def test_a_full_disk_is_one_sentence_and_the_older_checkpoint_survives(tmp_path):
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
+    if done.returncode:
+        pytest.skip("no file system of one megabyte can be made here")
+    try:
+        manager = checkpoint.manager(tmp_path / "latest")
+        checkpoint.save(manager, 1, {"step": 1}, *state(1), {"next": 1})
+        manager.wait_until_finished()
+        (tmp_path / "other").write_bytes(bytes(900_000))
+        with pytest.raises(InputError, match="latest cannot be written .*: make room"):
+            checkpoint.save(manager, 2, {"step": 2}, {"w": jax.random.normal(jax.random.key(0), (200_000,))})
+            with checkpoint.written(manager):
+                manager.wait_until_finished()
+        with checkpoint.manager(tmp_path / "latest") as again:
+            step, params, *_ = checkpoint.restore(again, *shapes(state(1)))
+        assert step == 1
+        np.testing.assert_array_equal(params["layer"]["bias"], np.ones(8))
+        assert [path.name for path in Path(tmp_path / "latest").iterdir() if path.name.isdigit()] == ["1"]
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
