@@ -1,0 +1,91 @@
+"""A training that is killed again and again ends as one that was not. KILLS=30 is the long version."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from drivenmorph_jax import checkpoint, logs
+
+ROOT, KILLS, EVERY = Path(__file__).resolve().parents[1], int(os.environ.get("KILLS", 2)), 3
+
+RUN = """
+import sys
+from configs.smoke import get_config
+from drivenmorph_jax import sharding, training
+sharding.start()
+config = get_config()
+config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(0,), self_radius=(0,), self_window=(0,))
+config.steps, config.checkpoint_every, config.val_every = int(sys.argv[2]), int(sys.argv[3]), 10
+config.data.affine = 0.02
+training.evaluate = lambda *_, **__: None
+training.validate = lambda *_: {"val_dice": 0.5}
+training.train_and_evaluate(config, sys.argv[1])
+"""
+
+
+def start(workdir, steps):
+    return subprocess.Popen([sys.executable, "-c", RUN, str(workdir), str(steps), str(EVERY)], cwd=ROOT, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def end(process):
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-2000:]
+
+
+def last_step(workdir):
+    rows = logs.read(workdir)
+    return rows[-1]["step"] if rows else 0
+
+
+def saved(workdir):
+    import orbax.checkpoint as ocp
+    with checkpoint.manager(workdir / "latest") as manager:
+        step = manager.latest_step()
+    path = workdir / "latest" / str(step)
+    arrays = [ocp.StandardCheckpointer().restore(path / item) for item in ("params", "opt_state")]
+    return step, ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "data"), jax.tree.leaves(arrays)
+
+
+def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
+    rng, steps, killed, repeated = random.Random(KILLS), 20 + 6 * KILLS, [], []
+    while len(killed) < KILLS:
+        before = last_step(tmp_path / "killed")
+        process = start(tmp_path / "killed", steps)
+        while last_step(tmp_path / "killed") in (0, before) and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))  # a checkpoint is being written for most of the time
+        if process.poll() is not None:  # it ended first
+            end(process)
+            break
+        done = last_step(tmp_path / "killed")
+        killed.append((signal.SIGKILL, signal.SIGTERM)[len(killed) % 2])
+        sent = time.monotonic()
+        process.send_signal(killed[-1])
+        process.communicate(timeout=30)
+        if killed[-1] == signal.SIGTERM:
+            assert process.returncode == 0 and time.monotonic() - sent < 30
+            assert saved(tmp_path / "killed")[0] >= done
+        else:
+            with checkpoint.manager(tmp_path / "killed" / "latest") as manager:
+                repeated.append(done - (manager.latest_step() or 0))
+    print(f"killed {len(killed)} times; steps done again {repeated}")
+    # One interval, and what was done while the last checkpoint was on its way to the disk.
+    assert killed and max(repeated) <= 2 * EVERY
+    end(start(tmp_path / "killed", steps))
+    end(start(tmp_path / "whole", steps))
+    (step, data, arrays), (wanted_step, wanted_data, wanted) = saved(tmp_path / "killed"), saved(tmp_path / "whole")
+    assert step == wanted_step == steps and data == wanted_data
+    for a, b in zip(arrays, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    rows = [[{key: value for key, value in row.items() if key != "seconds"} for row in logs.read(tmp_path / name)]
+            for name in ("killed", "whole")]
+    assert rows[0] == rows[1] and len(rows[0]) == steps
