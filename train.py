@@ -13,6 +13,8 @@ def main():
     parser.add_argument("--config", required=True, metavar="FILE", help="configuration, such as configs/default.py")
     parser.add_argument("--workdir", required=True, metavar="DIR",
                         help="folder for checkpoints, logs and scores; made where it is missing")
+    parser.add_argument("--skip_bad", action="store_true",
+                        help="leave out subjects whose files cannot be read, in place of refusing the folder")
     parser.add_argument("--distributed", action="store_true",
                         help="one of several processes: join the others first (Slurm, Kubernetes, Cloud TPU)")
     parser.add_argument("--coordinator", metavar="HOST:PORT",
@@ -30,6 +32,8 @@ def main():
     sharding.start(flags.distributed, coordinator_address=flags.coordinator, num_processes=flags.processes,
                    process_id=flags.process)
     config = configuration.override(configuration.load(flags.config), settings)
+    if flags.skip_bad:
+        config.data.skip_bad = True
     summary = train_and_evaluate(config, flags.workdir)
     if summary is not None:
         print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))

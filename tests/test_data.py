@@ -69,6 +69,15 @@ def test_folder_without_splits_or_labels(folder):
     assert [s.id for s in everyone if s.labels is None] == ["12"] and first.label_names == {}
 
 
+def test_a_subject_that_cannot_be_read_is_refused_or_named_and_left_out(folder, capsys):
+    (folder / "12_seg.nii.gz").write_bytes((folder / "12_seg.nii.gz").read_bytes()[:80])
+    with pytest.raises(InputError, match="12_seg.nii.gz"):
+        load(config(folder))
+    found = load(config(folder, skip_bad=True))
+    assert ids(found.train + found.val + found.test) == {str(id) for id in range(10, 17)} - {"12"}
+    assert "12 is left out: " in capsys.readouterr().err
+
+
 def test_splits_file_may_lie_in_the_parent_or_be_named(folder):
     (folder.parent / "splits.json").write_text(json.dumps({"train": ["10", "11"]}))
     (folder.parent / "other.json").write_text(json.dumps({"train": ["14", "15"]}))

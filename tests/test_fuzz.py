@@ -6,14 +6,19 @@ FUZZ=2000 python -m pytest tests/test_fuzz.py    # as many files; 300 where it i
 import gzip
 import os
 import resource
+import shutil
 import time
 
 import nibabel as nib
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from scipy.ndimage import gaussian_filter
 
 from drivenmorph_jax import nifti, transforms
+from drivenmorph_jax.data.folder import IMAGE, folder_dataset
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.registration import apply_files
 
 COUNT = int(os.environ.get("FUZZ", 300))
 SHAPE = (12, 10, 8)
@@ -95,3 +100,48 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path):
     assert min(counts.values()) > COUNT / 20, counts
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     assert grown < 4, f"{grown:.1f} GiB"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_image_transform_or_subject_leaves_a_whole_result_or_none(tmp_path, smooth_transform):
+    """`apply.py` and the loader of a data folder, each with one damaged file among good ones."""
+    good, out = tmp_path / "good.nii.gz", tmp_path / "out" / "moved.nii.gz"
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random(SHAPE).astype(np.float32), np.eye(4)), good)
+    cohort = tmp_path / "cohort"
+    cohort.mkdir()
+    out.parent.mkdir()
+    for id in "123":
+        shutil.copy(good, cohort / f"{id}{IMAGE}")
+    done = {"moved": 0, "refused": 0}
+    for seed in range(COUNT // 3):
+        data, ending = damaged(np.random.default_rng(seed))
+        bad = tmp_path / f"bad{ending}"
+        bad.write_bytes(data)
+        start = time.perf_counter()
+        for transform, moving in ((smooth_transform, bad), (bad, good)):
+            try:
+                list(apply_files(transform, out, [moving]))
+            except InputError as error:
+                assert "\n" not in str(error), seed
+                done["refused"] += 1
+            else:
+                done["moved"] += 1
+                assert np.isfinite(nib.load(out).get_fdata()).all(), seed
+                out.unlink()
+            assert not list(out.parent.iterdir()), seed
+        (cohort / f"2{IMAGE}").write_bytes(data if ending == ".nii.gz" else gzip.compress(data, 1))
+        try:
+            folder_dataset(ConfigDict({"root": str(cohort)}))
+        except InputError as error:
+            assert str(cohort) in str(error) and "\n" not in str(error), seed
+        assert time.perf_counter() - start < 20, seed
+    assert min(done.values()) > COUNT / 30, done
+
+
+@pytest.fixture
+def smooth_transform(tmp_path):
+    u = gaussian_filter(np.random.default_rng(0).standard_normal((*SHAPE, 3)), (2, 2, 2, 0)).astype(np.float32)
+    image = nib.Nifti1Image(u[..., None, :], np.eye(4))
+    image.header.set_intent(1007)
+    nib.save(image, tmp_path / "displacement.nii.gz")
+    return tmp_path / "displacement.nii.gz"

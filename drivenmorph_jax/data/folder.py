@@ -7,6 +7,7 @@
 """
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def folder_dataset(config, splits=SPLITS):
       config: root, the folder; exclude, labels that scores leave out besides background; splits, the path of
         a splits.json, or None to look for one in the folder and its parent. Without any, a tenth each become
         val and test (at least two where there are six, one where there are three), the same ones every time.
+        With skip_bad a subject that cannot be read is named on stderr and left out.
       splits: the splits to read; the others stay empty.
 
     Raises:
@@ -47,11 +49,15 @@ def folder_dataset(config, splits=SPLITS):
     if not wanted:
         raise InputError(f"{path or root} has no subjects for {', '.join(splits)}: add ids to a splits.json")
     with ThreadPoolExecutor(THREADS) as pool:  # unpacking gzip releases the interpreter
-        subjects = dict(zip(wanted, pool.map(lambda id: _read_subject(root, id), wanted), strict=True))
+        read = pool.map(lambda id: _read_subject(root, id, config.get("skip_bad", False)), wanted)
+        subjects = {subject.id: subject for subject in read if subject is not None}
+    if not subjects:
+        raise InputError(f"{root} holds no image that can be read: look at the files named above")
     spacing = _common_spacing(root, list(subjects.values()))
 
     table = _beside(root, "labels.csv")
-    read = {split: tuple(subjects[id] for id in ids[split]) if split in splits else () for split in SPLITS}
+    read = {split: tuple(subjects[id] for id in ids[split] if id in subjects) if split in splits else ()
+            for split in SPLITS}
     return Dataset(root.resolve().name, **read,
                    spacing=spacing, label_names=read_label_names(table) if table else {},
                    exclude=tuple(sorted({0, *config.get("exclude", ())})))
@@ -94,11 +100,17 @@ def drawn_splits(found):
     return {"val": order[:held], "test": order[held:2 * held], "train": order[2 * held:]}
 
 
-def _read_subject(root, id):
-    image = nifti.load_image(root / f"{id}{IMAGE}")
+def _read_subject(root, id, skip_bad):
     labels = None
-    if (root / f"{id}{LABELS}").is_file():
-        labels = nifti.canonical(nifti.load_labels(root / f"{id}{LABELS}", image)).data.astype(np.int32)
+    try:
+        image = nifti.load_image(root / f"{id}{IMAGE}")
+        if (root / f"{id}{LABELS}").is_file():
+            labels = nifti.canonical(nifti.load_labels(root / f"{id}{LABELS}", image)).data.astype(np.int32)
+    except InputError as error:
+        if not skip_bad:
+            raise
+        print(f"{id} is left out: {error}", file=sys.stderr)
+        return None
     image = nifti.canonical(image)
     return Subject(id, np.asarray(nifti.normalise(image.data), np.float32), labels, image.affine)
 
