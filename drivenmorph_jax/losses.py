@@ -21,9 +21,13 @@ def lncc(a, b, window, weight=None):
         box = (jnp.abs(jnp.arange(n)[:, None] - jnp.arange(n)[None, :]) <= window // 2).astype(jnp.float32)
         return box / box.sum(1, keepdims=True)
 
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    # Centred first, so that the variances are not small differences of large numbers.
-    a, b = a - a.mean((1, 2, 3), keepdims=True), b - b.mean((1, 2, 3), keepdims=True)
+    def prepared(x):
+        """Centred, and at most 1: rounding of the variances then stays below the floor that they get."""
+        x = x.astype(jnp.float32)
+        x -= x.mean((1, 2, 3), keepdims=True)
+        return x / jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(x).max((1, 2, 3), keepdims=True)))
+
+    a, b = prepared(a), prepared(b)
     mean = along_axes([matrix(n) for n in a.shape[1:4]], jnp.concatenate([a, b, a * a, b * b, a * b], axis=-1))
     mean_a, mean_b, aa, bb, ab = (mean[..., i] for i in range(5))
     covariance = ab - mean_a * mean_b

@@ -106,17 +106,19 @@ class Transform:
         source, name = nifti.open_nifti(image)
         if source.ndim not in (3, 4):
             raise InputError(f"{name} has shape {source.shape}; give a 3-D image or a 4-D series")
-        voxels = nifti.read_voxels(source, name)
+        order, voxels = ORDERS[interpolation], nifti.read_voxels(source, name)
+        if order:
+            with np.errstate(over="ignore"):
+                voxels = voxels.astype(np.float32)
         if not np.isfinite(voxels).all():
-            raise InputError(f"{name} has NaN or infinite voxels; replace them, for instance by 0")
+            raise InputError(f"{name} has NaN or infinite voxels, or some beyond 3e38; replace them, for instance by 0")
         grid, displacement = self.grid, self.displacement
         if reference is not None:
             grid, field, to_voxel = reference, _channels_first(displacement), np.linalg.inv(self.grid.affine)
             displacement = _by_planes((*grid.data.shape, 3), grid.affine,
                                       lambda i, x: _sample(field, _map(to_voxel, x)))
-        order = ORDERS[interpolation]
         like = nifti.with_type(grid, source.get_data_dtype())
-        moved = [apply(nifti.Volume(volume.astype(np.float32) if order else volume, source.affine, source.header, name),
+        moved = [apply(nifti.Volume(volume, source.affine, source.header, name),
                        displacement, grid.affine, order)
                  for volume in (np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])]
         out = nifti.to_nibabel(np.stack(moved, -1) if voxels.ndim == 4 else moved[0], like)

@@ -2,6 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from ml_collections import ConfigDict
 from test_model import ONE_LEVEL, SHAPE, images, made
 from test_warp import smooth_field
@@ -35,6 +38,28 @@ def test_lncc_does_not_see_gain_and_offset_and_has_a_maximum_of_one():
     assert float(losses.lncc(a, a, 5)) == pytest.approx(1, abs=1e-3)
     assert float(losses.lncc(a, 1 - 0.5 * a, 5)) == pytest.approx(1, abs=1e-3)
     assert float(losses.lncc(a, b, 5)) < 0.1
+
+
+IMAGES = arrays(np.float32, (1, 5, 5, 5, 1), elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1.0]),
+                fill=st.floats(-1e6, 1e6, width=32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", losses.SIMILARITIES)
+def test_no_image_gives_a_loss_or_a_gradient_that_is_not_finite(kind, dtype):
+    @jax.jit
+    def both(a, b):
+        return jax.value_and_grad(lambda a, b: losses.dissimilarity(a.astype(dtype), b.astype(dtype), kind, 3).astype(
+            jnp.float32), argnums=(0, 1))(a, b)
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(IMAGES, IMAGES)
+    def holds(a, b):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(both(a, b)))
+        value = float(both(a, b)[0])
+        assert -1e-3 <= value and (kind == "mse" or value <= 1.001)
+
+    holds()
 
 
 def test_flat_images_give_finite_numbers_and_gradients():

@@ -39,6 +39,24 @@ def test_two_files_are_registered_with_no_settings(tmp_path):
     assert summary["checkpoint"].endswith("brain-t1")
 
 
+FOREIGN = {
+    "rotated by 90 degrees": lambda image, rng: np.rot90(image, axes=(0, 2)).copy(),
+    "upside down": lambda image, rng: image[:, :, ::-1].copy(),
+    "noise": lambda image, rng: rng.random(image.shape, np.float32),
+    "a box": lambda image, rng: np.pad(np.ones((20, 20, 20), np.float32), [(9, n - 29) for n in image.shape]),
+    "nothing but one voxel": lambda image, rng: (np.arange(image.size) == image.size // 3).reshape(image.shape) * 1.0,
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_whatever_the_images_the_result_is_a_diffeomorphism(kind):
+    config = get_config().data
+    config.update({"shape": (72, 88, 72), "spacing": 2.0, "num_test": 2})
+    fixed, moving = (subject.image for subject in data.load(config, ("test",)).test[:2])
+    found = register(fixed, FOREIGN[kind](moving, np.random.default_rng(0)), affine=False, spacing=2.0)
+    assert np.isfinite(found.transform.displacement).all() and found.jacobian.min() > 0
+
+
 @pytest.mark.skipif(not MALF.is_dir(), reason="needs the folder of real brains beside the project")
 def test_a_real_pair_that_no_training_saw():
     config, params, _ = load_checkpoint(SHIPPED)
