@@ -1,73 +1,131 @@
-"""Warp and exponential of one 160x192x160 field against `jax.scipy.ndimage.map_coordinates`, as ratios in one run.
+"""Warp, exponential and local correlation at 160x192x160, forward and backward: our seconds, and how many times those
+of `jax.scipy.ndimage.map_coordinates` and of PyTorch's `grid_sample` (where installed) are, in one run.
 
-python -m benchmarks.fields
+python -m benchmarks.fields [--side 160 192 160]
 
-The floor of a warp of C channels is one read of the field and of the image and one write: 4 (3 + 2 C) bytes a voxel, at
-the rate of a plain copy, which is measured beside it. Gathers read each voxel up to eight times from cache.
+The floor of a warp of C channels is one read of the field and of the image and one write: 4 (3 + 2 C) bytes a voxel,
+at the rate of a plain copy, which is measured beside it; gathers read each voxel up to eight times from cache. Backward
+it is twice that; of local correlation, two images read and one value, or two gradients, written. Backward means forward
+and backward, with respect to all arguments.
 """
 
+import argparse
 import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 from drivenmorph_jax.demons import gaussian_smooth
 from drivenmorph_jax.grid import identity_grid
 from drivenmorph_jax.integrate import exponential
+from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.warp import warp
 
-SHAPE, SQUARINGS, RUNS = (160, 192, 160), 7, 5
+SQUARINGS, WINDOW, RUNS = 7, 9, 3
 
 
-def rival_warp(image, u):
-    x = jnp.moveaxis(identity_grid(SHAPE) + u, -1, 0)
+def scipy_warp(image, u):
+    x = jnp.moveaxis(identity_grid(u.shape[:3]) + u, -1, 0)
     return jnp.stack([map_coordinates(image[..., c], x, 1, "nearest") for c in range(image.shape[-1])], -1)
 
 
-def rival_exponential(v):
-    return jax.lax.fori_loop(0, SQUARINGS, lambda _, s: s + rival_warp(s, s), v / 2**SQUARINGS)
+class Torch:
+    """The same in PyTorch: channels first, (1, C, D, H, W) and (1, 3, D, H, W)."""
+
+    def __init__(self, shape):
+        import torch
+        self.torch = torch
+        self.grid = torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in shape), indexing="ij"))[None]
+        self.scale = torch.tensor([2 / (n - 1) for n in shape]).reshape(1, 3, 1, 1, 1)
+
+    def warp(self, image, u):
+        x = ((self.grid + u) * self.scale - 1).flip(1).permute(0, 2, 3, 4, 1)  # grid_sample wants x, y, z in [-1, 1]
+        return self.torch.nn.functional.grid_sample(image, x, padding_mode="border", align_corners=True)
+
+    def exponential(self, v):
+        v = v / 2**SQUARINGS
+        for _ in range(SQUARINGS):
+            v = v + self.warp(v, v)
+        return v
+
+    def lncc(self, a, b):
+        """As VoxelMorph does it: box sums by a convolution with ones."""
+        box, n = self.torch.ones(1, 1, *(WINDOW,) * 3), WINDOW**3
+        sa, sb, aa, bb, ab = (self.torch.nn.functional.conv3d(x, box, padding=WINDOW // 2)
+                              for x in (a, b, a * a, b * b, a * b))
+        cross, va, vb = ab - sa * sb / n, aa - sa * sa / n, bb - sb * sb / n
+        return (cross * cross / (va * vb + 1e-5)).mean()
+
+    def seconds(self, f, arrays, backward):
+        x = [self.torch.tensor(np.moveaxis(np.asarray(a), -1, 0))[None].requires_grad_(backward) for a in arrays]
+
+        def once():
+            out = f(*x)
+            if backward:
+                (out**2).sum().backward()
+        return fastest(once)
 
 
-def seconds(f, *arguments):
-    """Fastest of several runs, after compilation."""
-    f, times = jax.jit(f), []
-    jax.block_until_ready(f(*arguments))
+def fastest(once):
+    once()
+    times = []
     for _ in range(RUNS):
         start = time.perf_counter()
-        jax.block_until_ready(f(*arguments))
+        once()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def gradient(f):
-    return jax.grad(lambda *x: (f(*x) ** 2).sum())
+def seconds(f, *arguments):
+    """Fastest of several runs, after compilation."""
+    f = jax.jit(f)
+    return fastest(lambda: jax.block_until_ready(f(*arguments)))
+
+
+def gradient(f, count):
+    return jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=tuple(range(count)))
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, nargs=3, default=(160, 192, 160))
+    shape = tuple(parser.parse_args().side)
     key = jax.random.key(0)
-    v = 40 * gaussian_smooth(jax.random.normal(key, (*SHAPE, 3)), 4.0)
-    copied = jax.random.normal(key, (*SHAPE, 16))
+    v = 40 * gaussian_smooth(jax.random.normal(key, (*shape, 3)), 4.0)
+    copied = jax.random.normal(key, (*shape, 16))
     rate = 2 * copied.nbytes / seconds(lambda x: x + 1, copied)
     voxels = v.size // 3
-    print(f"{jax.devices()[0].device_kind}; a copy runs at {rate / 1e9:.1f} GB/s; largest |v| "
-          f"{float(jnp.linalg.norm(v, axis=-1).max()):.1f} voxels\n")
-    print(f"{'':28}{'ours':>9}{'rival':>9}{'times':>8}{'of floor':>10}")
+    try:
+        torch = Torch(shape)
+        with_torch = f"PyTorch {torch.torch.__version__}"
+    except ImportError:
+        torch, with_torch = None, "PyTorch is not installed"
+    print(f"{jax.devices()[0].device_kind}, {'x'.join(map(str, shape))}; a copy runs at {rate / 1e9:.1f} GB/s; "
+          f"largest |v| {float(jnp.linalg.norm(v, axis=-1).max()):.1f} voxels; jax {jax.__version__}, {with_torch}\n")
+    print("| | times of PyTorch | times of map_coordinates | ours, s | of the floor |\n"
+          "| --- | ---: | ---: | ---: | ---: |")
 
-    def compare(name, ours, rival, *arguments, floor):
-        a, b = seconds(ours, *arguments), seconds(rival, *arguments)
-        print(f"{name:28}{a:8.3f}s{b:8.3f}s{b / a:7.1f}x{a / (floor / rate):9.1f}x", flush=True)
+    def compare(name, floor, ours, scipy, rival, *arguments):
+        for backward in (False, True):
+            of = partial(gradient, count=len(arguments)) if backward else lambda f: f
+            a = seconds(of(ours), *arguments)
+            b = f"{seconds(of(scipy), *arguments) / a:.1f}" if scipy else ""
+            c = f"{torch.seconds(rival, arguments, backward) / a:.1f}" if torch else ""
+            print(f"| {name}{', backward' if backward else ''} | {c} | {b} | {a:.3f} | "
+                  f"{a / ((1 + backward) * floor / rate):.1f} |", flush=True)
 
-    for channels in (1, 3):
-        image = jax.random.normal(key, (*SHAPE, channels))
-        floor = 4 * voxels * (3 + 2 * channels)
-        compare(f"warp, {channels} channels", warp, rival_warp, image, v, floor=floor)
-        compare("  with gradient in u", *(gradient(lambda u, x, f=f: f(x, u)) for f in (warp, rival_warp)), v, image,
-                floor=2 * floor)
-    floor = SQUARINGS * 4 * voxels * 6
-    ours = partial(exponential, steps=SQUARINGS)
-    compare(f"exponential, {SQUARINGS} squarings", ours, rival_exponential, v, floor=floor)
+    for channels in (1, 3, 16):
+        image = jax.random.normal(key, (*shape, channels))
+        compare(f"warp, {channels} channels", 4 * voxels * (3 + 2 * channels), warp, scipy_warp, torch and torch.warp,
+                image, v)
+    compare(f"exponential, {SQUARINGS} squarings", SQUARINGS * 4 * voxels * 6, partial(exponential, steps=SQUARINGS),
+            None, torch and torch.exponential, v)
+    images = [gaussian_smooth(jax.random.uniform(jax.random.key(k), (*shape, 1)), 1.0) for k in (0, 1)]
+    compare(f"local correlation, {WINDOW}^3", 4 * voxels * 2, lambda a, b: lncc(a[None], b[None], WINDOW), None,
+            torch and torch.lncc, *images)
 
 
 if __name__ == "__main__":

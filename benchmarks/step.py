@@ -1,0 +1,124 @@
+"""A training step of DrivenMorph beside one of VoxelMorph's own code, in one run, and what ours is made of.
+
+python -m benchmarks.step [--config configs/malf.py] [--shape 80 96 80] [--steps 5]
+
+The rival is VxmDense of the package voxelmorph (0.2, PyTorch; `pip install --no-deps voxelmorph==0.2 neurite pystrum`
+and `pip install torch scikit-image h5py einops`) with its default 3-D U-Net and 7 squarings. Both train by local
+correlation of one window and diffusion, with Adam, on one pair of random images; seconds are those of the fastest step.
+FLOPs, bytes and memory are what XLA says of the compiled step.
+"""
+
+import argparse
+import inspect
+import os
+import time
+
+import jax
+import numpy as np
+
+from drivenmorph_jax import configuration, data, errors, networks, sharding, training
+
+
+def fastest(step, count):
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def ours(config, shape, count):
+    """Seconds of a step, seconds to compile, and XLA's cost and memory of it."""
+    mesh = sharding.device_mesh(devices=jax.devices()[:1])
+    model, optimizer = networks.make_network(config.model), training.make_optimizer(config)
+    batch = {key: jax.random.uniform(jax.random.key(i), (1, *shape, 1)) for i, key in enumerate(("fixed", "moving"))}
+    params = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), *batch.values())["params"])()
+    state = [params, optimizer.init(params)]
+    start = time.perf_counter()
+    compiled = training.make_train_step(model, optimizer, config, mesh).lower(*state, batch).compile()
+    seconds = time.perf_counter() - start
+
+    def step():
+        *state[:], row = compiled(*state, batch)
+        jax.block_until_ready(row)
+
+    step()
+    return fastest(step, count), seconds, compiled.cost_analysis(), compiled.memory_analysis()
+
+
+def voxelmorph(window, shape, count):
+    """Seconds of a step, or None where the package is missing."""
+    os.environ["VXM_BACKEND"] = os.environ["NEURITE_BACKEND"] = "pytorch"
+    if not hasattr(inspect, "getargspec"):  # gone since Python 3.11, and the package asks for it
+        inspect.getargspec = lambda f: inspect.getfullargspec(f)[:4]
+    try:
+        import torch
+        import voxelmorph as vxm
+    except ImportError as error:
+        print(f"VoxelMorph is left out: {error}")
+        return None
+    torch.manual_seed(0)
+    model = vxm.networks.VxmDense(shape, int_steps=7, int_downsize=2)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    fixed, moving = torch.rand(2, 1, 1, *shape)
+    box = torch.ones(1, 1, *(window,) * 3)
+
+    def box_sum(x):
+        return torch.nn.functional.conv3d(x, box, padding=window // 2)
+
+    def lncc(a, b):  # as voxelmorph.losses.NCC, which wants CUDA
+        n = window**3
+        sa, sb, aa, bb, ab = (box_sum(x) for x in (a, b, a * a, b * b, a * b))
+        cross, va, vb = ab - sa * sb / n, aa - sa * sa / n, bb - sb * sb / n
+        return (cross * cross / (va * vb + 1e-5)).mean()
+
+    def step():
+        optimizer.zero_grad()
+        warped, flow = model(moving, fixed)
+        loss = -lncc(fixed, warped) + 0.01 * sum((flow.diff(dim=axis) ** 2).mean() for axis in (2, 3, 4))
+        loss.backward()
+        optimizer.step()
+
+    step()
+    return fastest(step, count)
+
+
+def loading(config):
+    """Seconds that the input pipeline needs for a batch, nothing else running."""
+    settings = config.data
+    batches = data.training_batches(data.load(settings, ("train",)).train, config.batch_size, 0, **{
+        key: settings[key] for key in ("downsample", "crop", "flip", "affine", "intensity", "bias", "noise")})
+    for _ in range(8):  # those that were read ahead
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(20):
+        next(batches)
+    return (time.perf_counter() - start) / 20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/malf.py")
+    parser.add_argument("--shape", type=int, nargs=3, default=(80, 96, 80))
+    parser.add_argument("--steps", type=int, default=5)
+    flags, settings = parser.parse_known_args()
+    sharding.start()
+    config = configuration.override(configuration.load(flags.config), settings)
+    shape = tuple(flags.shape)
+    a, compiling, cost, memory = ours(config, shape, flags.steps)
+    b = voxelmorph(config.loss.window, shape, flags.steps)
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {'x'.join(map(str, shape))}, {flags.config}\n")
+    if b:
+        print(f"{b / a:.2f} times as fast as VoxelMorph: {a:.2f} s and {b:.2f} s a step")
+    flops, traffic = cost["flops"], cost["bytes accessed"]
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    print(f"ours: {1 / a:.2f} steps/s, {flops / 1e9:.0f} GFLOP ({flops / a / 1e9:.0f} GFLOP/s), {traffic / 1e9:.0f} GB "
+          f"({traffic / a / 1e9:.0f} GB/s), peak {peak / 1e9:.2f} GB, {np.ceil(compiling):.0f} s to compile or to find")
+    if config.data.name != "folder" or os.path.isdir(config.data.root):
+        read = loading(config)
+        print(f"input: {read:.3f} s a batch, {100 * read / a:.0f} % of a step, in the background")
+
+
+if __name__ == "__main__":
+    errors.run(main)
