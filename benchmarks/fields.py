@@ -69,10 +69,11 @@ class Torch:
         return fastest(once)
 
 
-def fastest(once):
+def fastest(once, runs=RUNS):
+    """Seconds of the fastest run, after one that does not count."""
     once()
     times = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         start = time.perf_counter()
         once()
         times.append(time.perf_counter() - start)
@@ -80,7 +81,6 @@ def fastest(once):
 
 
 def seconds(f, *arguments):
-    """Fastest of several runs, after compilation."""
     f = jax.jit(f)
     return fastest(lambda: jax.block_until_ready(f(*arguments)))
 
