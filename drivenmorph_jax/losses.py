@@ -23,9 +23,9 @@ def lncc(a, b, window, weight=None):
 
     def prepared(x):
         """Centred, and at most 1: rounding of the variances then stays below the floor that they get."""
-        x = x.astype(jnp.float32)
-        x -= x.mean((1, 2, 3), keepdims=True)
-        return x / jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(x).max((1, 2, 3), keepdims=True)))
+        x, axes = x.astype(jnp.float32), (1, 2, 3)
+        scale = jnp.maximum(1, x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
+        return (x - x.mean(axes, keepdims=True)) / jax.lax.stop_gradient(scale)
 
     a, b = prepared(a), prepared(b)
     mean = along_axes([matrix(n) for n in a.shape[1:4]], jnp.concatenate([a, b, a * a, b * b, a * b], axis=-1))

@@ -52,6 +52,25 @@ def make_train_step(model, optimizer, config, mesh):
                    out_shardings=whole, compiler_options=sharding.compiler_options())
 
 
+def compiled_step(train_step, params, opt_state, batch):
+    """The step compiled for these shapes; tells the memory that it will take before any of it is taken.
+
+    Raises InputError where a device has less.
+    """
+    compiled = train_step.lower(params, opt_state, batch).compile()
+    memory = compiled.memory_analysis()
+    needed = (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+              - memory.alias_size_in_bytes) / 2**30
+    there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", np.inf) / 2**30  # of a CPU nothing is told
+    told = f"a step on images of {'x'.join(map(str, batch['fixed'].shape[1:4]))} takes {needed:.1f} GiB of each device"
+    if needed > there:
+        raise InputError(f"{told}, which has {there:.1f}: set --config.model.remat=True, a --config.data.crop, "
+                         "--config.model.dtype=bfloat16, or more devices to a volume by --config.space")
+    if jax.process_index() == 0:
+        print(told)
+    return compiled
+
+
 def one_hot(batch, labels):
     """The batch with its label maps (B, D, H, W) as one channel for each of `labels`, where it has any."""
     return batch | {key: (batch[key][..., None] == labels).astype(np.float32)
@@ -152,7 +171,7 @@ def _train_and_evaluate(config, workdir):
              "data": dataset.name, "exclude": list(dataset.exclude)}
     best_score = checkpoint.read_about(workdir / "best")["score"] if best.latest_step() else -np.inf
 
-    train_step = make_train_step(model, optimizer, config, mesh)
+    train_step, compiled = make_train_step(model, optimizer, config, mesh), None
     predict = make_predict(config)
     logs = Logs(workdir, start, config.steps, jax.process_index() == 0)
     waiting, skipped = None, 0
@@ -183,7 +202,8 @@ def _train_and_evaluate(config, workdir):
             batch = one_hot(next(batches), labels)
             pairs = batch.pop("pair")
             batch = sharding.global_batch(batch, mesh)
-            params, opt_state, row = train_step(params, opt_state, batch)
+            compiled = compiled or compiled_step(train_step, params, opt_state, batch)
+            params, opt_state, row = compiled(params, opt_state, batch)
             row["seconds"] = time.perf_counter() - began
             record()
             waiting = step, pairs, row

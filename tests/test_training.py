@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ def test_a_run_learns_and_leaves_what_it_promises(smoke):
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch):
     workdir, summary = smoke
-    make = training.make_train_step
+    make = training.compiled_step
 
     def dying(*arguments):
         step, calls = make(*arguments), iter(range(1, 7))
@@ -60,7 +61,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch
         return until_five
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "make_train_step", dying)
+        patch.setattr(training, "compiled_step", dying)
         with pytest.raises(KeyboardInterrupt):
             training.train_and_evaluate(get_config(), tmp_path)
     assert not (tmp_path / "evaluation").exists()
@@ -100,6 +101,17 @@ def test_sigterm_saves_the_step_and_ends_and_the_next_run_goes_on(smoke, tmp_pat
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_step_that_needs_more_memory_than_there_is_is_refused(tmp_path, monkeypatch):
+    class Device:
+        process_index = 0
+
+        def memory_stats(self):
+            return {"bytes_limit": 2**20}
+    monkeypatch.setattr(training, "jax", SimpleNamespace(**vars(jax) | {"local_devices": lambda: [Device()]}))
+    with pytest.raises(InputError, match="a step on images of 32x40x32 takes .* GiB .*, which has 0.0: set"):
+        training.train_and_evaluate(get_config(), tmp_path)
+
+
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
     with alone_in(tmp_path), pytest.raises(InputError, match="in use by another run"):
         training.train_and_evaluate(get_config(), tmp_path)
@@ -128,7 +140,7 @@ def poisoned(monkeypatch, steps):
 def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, capsys):
     config, seen = get_config(), []
     config.steps = 3
-    make = training.make_train_step
+    make = training.compiled_step
 
     def watched(*arguments):
         step = make(*arguments)
@@ -139,7 +151,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, c
             return params, state, row
         return once
 
-    monkeypatch.setattr(training, "make_train_step", watched)
+    monkeypatch.setattr(training, "compiled_step", watched)
     poisoned(monkeypatch, {2})
     training.train_and_evaluate(config, tmp_path)
     rows = logs.read(tmp_path)
@@ -235,7 +247,7 @@ batch = {key: gaussian_filter(rng.random((8, 16, 16, 16, 1), np.float32), (0, 1,
          for key in ("fixed", "moving")}
 gradients = []
 init = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), batch["fixed"], batch["moving"])["params"])()
-large = {key: jax.ShapeDtypeStruct((1, 64, 32, 32, 1), np.float32) for key in batch}
+large = {key: jax.ShapeDtypeStruct((1, 128, 32, 32, 1), np.float32) for key in batch}
 for data, space in ((1, 1), (8, 1), (4, 2), (1, 8)):
     mesh = sharding.device_mesh(space, jax.devices()[:data * space])
     params = jax.device_put(jax.tree.map(np.asarray, init), sharding.replicated(mesh))
