@@ -282,6 +282,32 @@ def test_losses_and_gradients_are_the_same_on_every_mesh_and_a_split_volume_take
     assert memory[0] > 4 * memory[3] > 0
 
 
+PREDICT = """
+import jax, numpy as np
+from configs.smoke import get_config
+from drivenmorph_jax import data
+from drivenmorph_jax.evaluation import grid_multiple, make_predict, predictions
+from drivenmorph_jax.networks import make_network
+config = get_config()
+config.space = 2
+pairs = data.ordered_pairs(data.load(config.data, ("test",), grid_multiple(config)).test)
+image = np.zeros((1, 16, 16, 16, 1), np.float32)
+model, predict = make_network(config.model), make_predict(config, 3)
+params = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), image, image)["params"])()
+one, two = ([fields[0] for fields, _ in predictions(predict, params, pairs, space)] for space in (1, 2))
+assert len(one) == len(two) == 2 and abs(one[0]).max() > 1
+for a, b in zip(one, two):
+    np.testing.assert_allclose(b, a, atol=1e-4)
+"""
+
+
+def test_a_volume_on_two_devices_is_registered_as_on_one():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    done = subprocess.run([sys.executable, "-c", PREDICT], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 PROCESS = """
 import sys
 from configs.smoke import get_config
