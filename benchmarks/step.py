@@ -21,7 +21,7 @@ from drivenmorph_jax import configuration, data, errors, networks, sharding, tra
 
 
 def ours(config, shape, count):
-    """Seconds of a step, seconds to compile, and XLA's cost and memory of it."""
+    """Seconds of a step, seconds to compile, XLA's cost of it, and bytes of memory."""
     mesh = sharding.device_mesh(devices=jax.devices()[:1])
     model, optimizer = networks.make_network(config.model), training.make_optimizer(config)
     batch = {key: jax.random.uniform(jax.random.key(i), (1, *shape, 1)) for i, key in enumerate(("fixed", "moving"))}
@@ -35,7 +35,7 @@ def ours(config, shape, count):
         *state[:], row = compiled(*state, batch)
         jax.block_until_ready(row)
 
-    return fastest(step, count), seconds, compiled.cost_analysis(), compiled.memory_analysis()
+    return fastest(step, count), seconds, compiled.cost_analysis(), sharding.device_memory(compiled)
 
 
 def voxelmorph(window, shape, count):
@@ -96,13 +96,12 @@ def main():
     sharding.start()
     config = configuration.override(configuration.load(flags.config), settings)
     shape = tuple(flags.shape)
-    a, compiling, cost, memory = ours(config, shape, flags.steps)
+    a, compiling, cost, peak = ours(config, shape, flags.steps)
     b = voxelmorph(config.loss.window, shape, flags.steps)
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {'x'.join(map(str, shape))}, {flags.config}\n")
     if b:
         print(f"{b / a:.2f} times as fast as VoxelMorph: {a:.2f} s and {b:.2f} s a step")
     flops, traffic = cost["flops"], cost["bytes accessed"]
-    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     print(f"ours: {1 / a:.2f} steps/s, {flops / 1e9:.0f} GFLOP ({flops / a / 1e9:.0f} GFLOP/s), {traffic / 1e9:.0f} GB "
           f"({traffic / a / 1e9:.0f} GB/s), peak {peak / 1e9:.2f} GB, {np.ceil(compiling):.0f} s to compile or to find")
     if config.data.name != "folder" or os.path.isdir(config.data.root):

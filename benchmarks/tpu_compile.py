@@ -149,9 +149,8 @@ def main():
         except jax.errors.JaxRuntimeError as error:
             print(f"| {name} | {str(error).splitlines()[0][:160]} |", flush=True)
             continue
-        seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+        seconds, used = time.perf_counter() - start, sharding.device_memory(compiled)
         found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES + SLOW)})(?:-start)?\(", compiled.as_text()))
-        used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
         print(f"| {name} | {cost['bytes accessed'] / 1e9:.1f} | {cost['bytes accessed'] / rate:.2f} | "
               f"{cost['flops'] / 1e9:.1f} | {used / 1e9:.2f} | {seconds:.0f} | "
               f"{', '.join(f'{n} {op}' for op, n in sorted(found.items()))} |", flush=True)

@@ -87,20 +87,10 @@ def restore(manager, params, opt_state):
     """
     damaged = None
     for step in sorted(manager.all_steps(), reverse=True):
-        path = manager.directory / str(step)
         try:
-            checksums = _about(path)["checksums"]
-            _check(path, params)
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(params), data=ocp.args.JsonRestore(),
-                                      opt_state=ocp.args.StandardRestore(opt_state))
-            try:
-                found = manager.restore(step, args=args)
-            except Exception as error:
-                raise _damaged(path) from error
-            for name in ("params", "opt_state", "data"):
-                _verify(path, name, found[name], checksums)
+            found = _restore_step(manager, step, params, opt_state)
         except Damaged as error:
-            print(f"{path} is damaged: an older checkpoint is looked for", file=sys.stderr)
+            print(f"{manager.directory / str(step)} is damaged: an older checkpoint is looked for", file=sys.stderr)
             damaged = error
             continue
         for later in [s for s in manager.all_steps() if s > step]:
@@ -109,6 +99,21 @@ def restore(manager, params, opt_state):
     if damaged is not None:
         raise damaged
     return None
+
+
+def _restore_step(manager, step, params, opt_state):
+    path = manager.directory / str(step)
+    checksums = _about(path)["checksums"]
+    _check(path, params)
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(params), data=ocp.args.JsonRestore(),
+                              opt_state=ocp.args.StandardRestore(opt_state))
+    try:
+        found = manager.restore(step, args=args)
+    except Exception as error:
+        raise _damaged(path) from error
+    for name in ("params", "opt_state", "data"):
+        _verify(path, name, found[name], checksums)
+    return found
 
 
 def read_about(folder):

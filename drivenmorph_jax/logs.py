@@ -30,23 +30,24 @@ class Logs:
     def write(self, step, row):
         if not self.main:
             return
-        self.file.write(rows_text([{"step": step, **row}]))
-        self.file.flush()
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
         self.shown["loss"] = f"{row['loss']:.4f}"
         if "val_dice" in row:
             self.shown["val Dice"] = f"{row['val_dice']:.4f}"
         self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update(step - self.bar.n)
+        self._append({"step": step, **row})
 
     def skip(self, step, reason, extra=None):
         """A step without numbers of its own; every process says why."""
         tqdm.write(reason)
         if self.main:
-            self.file.write(rows_text([{"step": step, "skipped": reason, **(extra or {})}]))
-            self.file.flush()
-            self.bar.update(step - self.bar.n)
+            self._append({"step": step, "skipped": reason, **(extra or {})})
+
+    def _append(self, row):
+        self.file.write(rows_text([row]))
+        self.file.flush()
+        self.bar.update(row["step"] - self.bar.n)
 
     def close(self):
         if self.main:

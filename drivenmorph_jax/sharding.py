@@ -45,6 +45,13 @@ def device_mesh(space=1, devices=None):
     return Mesh(np.reshape(devices, (-1, space)), ("data", "space"))
 
 
+def device_memory(compiled):
+    """Bytes that a compiled program takes of each device; what it is given to keep counts once."""
+    memory = compiled.memory_analysis()
+    return (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes)
+
+
 def replicated(mesh):
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

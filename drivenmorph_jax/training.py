@@ -58,9 +58,7 @@ def compiled_step(train_step, params, opt_state, batch):
     Raises InputError where a device has less.
     """
     compiled = train_step.lower(params, opt_state, batch).compile()
-    memory = compiled.memory_analysis()
-    needed = (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-              - memory.alias_size_in_bytes) / 2**30
+    needed = sharding.device_memory(compiled) / 2**30
     there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", np.inf) / 2**30  # of a CPU nothing is told
     told = f"a step on images of {'x'.join(map(str, batch['fixed'].shape[1:4]))} takes {needed:.1f} GiB of each device"
     if needed > there:

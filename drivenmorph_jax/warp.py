@@ -135,7 +135,8 @@ def _on_tpu(image, u, near):
     return jnp.concatenate([_rows(image[..., k:k + at_once], u) for k in range(0, image.shape[-1], at_once)], -1)
 
 
-@jax.custom_vjp
+# Kept for the backward pass, it would be 27 weights a voxel.
+@jax.checkpoint
 def _shifted(image, u):
     """out(x) = sum over k in {-1, 0, 1}^n of image(x + k) prod_a max(0, 1 - |u_a(x) - k_a|), for |u_a| <= 1: no gather,
     and its adjoint is no scatter."""
@@ -145,18 +146,6 @@ def _shifted(image, u):
     return sum(math.prod(hats[axis][k + 1] for axis, k in enumerate(shift)).astype(image.dtype)[..., None]
                * padded[tuple(slice(1 + k, 1 + k + n) for k, n in zip(shift, space, strict=True))]
                for shift in itertools.product(shifts, repeat=len(space)))
-
-
-def _shifted_forward(image, u):
-    return _shifted(image, u), (image, u)
-
-
-def _shifted_backward(residuals, g):
-    # Autodiff's own, but of the forward pass made again: kept, it would be 27 weights a voxel.
-    return jax.vjp(_shifted.fun, *residuals)[1](g)
-
-
-_shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
 LANES = 128  # values that lie side by side in a TPU's memory: up to here one gather costs the same
