@@ -1,17 +1,8 @@
 """Align one brain image to another: two NIfTI files in, the aligned image and the transform out."""
 
 import argparse
-import re
 
 from drivenmorph_jax import errors
-
-
-def size(text):
-    """Bytes of 4GB, 500MB or 2.5GiB."""
-    found = re.fullmatch(r"([\d.]+) ?([MG])(i?)B?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4GB")
-    return float(found[1]) * (1024 if found[3] else 1000) ** (2 if found[2] == "M" else 3)
 
 
 def main():
@@ -48,7 +39,7 @@ def main():
                         help="label map on the fixed image, above 0 where tissue is missing or sick: no force is taken "
                              "from there, and the field goes on smoothly inside")
     parser.add_argument("--moving_mask", metavar="FILE", help="the same on the moving image")
-    parser.add_argument("--memory", metavar="SIZE", type=size,
+    parser.add_argument("--memory", metavar="SIZE", type=errors.size,
                         help="such as 4GB: the network takes half or a quarter of the resolution where it would need "
                              "more")
     parser.add_argument("--formats", nargs="+", default=["itk"], choices=["itk", "ras", "h5", "l2r"],

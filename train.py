@@ -15,6 +15,11 @@ def main():
                         help="folder for checkpoints, logs and scores; made where it is missing")
     parser.add_argument("--skip_bad", action="store_true",
                         help="leave out subjects whose files cannot be read, in place of refusing the folder")
+    parser.add_argument("--memory", metavar="SIZE", type=errors.size,
+                        help="such as 16GB: what a step may take of each device; where it would take more, levels are "
+                             "computed again in the backward pass, and if need be in bfloat16")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="two runs of one seed give the same bits on a GPU too, more slowly; on CPU they always do")
     parser.add_argument("--distributed", action="store_true",
                         help="one of several processes: join the others first (Slurm, Kubernetes, Cloud TPU)")
     parser.add_argument("--coordinator", metavar="HOST:PORT",
@@ -29,12 +34,12 @@ def main():
     # Imported late, so that --help answers at once.
     from drivenmorph_jax import configuration, report, sharding
     from drivenmorph_jax.training import train_and_evaluate
-    sharding.start(flags.distributed, coordinator_address=flags.coordinator, num_processes=flags.processes,
+    sharding.start(flags.distributed, flags.deterministic, coordinator_address=flags.coordinator, num_processes=flags.processes,
                    process_id=flags.process)
     config = configuration.override(configuration.load(flags.config), settings)
     if flags.skip_bad:
         config.data.skip_bad = True
-    summary = train_and_evaluate(config, flags.workdir)
+    summary = train_and_evaluate(config, flags.workdir, flags.memory)
     if summary is not None:
         print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
         print(f"Checkpoints, logs and figures: {flags.workdir}; the report: {flags.workdir}/evaluation/report.html")

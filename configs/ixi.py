@@ -1,9 +1,9 @@
-"""IXI, skull-stripped, brain to brain: the network of configs/brain_t1.py, from its weights.
+"""IXI, skull-stripped, atlas to patient: the network of configs/brain_t1.py, from its weights.
 
-python -m drivenmorph_jax.data.prepare ixi SOURCE data/ixi
+python -m drivenmorph_jax.data.prepare ixi-pkl SOURCE data/ixi
 python train.py --config configs/ixi.py --workdir runs/ixi
 
-Layouts of the preparation: ixi or ixi-pkl.
+Layouts of the preparation: ixi-pkl, whose atlas this takes; ixi, with --config.data.atlas=mni152.
 Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
 """
 
@@ -13,4 +13,5 @@ from configs.oasis import get_config as oasis
 def get_config():
     config = oasis()
     config.data.root = "data/ixi"
+    config.data.atlas = "atlas"
     return config

@@ -23,6 +23,7 @@ def get_config():
     config.data = ConfigDict({
         "name": "folder",
         "root": "data/malf/aligned",
+        "atlas": config_dict.placeholder(str),  # id of the image that moves in every pair; else pairs of subjects
         "splits": config_dict.placeholder(str),  # a splits.json, where it is neither in the folder nor in its parent
         "exclude": (0, 1, 42, 43, 46, 63, 64),  # background and scraps
         "downsample": 2,

@@ -10,7 +10,6 @@ import logging
 import platform
 import subprocess
 import sys
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,15 +30,17 @@ class Damaged(InputError):
 
 
 def manager(folder):
-    """Writer of checkpoints in `folder`, asynchronous; the last two stay, should the newer one be damaged."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+    """Writer of checkpoints in `folder`; the last two stay, should the newer one be damaged."""
+    # Not asynchronous: a run that is killed repeats one interval at most, and a disk that is full is known at once.
+    # Parameters and optimizer take less than a second to write.
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 
 def save(manager, step, about, params, opt_state=None, data=None):
-    """Write one checkpoint; returns before it is on disk. `about` and `data` are made of what JSON knows.
+    """Write one checkpoint; returns when it is on disk. `about` and `data` are made of what JSON knows.
 
-    Raises InputError where this one cannot be written, or the last one could not.
+    Raises InputError where it cannot be written.
     """
     items = {"params": params, "about": about}
     if opt_state is not None:
@@ -47,15 +48,8 @@ def save(manager, step, about, params, opt_state=None, data=None):
     about = about | {"checksums": {name: digest(item) for name, item in items.items()}}
     arguments = {name: ocp.args.StandardSave(item) if name in ("params", "opt_state") else ocp.args.JsonSave(item)
                  for name, item in (items | {"about": about}).items()}
-    with written(manager):
-        manager.save(step, args=ocp.args.Composite(**arguments))
-
-
-@contextmanager
-def written(manager):
-    """What Orbax raises within, of this checkpoint or of the last one, as an InputError."""
     try:
-        yield
+        manager.save(step, args=ocp.args.Composite(**arguments))
     except Exception as error:  # Orbax raises nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{manager.directory} cannot be written ({reason[:200]}): make room; the same command goes on "

@@ -1,5 +1,7 @@
-"""The one exception that reaches a user, and how a program ends with it."""
+"""The one exception that reaches a user, how a program ends with it, and how it reads an argument."""
 
+import argparse
+import re
 import sys
 
 
@@ -15,6 +17,14 @@ def run(main):
         sys.exit(_failed(f"error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_failed("interrupted", 130))
+
+
+def size(text):
+    """Bytes of an argument such as 4GB, 500MB or 2.5GiB."""
+    found = re.fullmatch(r"(\d+\.?\d*) ?([MG])(i?)B?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4GB")
+    return float(found[1]) * (1024 if found[3] else 1000) ** (2 if found[2] == "M" else 3)
 
 
 def _failed(sentence, status):

@@ -116,7 +116,7 @@ def predictions(predict, params, pairs, space=1):
 
 def validate(predict, params, dataset, space=1):
     """Mean over the ordered val pairs: Dice and folding, or the LNCC of the images where there are no labels."""
-    rows, pairs = [], data.ordered_pairs(dataset.val)
+    rows, pairs = [], dataset.pairs("val")
     for (fixed, moving), ((u, *_), _) in zip(pairs, predictions(predict, params, pairs, space), strict=True):
         if fixed.labels is None or moving.labels is None:
             rows.append({"val_lncc": float(_similarity(fixed.image, moving.image, u))})
@@ -150,20 +150,19 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     Returns:
       The summary. Raises InputError where the split has no pair.
     """
-    subjects = getattr(dataset, split)
-    pairs = data.ordered_pairs(subjects)
-    if not pairs:
+    subjects, pairs = getattr(dataset, split), dataset.pairs(split)
+    if len(subjects) < 2:
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
     out = make_folder(out)
     predict, space = make_predict(config, refine_steps), config.get("space", 1)
-    record = Record(out, _identity(config, params, subjects, refine_steps, l2r))
+    record = Record(out, _identity(config, params, dict.fromkeys(sum(pairs, ())), refine_steps, l2r))
     # The control of a fixed image's pairs: the force between two images of which neither is this one, if there are.
     jobs = []
     for k, fixed in enumerate(subjects):
         left = [pair for pair in pairs if pair[0] is fixed and _names(pair) not in record.rows]
         if left:
-            jobs += [(True, (subjects[(k + 1) % len(subjects)], subjects[(k + 2) % len(subjects)])),
-                     *((False, pair) for pair in left)]
+            other, next_but_one = (subjects[(k + i) % len(subjects)] for i in (1, 2))
+            jobs += [(True, (other, dataset.atlas or next_but_one)), *((False, pair) for pair in left)]
     if jobs:
         for _ in predictions(predict, params, pairs[:1], space):  # compiles
             pass
@@ -328,7 +327,7 @@ def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refi
     voxel = about["spacing"] * config.data.downsample
     if root is not None:
         config.data = {"name": "folder", "root": str(root), "exclude": tuple(config.data.get("exclude", ())),
-                       "splits": None, "downsample": 0}
+                       "splits": None, "atlas": None, "downsample": 0}
     configuration.override(config, overrides)
     if overrides:
         params = load_checkpoint(folder, [o for o in overrides if not o.startswith("--config.data.")])[1]

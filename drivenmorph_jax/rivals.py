@@ -84,7 +84,11 @@ def syn(fixed, moving, out):
 
 def syntx(fixed, moving, out):
     """SyN of the package syntx, with the settings of its own benchmark (5.4.15)."""
+    import types
+
     import ants
+    # It imports this for denoising and surfaces, which SyN is not asked for, and PyPI does not have it.
+    sys.modules.setdefault("antstorch", types.ModuleType("antstorch"))
     import syntx as package
     f, m = ants.image_read(fixed), ants.image_read(moving)
     # The images are aligned already: an identity keeps it from an affine of its own.
@@ -179,10 +183,10 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
     """
     from tqdm import tqdm
 
-    from drivenmorph_jax import data, metrics, report
+    from drivenmorph_jax import metrics, report
     from drivenmorph_jax.data.folder import IMAGE, LABELS
 
-    out, pairs = make_folder(out), data.ordered_pairs(getattr(dataset, split))
+    out, pairs = make_folder(out), dataset.pairs(split)
     names = ["drivenmorph", *(name for name in names if name != "drivenmorph")]
     arguments = {name: METHODS[name][1] for name in names}
     arguments["drivenmorph"] = checkpoint or arguments["drivenmorph"][0], refine_steps
@@ -224,8 +228,9 @@ def _key(method, arguments, files, exclude):
     from drivenmorph_jax.checkpoint import git_commit
 
     package = METHODS[method][2]
-    version = (importlib.metadata.version(importlib.metadata.packages_distributions()[package][0]) if package
-               else git_commit())
+    # Not every wheel says which packages it holds.
+    version = (importlib.metadata.version(importlib.metadata.packages_distributions().get(package, [package])[0])
+               if package else git_commit())
     digest = hashlib.sha256(json.dumps([method, version, [*map(int, exclude)], *map(str, arguments)]).encode())
     for path in (*files, *(path for x in arguments for path in sorted(Path(str(x)).rglob("*")))):
         if path.is_file():

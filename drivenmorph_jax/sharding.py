@@ -4,6 +4,7 @@ The mesh has two axes: "data", over which pairs are split, and "space", over whi
 What crosses a border between two parts of a volume (convolutions, box sums, attention, warps) XLA exchanges by itself.
 """
 
+import os
 from pathlib import Path
 
 import jax
@@ -13,12 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from drivenmorph_jax.errors import InputError
 
 
-def start(distributed=False, **process):
+def start(distributed=False, deterministic=False, **process):
     """What a program does first: keep compiled code for the next run, and join the other processes if there are any.
 
-    The code lies in ~/.cache/drivenmorph_jax, or where JAX_COMPILATION_CACHE_DIR says. `process` is what
-    `jax.distributed.initialize` takes, where nothing on the machine tells it (Slurm, Kubernetes and Cloud TPU do).
+    The code lies in ~/.cache/drivenmorph_jax, or where JAX_COMPILATION_CACHE_DIR says. `deterministic` leaves no order of
+    a sum to chance on GPUs. `process` is what `jax.distributed.initialize` takes, where nothing on the machine tells it
+    (Slurm, Kubernetes and Cloud TPU do).
     """
+    if deterministic:  # XLA reads it when the first device is asked for
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "drivenmorph_jax"))
     # By default what compiles within a second is not kept: a program of many small parts waits for all of them again.

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -52,21 +52,37 @@ def make_train_step(model, optimizer, config, mesh):
                    out_shardings=whole, compiler_options=sharding.compiler_options())
 
 
-def compiled_step(train_step, params, opt_state, batch):
-    """The step compiled for these shapes; tells the memory that it will take before any of it is taken.
+# What `compiled_step` tries, in this order, to need less memory.
+SMALLER = ({}, {"remat": True}, {"remat": True, "dtype": "bfloat16"})
 
-    Raises InputError where a device has less.
+
+def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None):
+    """(the step compiled for these shapes, the configuration that it has); tells its memory before any of it is taken.
+
+    Args:
+      memory: bytes that it may take of each device: the first of `SMALLER` that keeps to it is taken. By default those
+        that the device has, and the configuration stays as it is.
+
+    Raises InputError where that does not suffice.
     """
-    compiled = train_step.lower(params, opt_state, batch).compile()
-    needed = sharding.device_memory(compiled) / 2**30
-    there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", np.inf) / 2**30  # of a CPU nothing is told
-    told = f"a step on images of {'x'.join(map(str, batch['fixed'].shape[1:4]))} takes {needed:.1f} GiB of each device"
-    if needed > there:
-        raise InputError(f"{told}, which has {there:.1f}: set --config.model.remat=True, a --config.data.crop, "
-                         "--config.model.dtype=bfloat16, or more devices to a volume by --config.space")
+    limit = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)  # a CPU tells nothing
+    for settings in SMALLER if memory else SMALLER[:1]:
+        config = config.copy_and_resolve_references()
+        config.model.update({key: value for key, value in settings.items() if key in config.model})
+        train_step = make_train_step(make_network(config.model), optimizer, config, mesh)
+        compiled = train_step.lower(params, opt_state, batch).compile()
+        needed = sharding.device_memory(compiled)
+        if needed <= limit:
+            break
+    settings = "".join(f", {key} {config.model[key]}" for key in settings if key in config.model)
+    told = (f"a step on images of {'x'.join(map(str, batch['fixed'].shape[1:4]))}{settings} takes {needed / 2**30:.1f} "
+            "GiB of each device")
+    if needed > limit:
+        raise InputError(f"{told}, more than {limit / 2**30:.1f}: set --memory for remat and bfloat16, a "
+                         "--config.data.crop, or more devices to a volume by --config.space")
     if jax.process_index() == 0:
         print(told)
-    return compiled
+    return compiled, config
 
 
 def one_hot(batch, labels):
@@ -75,13 +91,14 @@ def one_hot(batch, labels):
                     for key in ("fixed_labels", "moving_labels") if key in batch}
 
 
-def train_and_evaluate(config, workdir):
+def train_and_evaluate(config, workdir, memory=None):
     """Train a network, or go on where the last run in `workdir` was stopped, and score it on held-out pairs.
 
     Args:
       config: as `configs/default.py` makes it; `init` names a checkpoint to begin with, whose levels are the coarsest
         of this model.
       workdir: gets `latest/` and `best/` checkpoints, `metrics.jsonl`, `tensorboard/` and `evaluation/`.
+      memory: as in `compiled_step`.
 
     Returns:
       The summary of `evaluate` on the test pairs; None from any process but the first, and from a run that SIGTERM
@@ -93,20 +110,7 @@ def train_and_evaluate(config, workdir):
     """
     workdir = make_folder(workdir)
     with alone_in(workdir) if jax.process_index() == 0 else nullcontext():
-        return _train_and_evaluate(config, workdir)
-
-
-@contextmanager
-def closing(logs, *managers):
-    """Closes them in the end, whatever happens, checkpoints being on disk before."""
-    try:
-        yield
-    finally:
-        logs.close()
-        for manager in managers:
-            with checkpoint.written(manager):
-                manager.wait_until_finished()
-            manager.close()
+        return _train_and_evaluate(config, workdir, memory)
 
 
 @contextmanager
@@ -124,7 +128,7 @@ def terminated():
         signal.signal(signal.SIGTERM, before)
 
 
-def _train_and_evaluate(config, workdir):
+def _train_and_evaluate(config, workdir, memory):
     model, mesh = make_network(config.model), sharding.device_mesh(config.space)
     if config.loss.similarity not in SIMILARITIES:
         raise InputError(f"loss.similarity is {config.loss.similarity!r}: set it to one of {', '.join(SIMILARITIES)}")
@@ -141,7 +145,7 @@ def _train_and_evaluate(config, workdir):
                          "whole image")
     with_labels = config.loss.dice > 0
     batches = data.training_batches(dataset.train, config.batch_size // jax.process_count(), config.seed,
-                                    with_labels=with_labels, **{key: config.data[key] for key in (
+                                    atlas=dataset.atlas, with_labels=with_labels, **{key: config.data[key] for key in (
                                         "downsample", "crop", "flip", "affine", "intensity", "bias", "noise")})
     labels = np.setdiff1d(np.unique([s.labels for s in dataset.train]), dataset.exclude) if with_labels else None
 
@@ -169,8 +173,7 @@ def _train_and_evaluate(config, workdir):
              "data": dataset.name, "exclude": list(dataset.exclude)}
     best_score = checkpoint.read_about(workdir / "best")["score"] if best.latest_step() else -np.inf
 
-    train_step, compiled = make_train_step(model, optimizer, config, mesh), None
-    predict = make_predict(config)
+    training_pairs, compiled = dataset.pairs("train"), None
     logs = Logs(workdir, start, config.steps, jax.process_index() == 0)
     waiting, skipped = None, 0
 
@@ -187,7 +190,7 @@ def _train_and_evaluate(config, workdir):
             logs.write(step, row | (extra or {}))
             return
         skipped += 1
-        names = ", ".join(f"{dataset.train[moving].id} to {dataset.train[fixed].id}" for fixed, moving in pairs)
+        names = ", ".join(f"{moving.id} to {fixed.id}" for fixed, moving in (training_pairs[i] for i in pairs))
         told = f"{bad[0]} is {row[bad[0]]} at step {step}, {names}"
         if skipped == MAX_SKIPPED:
             raise InputError(f"{told}, and so were the {skipped - 1} steps before: lower learning_rate or look at "
@@ -195,12 +198,14 @@ def _train_and_evaluate(config, workdir):
         logs.skip(step, f"{told}: the step is skipped", extra)
 
     began = time.perf_counter()
-    with terminated() as stopping, closing(logs, latest, best):
+    with terminated() as stopping, closing(logs), closing(latest), closing(best):
         for step in range(start + 1, config.steps + 1):
             batch = one_hot(next(batches), labels)
             pairs = batch.pop("pair")
             batch = sharding.global_batch(batch, mesh)
-            compiled = compiled or compiled_step(train_step, params, opt_state, batch)
+            if compiled is None:
+                compiled, config = compiled_step(optimizer, config, mesh, params, opt_state, batch, memory)
+                about["config"], predict = config.to_dict(), make_predict(config)
             params, opt_state, row = compiled(params, opt_state, batch)
             row["seconds"] = time.perf_counter() - began
             record()

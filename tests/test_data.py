@@ -167,6 +167,12 @@ def test_batches_have_images_and_their_labels():
     assert set(next(training_batches(coded(4, labels=False), 3, seed=0))) == {"fixed", "moving", "pair"}
 
 
+def test_with_an_atlas_it_moves_in_every_pair():
+    *subjects, atlas = coded(4)
+    batches = training_batches(subjects, 3, seed=0, atlas=atlas, with_labels=True)
+    assert sorted(drawn(batches, 1)) == sorted(drawn(batches, 1)) == [(1, 4), (2, 4), (3, 4)]
+
+
 def test_an_epoch_holds_every_ordered_pair_once_in_an_order_of_its_own():
     batches = training_batches(coded(4), 4, seed=0, with_labels=True)
     first, second = drawn(batches, 3), drawn(batches, 3)

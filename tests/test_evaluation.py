@@ -46,6 +46,15 @@ def test_a_checkpoint_is_scored_on_files_as_on_the_cohort_that_they_were_written
     assert "tre_mm" not in scores
 
 
+def test_an_atlas_is_the_moving_image_of_every_pair(smoke, brains, tmp_path):
+    (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001"]}))
+    evaluate_checkpoint(smoke[0], tmp_path, root=brains, overrides=["--config.data.atlas=sub-002"])
+    rows = csv.DictReader((tmp_path / "pairs.csv").open())
+    assert [(row["fixed"], row["moving"]) for row in rows] == [("sub-000", "sub-002"), ("sub-001", "sub-002")]
+    with pytest.raises(InputError, match="sub-009_t1.nii.gz does not exist: set data.atlas"):
+        evaluate_checkpoint(smoke[0], tmp_path, root=brains, overrides=["--config.data.atlas=sub-009"])
+
+
 def test_refinement_goes_on_from_the_network(smoke, brains, tmp_path):
     (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001"]}))
     plain, refined = (evaluate_checkpoint(smoke[0], tmp_path / str(steps), root=brains, refine_steps=steps)

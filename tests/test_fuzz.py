@@ -15,9 +15,11 @@ import pytest
 from ml_collections import ConfigDict
 from scipy.ndimage import gaussian_filter
 
-from drivenmorph_jax import nifti, transforms
-from drivenmorph_jax.data.folder import IMAGE, folder_dataset
+import register as register_program
+from drivenmorph_jax import errors, nifti, transforms
+from drivenmorph_jax.data.folder import IMAGE, LABELS, folder_dataset
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import evaluate_checkpoint
 from drivenmorph_jax.registration import apply_files
 
 COUNT = int(os.environ.get("FUZZ", 300))
@@ -145,3 +147,66 @@ def smooth_transform(tmp_path):
     image.header.set_intent(1007)
     nib.save(image, tmp_path / "displacement.nii.gz")
     return tmp_path / "displacement.nii.gz"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_register_with_a_damaged_file_ends_in_a_whole_result_or_one_sentence(tmp_path, monkeypatch, capsys):
+    """`register.py` as a whole, with one damaged image, label map or mask; by Demons, which compiles fast."""
+    good, out = tmp_path / "good.nii.gz", tmp_path / "out"
+    nib.save(nib.Nifti1Image(gaussian_filter(np.random.default_rng(0).random(SHAPE), 1).astype(np.float32),
+                             np.diag([1.0, 2, 1, 1])), good)
+    done = {"registered": 0, "refused": 0}
+    for seed in range(COUNT // 30):
+        data, ending = damaged(np.random.default_rng(seed))
+        bad = tmp_path / f"bad{ending}"
+        bad.write_bytes(data)
+        files = {"--fixed": good, "--moving": good}
+        files[("--fixed", "--moving", "--moving_labels", "--fixed_mask")[seed % 4]] = bad
+        arguments = [str(x) for pair in files.items() for x in pair]
+        monkeypatch.setattr("sys.argv", ["register.py", *arguments, "--out", str(out), "--method", "demons",
+                                         "--memory", "4GB"])
+        start, status = time.perf_counter(), 0
+        try:
+            errors.run(register_program.main)
+        except SystemExit as stop:
+            status = stop.code
+        said = capsys.readouterr().err
+        assert time.perf_counter() - start < 20, seed
+        if status:
+            assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, (seed, said)
+            assert not out.exists() or not list(out.iterdir()), seed
+        else:
+            assert np.isfinite(nib.load(out / "displacement.nii.gz").get_fdata()).all(), seed
+            shutil.rmtree(out)
+        done["refused" if status else "registered"] += 1
+    assert min(done.values()), done
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eval_with_a_damaged_subject_ends_in_scores_or_one_sentence(smoke, brains, tmp_path):
+    """`eval.py` behind its flags, with one damaged image or label map among four subjects."""
+    cohort = shutil.copytree(brains, tmp_path / "cohort")
+    (cohort / "splits.json").write_text('{"test": ["sub-000", "sub-001"]}')
+    done = {"scored": 0, "refused": 0}
+    for seed in range(max(4, COUNT // 60)):
+        rng = np.random.default_rng(seed)
+        kind = (IMAGE, LABELS)[seed % 2]
+        path = cohort / f"sub-001{kind}"
+        content = bytearray(gzip.decompress((brains / path.name).read_bytes()))
+        # Every other time only voxels, so that the file can be read.
+        for place in rng.integers(352 if seed // 2 % 2 else 0, len(content), 40):
+            content[place] = rng.integers(256)
+        path.write_bytes(gzip.compress(bytes(content), 1))
+        out, start = tmp_path / f"out{seed}", time.perf_counter()
+        try:
+            summary = evaluate_checkpoint(smoke[0], out, root=cohort)
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error), seed
+            assert not (out / "summary.json").exists(), seed
+            done["refused"] += 1
+        else:
+            assert np.isfinite(summary["dice"]["mean"]) and np.isfinite(summary["sdlogj"]["mean"]), seed
+            done["scored"] += 1
+        assert time.perf_counter() - start < 60, seed
+        shutil.copy(brains / path.name, path)
+    assert min(done.values()), done

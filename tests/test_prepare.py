@@ -105,7 +105,7 @@ def test_every_layout_becomes_a_folder_that_training_reads(name, tmp_path, witho
     made = prepare.prepare(name, tmp_path / "source", tmp_path / "out")
     assert set(made) and set(prepare.LAYOUTS) == set(LAYOUTS)
     splits = json.loads((tmp_path / "out" / "splits.json").read_text())
-    assert sorted(id for split in splits.values() for id in split) == sorted(made)
+    assert sorted(id for split in splits.values() for id in split) == sorted(set(made) - {"atlas"})
     config = type("Config", (dict,), {"root": tmp_path / "out"})()
     dataset = folder_dataset(config)
     assert dataset.spacing == (1.0 if name == "ixi-pkl" else 2.0)
@@ -118,7 +118,10 @@ def test_every_layout_becomes_a_folder_that_training_reads(name, tmp_path, witho
     if name == "oasis-l2r":
         assert splits["val"] == ["OASIS_0395", "OASIS_0414"] and len(splits["train"]) == 3
     if name == "ixi-pkl":
-        assert {split: len(ids) for split, ids in splits.items()} == {"train": 4, "val": 2, "test": 2}
+        assert {split: len(ids) for split, ids in splits.items()} == {"train": 3, "val": 2, "test": 2}
+        config["atlas"] = "atlas"
+        assert [(fixed.id, moving.id) for fixed, moving in folder_dataset(config).pairs("test")] == [
+            ("test_0", "atlas"), ("test_1", "atlas")]
 
 
 def test_a_broken_subject_is_named_and_left_out_and_the_others_are_not_made_again(tmp_path, without_affine, capsys):
@@ -164,6 +167,6 @@ def test_native_brains_come_to_lie_on_each_other(tmp_path):
             (source / f"{id}_{kind}.nii.gz").symlink_to(SHARED / "native" / f"{id}_{kind}.nii.gz")
     prepare.prepare("malf", source, tmp_path / "out")
     labels = [nifti.load_labels(tmp_path / "out" / f"{id}_seg.nii.gz").data for id in ("1005", "1116")]
-    assert labels[0].shape == prepare.SHAPE
+    assert labels[0].shape == prepare.SHAPE == nifti.load_image(tmp_path / "out" / "mni152_t1.nii.gz").data.shape
     # Affinely aligned by another program, as the shared folder has them, the two have a Dice of about .4.
     assert metrics.mean_dice(*labels, (0, 1, 42, 43, 46, 63, 64)) > 0.36

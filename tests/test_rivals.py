@@ -40,6 +40,11 @@ def test_what_is_not_installed_is_said_and_what_is_unknown_refused(capsys, monke
         rivals.installed(["voxel"])
 
 
+def test_a_package_whose_wheel_does_not_say_what_it_holds_has_a_version_all_the_same(monkeypatch):
+    monkeypatch.setattr(rivals.importlib.metadata, "packages_distributions", dict)
+    assert rivals._key("itk-demons", (), [], (0,)) != rivals._key("itk-demons", (), [], (0, 1))
+
+
 def test_rivals_are_scored_on_the_same_pairs(smoke, brains, tmp_path):
     (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001"]}))
     exclude = f"--config.data.exclude={tuple(smoke[1]['excluded_labels'])}"

@@ -52,13 +52,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch
     make = training.compiled_step
 
     def dying(*arguments):
-        step, calls = make(*arguments), iter(range(1, 7))
+        (step, config), calls = make(*arguments), iter(range(1, 7))
 
         def until_five(*state):
             if next(calls) == 5:
                 raise KeyboardInterrupt  # step 4 is done but in no checkpoint
             return step(*state)
-        return until_five
+        return until_five, config
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "compiled_step", dying)
@@ -108,8 +108,26 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(tmp_path, monkey
         def memory_stats(self):
             return {"bytes_limit": 2**20}
     monkeypatch.setattr(training, "jax", SimpleNamespace(**vars(jax) | {"local_devices": lambda: [Device()]}))
-    with pytest.raises(InputError, match="a step on images of 32x40x32 takes .* GiB .*, which has 0.0: set"):
+    with pytest.raises(InputError, match="a step on images of 32x40x32 takes .* GiB .*, more than 0.0: set"):
         training.train_and_evaluate(get_config(), tmp_path)
+
+
+def test_with_less_memory_a_step_is_rematerialised_then_in_bfloat16(tmp_path, monkeypatch, capsys):
+    config = get_config()
+    config.steps, needed = 1, iter((3e9, 2e9, 1e9))
+    monkeypatch.setattr(training, "evaluate", lambda config, *_, **__: config)
+    monkeypatch.setattr(sharding, "device_memory", lambda _: next(needed))
+    found = training.train_and_evaluate(config, tmp_path, memory=1.5e9)
+    assert found.model.remat and found.model.dtype == "bfloat16" and not config.model.remat
+    assert "of 32x40x32, remat True, dtype bfloat16 takes 0.9 GiB" in capsys.readouterr().out
+    assert checkpoint.read_about(tmp_path)["config"]["model"]["dtype"] == "bfloat16"
+
+
+def test_deterministic_is_a_flag_that_xla_knows():
+    done = subprocess.run([sys.executable, "-c", "import jax, os; from drivenmorph_jax import sharding; "
+                           "sharding.start(deterministic=True); jax.devices(); print(os.environ['XLA_FLAGS'])"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--xla_gpu_deterministic_ops=true" in done.stdout, done.stderr[-500:]
 
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
@@ -143,13 +161,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, c
     make = training.compiled_step
 
     def watched(*arguments):
-        step = make(*arguments)
+        step, config = make(*arguments)
 
         def once(params, state, batch):
             params, state, row = step(params, state, batch)
             seen.append(jax.device_get((params, state)))
             return params, state, row
-        return once
+        return once, config
 
     monkeypatch.setattr(training, "compiled_step", watched)
     monkeypatch.setattr(training, "evaluate", lambda *_, **__: None)

@@ -29,7 +29,8 @@ def folder_dataset(config, splits=SPLITS):
       config: root, the folder; exclude, labels that scores leave out besides background; splits, the path of
         a splits.json, or None to look for one in the folder and its parent. Without any, a tenth each become
         val and test (at least two where there are six, one where there are three), the same ones every time.
-        With skip_bad a subject that cannot be read is named on stderr and left out.
+        With skip_bad a subject that cannot be read is named on stderr and left out. atlas, the id of the moving
+        image of all pairs, or None for pairs of subjects.
       splits: the splits to read; the others stay empty.
 
     Raises:
@@ -45,11 +46,15 @@ def folder_dataset(config, splits=SPLITS):
 
     path = _splits_file(root, config.get("splits"))
     ids = _read_splits(path, root, found) if path else drawn_splits(found)
-    wanted = [id for split in splits for id in ids[split]]
+    wanted, atlas = [id for split in splits for id in ids[split]], config.get("atlas")
     if not wanted:
         raise InputError(f"{path or root} has no subjects for {', '.join(splits)}: add ids to a splits.json")
+    if atlas is not None:
+        if atlas not in found:
+            raise InputError(f"{root / (atlas + IMAGE)} does not exist: set data.atlas to the id of an image that does")
+        wanted = dict.fromkeys([*wanted, atlas])
     with ThreadPoolExecutor(THREADS) as pool:  # unpacking gzip releases the interpreter
-        read = pool.map(lambda id: _read_subject(root, id, config.get("skip_bad", False)), wanted)
+        read = pool.map(lambda id: _read_subject(root, id, config.get("skip_bad", False) and id != atlas), wanted)
         subjects = {subject.id: subject for subject in read if subject is not None}
     if not subjects:
         raise InputError(f"{root} holds no image that can be read: look at the files named above")
@@ -60,7 +65,7 @@ def folder_dataset(config, splits=SPLITS):
             for split in SPLITS}
     return Dataset(root.resolve().name, **read,
                    spacing=spacing, label_names=read_label_names(table) if table else {},
-                   exclude=tuple(sorted({0, *config.get("exclude", ())})))
+                   exclude=tuple(sorted({0, *config.get("exclude", ())})), atlas=subjects.get(atlas))
 
 
 def _beside(root, name):

@@ -13,9 +13,9 @@ from drivenmorph_jax.grid import average_pool
 READERS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches
 
 
-def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0), flip=False, affine=0.0,
+def training_batches(subjects, batch_size, seed, *, atlas=None, downsample=1, crop=(0, 0, 0), flip=False, affine=0.0,
                      intensity=0.0, bias=0.0, noise=0.0, with_labels=False):
-    """Batches of random ordered pairs of different subjects, without end, every pair once before any again.
+    """Batches of random `ordered_pairs`, without end, every pair once before any again.
 
     The order and the augmentation follow from the seed and a pair's place in the sequence alone. Process p of
     n takes every n-th pair of it, so that hosts together see what one would. The iterator's `get_state` and
@@ -25,6 +25,7 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
       subjects: at least two, on one grid (D, H, W).
       batch_size: pairs in a batch of this process.
       seed: integer.
+      atlas: the moving image of all pairs, or None for pairs of different subjects.
       downsample: factor by which images are average-pooled, and labels strided, once at the start.
       crop: shape of a box, at a random place, of the pooled images, the same of both; 0 is a whole side.
       flip: mirror both images of a random half of the pairs along the first axis, left to right.
@@ -34,7 +35,7 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
 
     Returns:
       An iterator over {'fixed', 'moving': (B, D, H, W, 1) float32} and, with labels, {'fixed_labels',
-      'moving_labels': (B, D, H, W) int32}, and 'pair' (B, 2), the places of the two in `subjects`, as NumPy arrays.
+      'moving_labels': (B, D, H, W) int32}, and 'pair' (B,), its place among the `ordered_pairs`, as NumPy arrays.
 
     Raises:
       InputError: fewer than two subjects, labels asked for but missing, a side that `downsample` does not divide,
@@ -42,16 +43,16 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
     """
     if len(subjects) < 2:
         raise InputError(f"training needs at least 2 subjects, not {len(subjects)}: add to the train split")
-    images = {subject: _pooled(subject, downsample) for subject in subjects}
-    labels = {subject: _strided(subject, downsample) for subject in subjects} if with_labels else {}
-    places = {subject: place for place, subject in enumerate(subjects)}
+    pairs = ordered_pairs(subjects, atlas)
+    images = {subject: _pooled(subject, downsample) for subject in dict.fromkeys(sum(pairs, ()))}
+    labels = {subject: _strided(subject, downsample) for subject in images} if with_labels else {}
     whole = np.array(next(iter(images.values())).shape)
     box = np.where(crop, crop, whole)
     if (box > whole).any():
         raise InputError(f"data.crop is {tuple(crop)}, larger than the images of {tuple(map(int, whole))}: "
                          "set it lower")
 
-    def example(pair, rng):
+    def example(place, rng):
         # Numbers are drawn whether used or not: switching one augmentation leaves the others as they are.
         mirrored = rng.random() < 0.5
         side = slice(None, None, -1) if flip and mirrored else slice(None)
@@ -61,8 +62,8 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
         def cut(volume, matrix, order):
             return apply_affine(volume, matrix, order, corner, tuple(box)) if affine else volume[inside]
 
-        batch = {"pair": np.array([places[subject] for subject in pair])}
-        for role, subject in zip(("fixed", "moving"), pair, strict=True):
+        batch = {"pair": place}
+        for role, subject in zip(("fixed", "moving"), pairs[place], strict=True):
             matrix = random_affine(rng, affine)
             image = cut(images[subject][side], matrix, 1)
             for change, strength in ((change_contrast, intensity), (add_bias, bias), (add_noise, noise)):
@@ -73,7 +74,7 @@ def training_batches(subjects, batch_size, seed, *, downsample=1, crop=(0, 0, 0)
         return batch
 
     return iter(
-        grain.MapDataset.source(ordered_pairs(subjects))
+        grain.MapDataset.range(len(pairs))
         .seed(seed)
         .shuffle()
         .repeat()

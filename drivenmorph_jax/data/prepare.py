@@ -4,8 +4,8 @@ python -m drivenmorph_jax.data.prepare NAME SOURCE DESTINATION
 
 NAME says how SOURCE is laid out. Images must be skull-stripped. Each is checked, turned to RAS, aligned to the MNI152
 brain by an affine (unless its layout is aligned already), resampled to 1 mm and cropped to one grid; labels follow by
-nearest neighbour. DESTINATION gets ID_t1.nii.gz, ID_seg.nii.gz, splits.json, labels.csv where the source has one, and
-contact_sheet.png: look at it. A broken subject is named and left out. What is there already is not made again.
+nearest neighbour. DESTINATION gets ID_t1.nii.gz, ID_seg.nii.gz, splits.json, labels.csv where the source has one,
+mni152_t1.nii.gz, which data.atlas can name, where images were aligned to it, and contact_sheet.png: look at it. A broken subject is named and left out. What is there already is not made again.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def learn2reg_oasis(source):
 
 def ixi_pickles(source):
     """IXI as TransMorph's authors prepared it: Train, Val, Test and Atlas/*.pkl, a pair (image, labels) each."""
-    splits = {"Train": "train", "Val": "val", "Test": "test", "Atlas": "train"}
+    splits = {"Train": "train", "Val": "val", "Test": "test", "Atlas": "atlas"}
     return {path.stem: (path, path, split) for folder, split in splits.items()
             for path in source.glob(f"{folder}/*.pkl")}
 
@@ -166,6 +166,9 @@ def prepare(name, source, destination, workers=None):
     _write_splits(destination, {id: found[id][2] for id in made})
     for table in sorted(source.glob("labels.csv")):
         shutil.copyfile(table, destination / "labels.csv")
+    if not aligned:
+        template, grid = mni_grid()
+        _save(destination / f"mni152{IMAGE}", nifti.resample(template, SHAPE, grid), nifti.on_grid(SHAPE, grid))
     contact_sheet(destination / "contact_sheet.png", destination, made)
     return made
 
@@ -195,11 +198,15 @@ def _prepared(job):
         like = nifti.on_grid(voxels.shape, grid)
         if segmentation is not None:
             nifti.save(destination / f"{id}{LABELS}", segmentation.astype(np.int32), like)
-        # Last: where it is, the subject is whole. 255 steps are more than a scanner's noise lets through.
-        nifti.save(out, np.rint(255 * nifti.normalise(voxels)).astype(np.int16), like)
+        _save(out, voxels, like)  # last: where it is, the subject is whole
     except InputError as error:
         return str(error)
     return None
+
+
+def _save(path, voxels, like):
+    # 255 steps are more than a scanner's noise lets through.
+    nifti.save(path, np.rint(255 * nifti.normalise(voxels)).astype(np.int16), like)
 
 
 def _source(path):

@@ -33,11 +33,17 @@ class Dataset:
     spacing: float  # mm, the same along every axis
     label_names: dict[int, str]
     exclude: tuple[int, ...]  # labels left out of scores; background is always one
+    atlas: Subject | None = None  # the moving image of every pair, where there is one
+
+    def pairs(self, split):
+        """The pairs (fixed, moving) of a split."""
+        return ordered_pairs(getattr(self, split), self.atlas)
 
 
-def ordered_pairs(subjects):
-    """All n (n - 1) ordered pairs (fixed, moving) of different subjects."""
-    return [(fixed, moving) for fixed in subjects for moving in subjects if fixed is not moving]
+def ordered_pairs(subjects, atlas=None):
+    """(fixed, moving): all n (n - 1) ordered pairs of different subjects, or the atlas to each of them."""
+    movings = subjects if atlas is None else (atlas,)
+    return [(fixed, moving) for fixed in subjects for moving in movings if fixed is not moving]
 
 
 def padded(dataset, multiple):
@@ -53,10 +59,11 @@ def padded(dataset, multiple):
         return replace(s, image=pad(s.image), labels=pad(s.labels), to_template=pad(s.to_template),
                        from_template=pad(s.from_template))
 
-    shapes = {subject.image.shape for split in SPLITS for subject in getattr(dataset, split)}
-    if all(side % multiple == 0 for shape in shapes for side in shape):
+    subjects = {subject for split in SPLITS for pair in dataset.pairs(split) for subject in pair}
+    if all(side % multiple == 0 for subject in subjects for side in subject.image.shape):
         return dataset
-    return replace(dataset, **{split: tuple(map(pad_subject, getattr(dataset, split))) for split in SPLITS})
+    return replace(dataset, **{split: tuple(map(pad_subject, getattr(dataset, split))) for split in SPLITS},
+                   atlas=dataset.atlas and pad_subject(dataset.atlas))
 
 
 def read_label_names(path):

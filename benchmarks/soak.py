@@ -1,0 +1,72 @@
+"""Hours of training and evaluation in one process: do memory and open files stay flat?
+
+python -m benchmarks.soak [--hours 3] [--out runs/soak]
+
+Over and over: `configs/smoke.py` goes on for some steps in the same folder (checkpoints, logs, validation), and is then
+scored on the test pairs with all figures and the report. One row a round is printed and appended to OUT/soak.jsonl;
+OUT/soak.png shows the curves. The first ten minutes, in which everything is compiled, do not count.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from configs.smoke import get_config
+from drivenmorph_jax import sharding
+from drivenmorph_jax.files import make_folder, rows_text
+from drivenmorph_jax.training import train_and_evaluate
+
+STEPS, WARM = 60, 600  # steps a round; seconds that do not count
+
+
+def used():
+    """(MiB of memory, open files, threads) of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return (pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd")),
+            len(os.listdir("/proc/self/task")))
+
+
+def draw(path, rows):
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for ax, key in zip(figure.subplots(3, 1, sharex=True), ("MiB", "files", "threads"), strict=True):
+        ax.plot([row["seconds"] / 60 for row in rows], [row[key] for row in rows])
+        ax.set(ylabel=key, ylim=(0, None))
+    ax.set_xlabel("minutes")
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=3)
+    parser.add_argument("--out", default="runs/soak")
+    flags = parser.parse_args()
+    sharding.start()
+    out, config, rows, began = make_folder(flags.out), get_config(), [], time.monotonic()
+    config.val_every = config.checkpoint_every = 10
+    config.steps = 0
+    while time.monotonic() - began < 3600 * flags.hours:
+        config.steps += STEPS
+        dice = train_and_evaluate(config, out / "training")["dice"]["mean"]
+        rows.append({"seconds": time.monotonic() - began, "steps": config.steps, "dice": dice,
+                     **dict(zip(("MiB", "files", "threads"), used(), strict=True))})
+        with (out / "soak.jsonl").open("a") as file:
+            file.write(rows_text(rows[-1:]))
+        print("{seconds:6.0f} s  {steps} steps  Dice {dice:.3f}  {MiB:.0f} MiB  {files} files  {threads} threads".format(
+            **rows[-1]), flush=True)
+        draw(out / "soak.png", rows)
+    warm = [row for row in rows if row["seconds"] > WARM]
+    for key in ("MiB", "files", "threads"):
+        if len(warm) > 1:
+            slope = np.polyfit([row["seconds"] / 3600 for row in warm], [row[key] for row in warm], 1)[0]
+            print(f"{key}: {warm[0][key]:.0f} after {WARM // 60} minutes, {warm[-1][key]:.0f} at the end, {slope:+.1f} an "
+                  "hour")
+
+
+if __name__ == "__main__":
+    main()
