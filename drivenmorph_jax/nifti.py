@@ -19,6 +19,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import replacing
 
 MOST_VOXELS = 2**30
+FINEST, COARSEST = 1e-2, 1e2  # mm: what no scan of a brain has, and no grid or blur could be made for
 PATHS = (str, os.PathLike)
 ENDINGS = (".nii", ".nii.gz")
 
@@ -102,6 +103,8 @@ def open_nifti(source):
     if not (np.isfinite(image.affine).all() and spacing.all()
             and abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 1e-3):
         raise InputError(f"{path} has a singular or non-finite affine; repair its sform or qform")
+    if spacing.min() < FINEST or spacing.max() > COARSEST:
+        raise InputError(f"{path} has voxels of {' x '.join(f'{size:.3g}' for size in spacing)} mm; repair its header")
     return image, path
 
 

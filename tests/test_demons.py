@@ -9,7 +9,7 @@ from test_warp import smooth_field
 
 from drivenmorph_jax import demons, forces
 from drivenmorph_jax.grid import resize_field
-from drivenmorph_jax.integrate import exponential
+from drivenmorph_jax.integrate import exponential, inverse
 from drivenmorph_jax.jacobian import jacobian_determinant
 from drivenmorph_jax.warp import compose, warp
 
@@ -203,6 +203,16 @@ def test_the_inverse_is_found_where_the_transform_stretches():
     assert np.abs(compose(u, w))[4:-4].max() < 0.05
     fine = resize_field(jnp.asarray(u), (96, 16, 16))
     assert np.abs(compose(fine, demons.coarse_inverse(fine)))[8:-8].mean() < 0.1
+
+
+def test_the_inverse_of_a_rough_field_returns_between_voxels_too():
+    u = 8 * demons.gaussian_smooth(jax.random.normal(jax.random.key(0), (32, 32, 32, 3)), 2.0)
+    assert 0.7 < jnp.linalg.norm(u, axis=-1).mean() and jacobian_determinant(u).min() > 0.05
+    w = demons.coarse_inverse(u)
+    at_voxels = inverse(u, 60)
+    for back, most in ((compose(w, u), 0.03), (compose(u, w), 0.045)):
+        assert jnp.linalg.norm(back[4:-4, 4:-4, 4:-4], axis=-1).mean() < most
+    assert jnp.linalg.norm(compose(at_voxels, u)[4:-4, 4:-4, 4:-4], axis=-1).mean() > 0.05
 
 
 @pytest.mark.parametrize("space", [(24, 20), (24, 20, 28)])
