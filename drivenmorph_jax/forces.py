@@ -25,7 +25,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.grid import average_pool, difference
+from drivenmorph_jax.grid import average_pool, box_sum, difference
 
 
 def feature_force(d, slope, max_step, weights=None, floor=1e-6):
@@ -184,10 +184,7 @@ def scale_longest(p, max_step):
 
 def box_mean(x, radius):
     """Sum of x (*space) over (2 radius + 1)^n voxels around each, zero beyond the border, over their number."""
-    for axis, n in enumerate(x.shape):
-        padded = jnp.pad(x, [(radius, radius) if axis == other else (0, 0) for other in range(x.ndim)])
-        x = sum(jax.lax.slice_in_dim(padded, k, k + n, axis=axis) for k in range(2 * radius + 1)) / (2 * radius + 1)
-    return x
+    return box_sum(x, radius, range(x.ndim)) / (2 * radius + 1) ** x.ndim
 
 
 def mind(image, distance=1, radius=1):

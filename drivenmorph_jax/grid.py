@@ -79,6 +79,18 @@ def difference(x, axis, dims=3):
     return jnp.concatenate([part(1, 2) - part(0, 1), inside, part(n - 1, n) - part(n - 2, n - 1)], axis=axis)
 
 
+def box_sum(x, radius, axes):
+    """Sums of x over 2 radius + 1 voxels along each of `axes`, zero beyond the border.
+
+    One axis after the other by `reduce_window`, which XLA on CPU does in a fifth of the time of a product with a banded
+    matrix, and which devices that share a volume do with a halo.
+    """
+    for axis in axes:
+        window = [2 * radius + 1 if k == axis else 1 for k in range(x.ndim)]
+        x = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, [1] * x.ndim, "SAME")
+    return x
+
+
 def along_axes(matrices, x):
     """Apply one (n, n) matrix along each spatial axis of (..., D, H, W, C): a separable linear filter.
 

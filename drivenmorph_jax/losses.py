@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.grid import along_axes, average_pool, difference, resize_field
+from drivenmorph_jax.grid import average_pool, box_sum, difference, resize_field
 from drivenmorph_jax.warp import compose, warp
 
 SIMILARITIES = ("lncc", "mse")
@@ -17,19 +17,23 @@ def lncc(a, b, window, weight=None):
 
     Reference: Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", 2008.
     """
-    def matrix(n):
-        box = (jnp.abs(jnp.arange(n)[:, None] - jnp.arange(n)[None, :]) <= window // 2).astype(jnp.float32)
-        return box / box.sum(1, keepdims=True)
+    axes, radius = (1, 2, 3), window // 2
 
     def prepared(x):
         """Centred, and at most 1: rounding of the variances then stays below the floor that they get."""
-        x, axes = x.astype(jnp.float32), (1, 2, 3)
+        x = x[..., 0].astype(jnp.float32)
         scale = jnp.maximum(1, x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
         return (x - x.mean(axes, keepdims=True)) / jax.lax.stop_gradient(scale)
 
+    def mean(x):
+        for axis in axes:
+            place, last = jnp.arange(x.shape[axis]), x.shape[axis] - 1
+            inside = 1 + jnp.minimum(place, radius) + jnp.minimum(last - place, radius)
+            x = box_sum(x, radius, [axis]) / inside.reshape([-1 if k == axis else 1 for k in range(x.ndim)])
+        return x
+
     a, b = prepared(a), prepared(b)
-    mean = along_axes([matrix(n) for n in a.shape[1:4]], jnp.concatenate([a, b, a * a, b * b, a * b], axis=-1))
-    mean_a, mean_b, aa, bb, ab = (mean[..., i] for i in range(5))
+    mean_a, mean_b, aa, bb, ab = (mean(x) for x in (a, b, a * a, b * b, a * b))
     covariance = ab - mean_a * mean_b
     variances = jnp.maximum(aa - mean_a**2, 0) * jnp.maximum(bb - mean_b**2, 0)
     return jnp.average(covariance**2 / (variances + 1e-7), weights=weight)

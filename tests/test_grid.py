@@ -68,3 +68,10 @@ def test_planes_are_pooled_and_differentiated_as_volumes_are():
     np.testing.assert_allclose(grid.average_pool(x, 2, dims=2)[1, 3], x[2:4, 6:8].mean((0, 1)), atol=1e-6)
     np.testing.assert_allclose(grid.difference(x, 1, dims=2), np.gradient(x, axis=1), atol=1e-6)
     assert grid.resize_field(jnp.ones((6, 8, 2)), (12, 4)).shape == (12, 4, 2)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_box_sums_are_scipys(axis):
+    x = np.random.default_rng(0).random((7, 9, 8)).astype(np.float32)
+    expected = 5 * ndimage.uniform_filter1d(x, 5, axis, mode="constant")
+    np.testing.assert_allclose(grid.box_sum(x, 2, [axis]), expected, atol=1e-5)
