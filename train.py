@@ -34,8 +34,8 @@ def main():
     # Imported late, so that --help answers at once.
     from drivenmorph_jax import configuration, report, sharding
     from drivenmorph_jax.training import train_and_evaluate
-    sharding.start(flags.distributed, flags.deterministic, coordinator_address=flags.coordinator, num_processes=flags.processes,
-                   process_id=flags.process)
+    sharding.start(flags.distributed, flags.deterministic, coordinator_address=flags.coordinator,
+                   num_processes=flags.processes, process_id=flags.process)
     config = configuration.override(configuration.load(flags.config), settings)
     if flags.skip_bad:
         config.data.skip_bad = True

@@ -57,15 +57,15 @@ def main():
                      **dict(zip(("MiB", "files", "threads"), used(), strict=True))})
         with (out / "soak.jsonl").open("a") as file:
             file.write(rows_text(rows[-1:]))
-        print("{seconds:6.0f} s  {steps} steps  Dice {dice:.3f}  {MiB:.0f} MiB  {files} files  {threads} threads".format(
-            **rows[-1]), flush=True)
+        print("{seconds:6.0f} s  {steps} steps  Dice {dice:.3f}  {MiB:.0f} MiB  {files} files  "
+              "{threads} threads".format(**rows[-1]), flush=True)
         draw(out / "soak.png", rows)
     warm = [row for row in rows if row["seconds"] > WARM]
     for key in ("MiB", "files", "threads"):
         if len(warm) > 1:
             slope = np.polyfit([row["seconds"] / 3600 for row in warm], [row[key] for row in warm], 1)[0]
-            print(f"{key}: {warm[0][key]:.0f} after {WARM // 60} minutes, {warm[-1][key]:.0f} at the end, {slope:+.1f} an "
-                  "hour")
+            print(f"{key}: {warm[0][key]:.0f} after {WARM // 60} minutes, {warm[-1][key]:.0f} at the end, "
+                  f"{slope:+.1f} an hour")
 
 
 if __name__ == "__main__":

@@ -286,8 +286,8 @@ def unfolded(u, most=20):
 def coarse_inverse(u, stride=2):
     """Displacement of the inverse of id + u, found on the coarser grid of `demons`' fields and finished on u's own.
 
-    There it is not made exact at its voxels, which would leave all of the error of linear sampling to the points between
-    them, where phi goes: w <- w - ((phi^-1 o phi - id) o phi^-1) / 2 takes the mean of that error away, until
+    There it is not made exact at its voxels, which would leave all of the error of linear sampling to the points
+    between them, where phi goes: w <- w - ((phi^-1 o phi - id) o phi^-1) / 2 takes the mean of that error away, until
     phi^-1 o phi and phi o phi^-1 come back about as well.
     """
     space = u.shape[:-1]

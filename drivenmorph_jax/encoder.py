@@ -1,5 +1,8 @@
 """The convolution of the project, and the feature pyramid that both images share."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,17 +11,51 @@ from drivenmorph_jax.forces import box_mean
 from drivenmorph_jax.grid import average_pool
 
 RADIUS, FLOOR = 2, 1e-3  # of `local_norm`
+FEW = 20  # channels in times channels out, up to which sums of shifted volumes are the fastest on CPU
 
 
 def conv3d(x, kernel, stride=1):
     """3x3x3 convolution with zero padding: (B, D, H, W, I) * (3, 3, 3, I, O) -> (B, D/s, H/s, W/s, O).
 
-    On CPU it runs as one 2-D convolution of the three depth slices stacked as channels, which XLA does 3 to 6 times
-    faster, forward and backward, than the 3-D convolution it is equal to.
+    On CPU few channels are sums of shifted volumes, and more of them one 2-D convolution of the three depth slices
+    stacked as channels: XLA does either 3 to 30 times faster than the 3-D convolution that it is equal to.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, (stride,) * 3, [(1, 1)] * 3,
                                             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    if stride == 1 and math.prod(kernel.shape[3:]) <= FEW:
+        return _shifted(x, kernel)
+    return _stacked(x, kernel, stride)
+
+
+@jax.custom_vjp
+def _shifted(x, kernel):
+    """Channel by channel: 27 I products a value, in float32, each along the last axis of a volume."""
+    space, channels = x.shape[1:4], jnp.moveaxis(x.astype(jnp.float32), -1, 0)
+    padded = jnp.pad(channels, ((0, 0), (0, 0), (1, 1), (1, 1), (1, 1)))
+
+    def channel(kernel):
+        return sum(kernel[*shift, i] * padded[i, :, *(slice(k, k + n) for k, n in zip(shift, space, strict=True))]
+                   for i in range(len(padded)) for shift in itertools.product(range(3), repeat=3))
+
+    # A loop: XLA would compute whatever made x again for every shift, but not within one; and it compiles one channel.
+    return jnp.moveaxis(jax.lax.map(channel, jnp.moveaxis(kernel, -1, 0)), 0, -1).astype(x.dtype)
+
+
+def _shifted_forward(x, kernel):
+    return _shifted(x, kernel), (x, kernel)
+
+
+def _shifted_backward(residuals, g):
+    x, kernel = residuals
+    back = jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
+    return _shifted(g, back), jax.vjp(lambda kernel: _stacked(x, kernel, 1), kernel)[1](g)[0]
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _stacked(x, kernel, stride):
     b, d, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
     slices = jnp.concatenate([padded[:, i:i + d:stride] for i in range(3)], axis=-1)

@@ -17,9 +17,9 @@ from drivenmorph_jax.errors import InputError
 def start(distributed=False, deterministic=False, **process):
     """What a program does first: keep compiled code for the next run, and join the other processes if there are any.
 
-    The code lies in ~/.cache/drivenmorph_jax, or where JAX_COMPILATION_CACHE_DIR says. `deterministic` leaves no order of
-    a sum to chance on GPUs. `process` is what `jax.distributed.initialize` takes, where nothing on the machine tells it
-    (Slurm, Kubernetes and Cloud TPU do).
+    The code lies in ~/.cache/drivenmorph_jax, or where JAX_COMPILATION_CACHE_DIR says. `deterministic` leaves no order
+    of a sum to chance on GPUs. `process` is what `jax.distributed.initialize` takes, where nothing on the machine tells
+    it (Slurm, Kubernetes and Cloud TPU do).
     """
     if deterministic:  # XLA reads it when the first device is asked for
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import ndimage
 
 from drivenmorph_jax.encoder import FLOOR, Encoder, conv3d, instance_norm, local_norm
@@ -9,11 +10,19 @@ from drivenmorph_jax.grid import average_pool
 RNG = np.random.default_rng(0)
 
 
-def test_convolution_is_the_three_dimensional_one():
-    x = jnp.asarray(RNG.normal(size=(2, 5, 6, 7, 3)).astype(np.float32))
-    kernel = jnp.asarray(RNG.normal(size=(3, 3, 3, 3, 4)).astype(np.float32))
-    expected = jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
-    np.testing.assert_allclose(conv3d(x, kernel), expected, atol=1e-4)
+@pytest.mark.parametrize("channels", [(3, 4), (6, 8)])
+def test_convolution_is_the_three_dimensional_one_and_so_is_its_derivative(channels):
+    x = jnp.asarray(RNG.normal(size=(2, 5, 6, 7, channels[0])).astype(np.float32))
+    kernel = jnp.asarray(RNG.normal(size=(3, 3, 3, *channels)).astype(np.float32))
+    expected, theirs = jax.vjp(lambda x, kernel: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")), x, kernel)
+    found, ours = jax.vjp(conv3d, x, kernel)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    for a, b in zip(ours(expected), theirs(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    half = conv3d(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=0.02 * np.abs(expected).max())
 
 
 def test_pyramid_holds_the_image_itself_first_and_is_normalised():

@@ -5,7 +5,8 @@ python -m drivenmorph_jax.data.prepare NAME SOURCE DESTINATION
 NAME says how SOURCE is laid out. Images must be skull-stripped. Each is checked, turned to RAS, aligned to the MNI152
 brain by an affine (unless its layout is aligned already), resampled to 1 mm and cropped to one grid; labels follow by
 nearest neighbour. DESTINATION gets ID_t1.nii.gz, ID_seg.nii.gz, splits.json, labels.csv where the source has one,
-mni152_t1.nii.gz, which data.atlas can name, where images were aligned to it, and contact_sheet.png: look at it. A broken subject is named and left out. What is there already is not made again.
+mni152_t1.nii.gz, which data.atlas can name, where images were aligned to it, and contact_sheet.png: look at it. A
+broken subject is named and left out. What is there already is not made again.
 """
 
 import argparse
