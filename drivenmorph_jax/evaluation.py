@@ -155,7 +155,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
     out = make_folder(out)
     predict, space = make_predict(config, refine_steps), config.get("space", 1)
-    record = Record(out, _identity(config, params, dict.fromkeys(sum(pairs, ())), refine_steps, l2r))
+    record = Record(out, _identity(config, params, subjects, dataset.atlas, refine_steps, l2r))
     # The control of a fixed image's pairs: the force between two images of which neither is this one, if there are.
     jobs = []
     for k, fixed in enumerate(subjects):
@@ -242,8 +242,9 @@ def _names(pair):
     return tuple(subject.id for subject in pair)
 
 
-def _identity(config, params, subjects, refine_steps, l2r):
+def _identity(config, params, subjects, atlas, refine_steps, l2r):
     """A digest of all that the scores follow from."""
+    subjects = subjects if atlas is None else (*subjects, atlas)
     settings = [config.to_dict(), checkpoint.git_commit(), refine_steps, str(l2r), [s.id for s in subjects]]
     digest = hashlib.sha256(json.dumps(settings).encode())
     arrays = [x for s in subjects for x in (s.image, s.labels) if x is not None]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import nibabel
 import numpy as np
 
-from drivenmorph_jax import demons, metrics, nifti, page, report, transforms
+from drivenmorph_jax import demons, metrics, nifti, page, report, sharding, transforms
 from drivenmorph_jax.affine import register_affine
 from drivenmorph_jax.checkpoint import SHIPPED, environment
 from drivenmorph_jax.errors import InputError
@@ -267,8 +267,7 @@ def _compiled(config, params, fixed, spacing, masked, limit):
         image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         weights = (jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32),) if masked else ()
         predict = make_predict(config).lower(params, image, image, *weights).compile()
-        plan = predict.memory_analysis()
-        needed = plan.temp_size_in_bytes + plan.output_size_in_bytes + plan.argument_size_in_bytes
+        needed = sharding.device_memory(predict)
         if needed <= limit:
             break
     return predict, shape, grid, needed

@@ -74,9 +74,9 @@ def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None
         needed = sharding.device_memory(compiled)
         if needed <= limit:
             break
-    settings = "".join(f", {key} {config.model[key]}" for key in settings if key in config.model)
-    told = (f"a step on images of {'x'.join(map(str, batch['fixed'].shape[1:4]))}{settings} takes {needed / 2**30:.1f} "
-            "GiB of each device")
+    shape = "x".join(map(str, batch["fixed"].shape[1:4]))
+    taken = "".join(f", {key} {config.model[key]}" for key in settings if key in config.model)
+    told = f"a step on images of {shape}{taken} takes {needed / 2**30:.1f} GiB of each device"
     if needed > limit:
         raise InputError(f"{told}, more than {limit / 2**30:.1f}: set --memory for remat and bfloat16, a "
                          "--config.data.crop, or more devices to a volume by --config.space")

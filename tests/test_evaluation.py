@@ -1,21 +1,17 @@
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from test_training import finish, start
 
 from drivenmorph_jax import evaluation
 from drivenmorph_jax.data import Dataset
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate, evaluate_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMISED = ("dice", "dice_initial", "hd95", "sdlogj", "sdlogj_l2r", "fold_pct", "ndv_pct", "inverse_mm", "seconds")
 
 
@@ -125,10 +121,7 @@ evaluate_checkpoint({str(smoke[0])!r}, {str(tmp_path)!r}, refine_steps=2)
 """
     done = {}
     for devices in (1, 3):
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-        run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags},
-                             capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+        finish(start(devices, script))
         done[devices] = json.loads((tmp_path / "summary.json").read_text())
     assert done[3]["environment"]["devices"] == 3
     for key in ("dice", "hd95", "inverse_mm"):

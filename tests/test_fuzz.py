@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from scipy.ndimage import gaussian_filter
+from test_programs import run
 
 import register as register_program
-from drivenmorph_jax import errors, nifti, transforms
+from drivenmorph_jax import nifti, transforms
 from drivenmorph_jax.data.folder import IMAGE, LABELS, folder_dataset
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate_checkpoint
@@ -162,15 +163,10 @@ def test_register_with_a_damaged_file_ends_in_a_whole_result_or_one_sentence(tmp
         bad.write_bytes(data)
         files = {"--fixed": good, "--moving": good}
         files[("--fixed", "--moving", "--moving_labels", "--fixed_mask")[seed % 4]] = bad
-        arguments = [str(x) for pair in files.items() for x in pair]
-        monkeypatch.setattr("sys.argv", ["register.py", *arguments, "--out", str(out), "--method", "demons",
-                                         "--memory", "4GB", *(["--no-affine"] if seed % 3 else [])])
-        start, status = time.perf_counter(), 0
-        try:
-            errors.run(register_program.main)
-        except SystemExit as stop:
-            status = stop.code
-        said = capsys.readouterr().err
+        arguments = [x for pair in files.items() for x in pair]
+        arguments += ["--out", out, "--method", "demons", "--memory", "4GB", *(["--no-affine"] if seed % 3 else [])]
+        start = time.perf_counter()
+        status, said = run(register_program, arguments, monkeypatch, capsys)
         assert time.perf_counter() - start < 20, seed
         if status:
             assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, (seed, said)

@@ -43,8 +43,8 @@ def training_batches(subjects, batch_size, seed, *, atlas=None, downsample=1, cr
     """
     if len(subjects) < 2:
         raise InputError(f"training needs at least 2 subjects, not {len(subjects)}: add to the train split")
-    pairs = ordered_pairs(subjects, atlas)
-    images = {subject: _pooled(subject, downsample) for subject in dict.fromkeys(sum(pairs, ()))}
+    pairs, everyone = ordered_pairs(subjects, atlas), subjects if atlas is None else (*subjects, atlas)
+    images = {subject: _pooled(subject, downsample) for subject in everyone}
     labels = {subject: _strided(subject, downsample) for subject in images} if with_labels else {}
     whole = np.array(next(iter(images.values())).shape)
     box = np.where(crop, crop, whole)

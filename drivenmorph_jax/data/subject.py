@@ -59,8 +59,8 @@ def padded(dataset, multiple):
         return replace(s, image=pad(s.image), labels=pad(s.labels), to_template=pad(s.to_template),
                        from_template=pad(s.from_template))
 
-    subjects = {subject for split in SPLITS for pair in dataset.pairs(split) for subject in pair}
-    if all(side % multiple == 0 for subject in subjects for side in subject.image.shape):
+    shapes = {subject.image.shape for split in SPLITS for subject in getattr(dataset, split)}
+    if all(side % multiple == 0 for shape in shapes for side in shape):
         return dataset
     return replace(dataset, **{split: tuple(map(pad_subject, getattr(dataset, split))) for split in SPLITS},
                    atlas=dataset.atlas and pad_subject(dataset.atlas))
