@@ -28,31 +28,38 @@ def neighbourhood_attention(queries, keys, values, radius):
       a (B, D, H, W, heads, V) and the expected offset e (B, D, H, W, 3) in voxels.
     """
     b, *space, heads, channels = queries.shape
-    # Sums over a short trailing axis do not vectorise on CPU; a product with these 0/1 matrices sums over each head's
-    # channels, and its transpose spreads a head's weight over them.
+    # Heads and channels share one axis: sums over a short trailing one do not vectorise on CPU, and fill a fiftieth of
+    # what they take on TPU. A product with these 0/1 matrices sums over each head's channels, and spreads a head's
+    # weight over `size` of them.
     sum_heads = jnp.kron(jnp.eye(heads), jnp.ones((channels, 1)))
-    spread_heads = jnp.kron(jnp.eye(heads), jnp.ones((1, values.shape[-1])))
+
+    def spread(weight, size):
+        return weight @ jnp.kron(jnp.eye(heads), jnp.ones((1, size)))
+
     pad = [(0, 0)] + [(radius, radius)] * 3 + [(0, 0)]
     q, k, v = (x.reshape(b, *space, -1).astype(jnp.float32) for x in (queries, keys, values))
     # exp needs no running maximum: no logit is above this bound, nor further below it than twice its size.
     bound = jax.lax.stop_gradient(jnp.sqrt((q * q @ sum_heads).max() * (k * k @ sum_heads).max()))
     k, v = jnp.pad(k, pad, mode="edge"), jnp.pad(v, pad, mode="edge")
-    offsets = jnp.array(list(product(range(-radius, radius + 1), repeat=3)))
+    reach = range(-radius, radius + 1)
 
+    # All shifts along the last axis at once: the sums are read and written once for them.
     @jax.checkpoint
-    def visit(carry, offset):
-        total, attended, moved = carry
-        near_k, near_v = (jax.lax.dynamic_slice(x, (0, *(offset + radius), 0), (b, *space, x.shape[-1]))
-                          for x in (k, v))
-        weight = jnp.exp((q * near_k) @ sum_heads - bound)
-        return (total + weight, attended + (weight @ spread_heads) * near_v,
-                moved + weight[..., None] * offset.astype(jnp.float32)), None
+    def visit(carry, shift):
+        rows = [jax.lax.dynamic_slice(x, (0, *(shift + radius), 0, 0), (b, *space[:2], *x.shape[-2:])) for x in (k, v)]
+        for last in reach:
+            near_k, near_v = (jax.lax.slice_in_dim(x, last + radius, last + radius + space[2], axis=3) for x in rows)
+            weight = jnp.exp((q * near_k) @ sum_heads - bound)
+            offset = jnp.append(shift, last).astype(jnp.float32)
+            terms = weight, spread(weight, values.shape[-1]) * near_v, spread(weight, 3) * jnp.tile(offset, heads)
+            carry = tuple(map(jnp.add, carry, terms))
+        return carry, None
 
-    start = (jnp.zeros((b, *space, heads)), jnp.zeros(v.shape[:1] + (*space, v.shape[-1])),
-             jnp.zeros((b, *space, heads, 3)))
-    (total, attended, moved), _ = jax.lax.scan(visit, start, offsets)
-    attended = attended / (total @ spread_heads)
-    return attended.reshape(values.shape).astype(values.dtype), (moved / total[..., None]).mean(-2)
+    start = tuple(jnp.zeros((b, *space, heads * size)) for size in (1, values.shape[-1], 3))
+    (total, attended, moved), _ = jax.lax.scan(visit, start, jnp.array(list(product(reach, repeat=2))))
+    attended = attended / spread(total, values.shape[-1])
+    moved = (moved / spread(total, 3)) @ jnp.tile(jnp.eye(3), (heads, 1)) / heads
+    return attended.reshape(values.shape).astype(values.dtype), moved
 
 
 def window_attention(queries, keys, values, window):
