@@ -1,5 +1,6 @@
 """Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
 
+import os
 import signal
 import threading
 import time
@@ -115,17 +116,34 @@ def train_and_evaluate(config, workdir, memory=None):
 
 @contextmanager
 def terminated():
-    """An Event that SIGTERM sets, in place of ending the process: for the loop, which can save; nothing else looks."""
-    stopping = threading.Event()
+    """Two Events: the first SIGTERM sets, in place of ending the process: for the loop, which can save; nothing else
+    looks. The second the loop sets before its first step: until then there is nothing to save, and a thread ends the
+    process at once, since the compiler, in which minutes can pass, does not let Python's handlers run."""
+    stopping, working = threading.Event(), threading.Event()
     # No other thread may listen to signals. Of several processes the runtime listens, and tells all of them.
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield stopping
+        yield stopping, working
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch():
+        while told := os.read(reading, 1):
+            if told[0] == signal.SIGTERM and not working.is_set():
+                print("\nstopped before the first step: there was nothing to save", flush=True)
+                os._exit(0)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set()), signal.set_wakeup_fd(writing)
     try:
-        yield stopping
+        yield stopping, working
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.set_wakeup_fd(before[1])
+        os.close(writing)  # which ends the thread
+        watching.join()
+        os.close(reading)
 
 
 def _train_and_evaluate(config, workdir, memory):
@@ -198,7 +216,7 @@ def _train_and_evaluate(config, workdir, memory):
         logs.skip(step, f"{told}: the step is skipped", extra)
 
     began = time.perf_counter()
-    with terminated() as stopping, closing(logs), closing(latest), closing(best):
+    with terminated() as (stopping, working), closing(logs), closing(latest), closing(best):
         for step in range(start + 1, config.steps + 1):
             batch = one_hot(next(batches), labels)
             pairs = batch.pop("pair")
@@ -206,6 +224,7 @@ def _train_and_evaluate(config, workdir, memory):
             if compiled is None:
                 compiled, config = compiled_step(optimizer, config, mesh, params, opt_state, batch, memory)
                 about["config"], predict = config.to_dict(), make_predict(config)
+            working.set()
             params, opt_state, row = compiled(params, opt_state, batch)
             row["seconds"] = time.perf_counter() - began
             record()

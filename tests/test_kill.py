@@ -83,3 +83,16 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(tm
     rows = [[{key: value for key, value in row.items() if key != "seconds"} for row in logs.read(tmp_path / name)]
             for name in ("killed", "whole")]
     assert rows[0] == rows[1] and len(rows[0]) == steps
+
+
+def test_a_training_that_is_stopped_while_it_compiles_ends_at_once(tmp_path):
+    compiling = "import time\ntraining.compiled_step = lambda *_: (print('compiling', flush=True), time.sleep(60))\n"
+    code = RUN.replace("training.train_and_evaluate", compiling + "training.train_and_evaluate")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "3", "3"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE)
+    while "compiling" not in process.stdout.readline():
+        assert process.poll() is None
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert "nothing to save" in process.communicate(timeout=30)[0]
+    assert process.returncode == 0 and time.monotonic() - sent < 20
