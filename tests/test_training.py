@@ -123,6 +123,14 @@ def test_with_less_memory_a_step_is_rematerialised_then_in_bfloat16(tmp_path, mo
     assert checkpoint.read_about(tmp_path)["config"]["model"]["dtype"] == "bfloat16"
 
 
+def test_a_program_orders_its_operations_for_little_memory():
+    code = ("import jax, jax.numpy as jnp; from drivenmorph_jax import sharding; sharding.start(); "
+            "f = lambda x: sum(jnp.sort(jnp.sin(x * i))[::7].sum() * jnp.cumsum(jnp.cos(x + i))[5] for i in range(8)); "
+            "print(jax.jit(f).lower(jnp.zeros(1 << 20)).compile().memory_analysis().temp_size_in_bytes >> 22)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 13, done.stderr[-500:]  # 17 otherwise: two arrays for each of the eight, and one
+
+
 def test_deterministic_is_a_flag_that_xla_knows():
     done = subprocess.run([sys.executable, "-c", "import jax, os; from drivenmorph_jax import sharding; "
                            "sharding.start(deterministic=True); jax.devices(); print(os.environ['XLA_FLAGS'])"],
