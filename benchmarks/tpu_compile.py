@@ -4,11 +4,10 @@ python -m benchmarks.tpu_compile [--topology v5e:2x4] [--space 1] [--shape 160 1
   [--config configs/default.py] [--config.KEY=VALUE ...]
 
 Wants libtpu (`pip install "jax[tpu]"`), on any Linux machine. Parts are compiled for one chip, inference and the
-training step for the whole slice with one volume for each `space` chips. Traffic and arithmetic are XLA's estimates,
+training step for the whole slice with one volume for each `space` chips. Traffic and arithmetic are estimates,
 and the seconds are what the traffic takes at the bandwidth of a chip's memory: nothing here has run on a TPU.
 
-XLA counts the body of a loop once. So every program is compiled once more for each length n of its loops, with p trips
-of these in one, p the smallest divisor of n: what that adds is p - 1 trips, of which there are n - 1.
+XLA counts the body of a loop once; `traffic` counts the bytes of all its trips.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import os
 import re
 import time
 from collections import Counter
-from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -25,10 +23,10 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 
 import jax
 import jax.numpy as jnp
-from jax._src.lax.control_flow import loops as loops_of_jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.traffic import traffic
 from drivenmorph_jax import configuration, demons, encoder, errors, losses, networks, sharding, training
 from drivenmorph_jax.attention import neighbourhood_attention
 from drivenmorph_jax.integrate import exponential
@@ -78,43 +76,6 @@ def programs(config, mesh, shape):
                               (params, state, {"fixed": volume, "moving": volume}))}
 
 
-@contextmanager
-def loops(unrolled=None):
-    """Gives the set of lengths of the loops traced within; those of the length `unrolled` run p trips at a time."""
-    lengths, scan = set(), loops_of_jax.scan
-
-    def counted(*arguments, length=None, unroll=1, **options):
-        xs = arguments[2] if len(arguments) > 2 else options.get("xs")
-        n = length if length is not None else len(jax.tree.leaves(xs)[0])
-        lengths.add(n)
-        return scan(*arguments, length=length, unroll=divisor(n) if n == unrolled else unroll, **options)
-
-    # `map` and `fori_loop` find it in the first place, our own code in the second.
-    with mock.patch.object(loops_of_jax, "scan", counted), mock.patch.object(jax.lax, "scan", counted):
-        jax.clear_caches()
-        yield lengths
-
-
-def divisor(n):
-    """The smallest above 1."""
-    return next(p for p in range(2, n + 1) if n % p == 0)
-
-
-def compiled_and_cost(f, arguments):
-    """The compiled program, and {"bytes accessed", "flops"} with every trip of its loops."""
-    with loops() as lengths:
-        compiled = f.lower(*arguments).compile()
-    keys = ("bytes accessed", "flops")
-    once = {key: compiled.cost_analysis().get(key, 0.0) for key in keys}
-    cost = dict(once)
-    for n in lengths - {1}:
-        with loops(n):
-            more = f.lower(*arguments).compile().cost_analysis()
-        for key in keys:
-            cost[key] += (n - 1) * (more.get(key, 0.0) - once[key]) / (divisor(n) - 1)
-    return compiled, cost
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x4")
@@ -139,20 +100,22 @@ def main():
     rows |= programs(config, mesh, tuple(flags.shape))
     print(f"{flags.topology}, {flags.space} chips to a volume of {'x'.join(map(str, flags.shape))}, "
           f"jax {jax.__version__}\n")
-    print(f"| | GB accessed | s at {rate / 1e12:.2f} TB/s | GFLOP | GB of a chip | compiled in s | operations |\n"
+    print(f"| | GB accessed | s at {rate / 1e12:.2f} TB/s | GFLOP, loops once | GB of a chip | compiled in s | "
+          "operations |\n"
           "| --- | ---: | ---: | ---: | ---: | ---: | --- |", flush=True)
     for name in flags.only or rows:
         f, arguments = rows[name]
         start = time.perf_counter()
         try:
-            compiled, cost = compiled_and_cost(f, arguments)
+            compiled = f.lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
             print(f"| {name} | {str(error).splitlines()[0][:160]} |", flush=True)
             continue
-        seconds, used = time.perf_counter() - start, sharding.device_memory(compiled)
-        found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES + SLOW)})(?:-start)?\(", compiled.as_text()))
-        print(f"| {name} | {cost['bytes accessed'] / 1e9:.1f} | {cost['bytes accessed'] / rate:.2f} | "
-              f"{cost['flops'] / 1e9:.1f} | {used / 1e9:.2f} | {seconds:.0f} | "
+        seconds, text = time.perf_counter() - start, compiled.as_text()
+        moved, flops, used = traffic(text), compiled.cost_analysis()["flops"], compiled.memory_analysis()
+        found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES + SLOW)})(?:-start)?\(", text))
+        print(f"| {name} | {moved / 1e9:.1f} | {moved / rate:.3f} | {flops / 1e9:.1f} | "
+              f"{used.peak_memory_in_bytes / 1e9:.2f} | {seconds:.0f} | "
               f"{', '.join(f'{n} {op}' for op, n in sorted(found.items()))} |", flush=True)
 
 

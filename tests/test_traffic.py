@@ -1,0 +1,45 @@
+from benchmarks.traffic import size, traffic
+
+# Three trips of a sum, and slices and rows of a large array.
+PROGRAM = """HloModule jit_f
+
+%condition (arg: (s32[], f32[10,100])) -> pred[] {
+  %arg = (s32[]{:T(128)}, f32[10,100]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %three = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[]{:T(512)} compare(%i, %three), direction=LT
+}
+
+%body (arg.1: (s32[], f32[10,100])) -> (s32[], f32[10,100]) {
+  %arg.1 = (s32[]{:T(128)}, f32[10,100]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %x = f32[10,100]{1,0:T(8,128)} get-tuple-element(%arg.1), index=1
+  %fast = f32[10,100]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%inner
+  %y = f32[10,100]{1,0:T(8,128)} add(%x, %fast)
+  ROOT %next = (s32[]{:T(128)}, f32[10,100]{1,0:T(8,128)}) tuple(%i.1, %y)
+}
+
+ENTRY %main (p: f32[10,100], big: f32[5000,128], where: s32[16]) -> f32[10,100] {
+  %p = f32[10,100]{1,0:T(8,128)} parameter(0)
+  %big = f32[5000,128]{1,0:T(8,128)} parameter(1)
+  %where = s32[16]{0:T(128)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %rows = f32[16,128]{1,0:T(8,128)} gather(%big, %where), slice_sizes={1,128}
+  %part = f32[8,128]{1,0:T(8,128)} dynamic-slice(%big, %zero, %zero), dynamic_slice_sizes={8,128}
+  %start = (s32[]{:T(128)}, f32[10,100]{1,0:T(8,128)}) tuple(%zero, %p)
+  %loop = (s32[]{:T(128)}, f32[10,100]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[10,100]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_sizes_fill_their_tiles_and_the_fast_memory_is_free():
+    assert size("f32[10,100]{1,0:T(8,128)}") == 16 * 128 * 4
+    assert size("f32[10,100]{0,1:T(8,128)}") == 104 * 128 * 4
+    assert size("(bf16[3,5]{1,0}, s32[7]{0:T(128)S(1)})") == 3 * 5 * 2
+    assert size("bf16[16,128]{1,0:T(8,128)(2,1)S(1)}", everywhere=True) == 16 * 128 * 2
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_a_slice():
+    array = 16 * 128 * 4
+    assert traffic(PROGRAM) == 2 * array + 2 * 8 * 128 * 4 + 3 * (array + 2 * array)
