@@ -112,10 +112,10 @@ def main():
             print(f"| {name} | {str(error).splitlines()[0][:160]} |", flush=True)
             continue
         seconds, text = time.perf_counter() - start, compiled.as_text()
-        moved, flops, used = traffic(text), compiled.cost_analysis()["flops"], compiled.memory_analysis()
+        moved, flops, used = traffic(text), compiled.cost_analysis()["flops"], sharding.device_memory(compiled)
         found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES + SLOW)})(?:-start)?\(", text))
         print(f"| {name} | {moved / 1e9:.1f} | {moved / rate:.3f} | {flops / 1e9:.1f} | "
-              f"{used.peak_memory_in_bytes / 1e9:.2f} | {seconds:.0f} | "
+              f"{used / 1e9:.2f} | {seconds:.0f} | "
               f"{', '.join(f'{n} {op}' for op, n in sorted(found.items()))} |", flush=True)
 
 

@@ -123,6 +123,15 @@ def test_with_less_memory_a_step_is_rematerialised_then_in_bfloat16(tmp_path, mo
     assert checkpoint.read_about(tmp_path)["config"]["model"]["dtype"] == "bfloat16"
 
 
+def test_a_step_that_the_compiler_refuses_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+                                         "HLO temporaries (20.31G) exceeds available HBM (15.75G).")
+    monkeypatch.setattr(sharding, "device_memory", refuse)
+    with pytest.raises(InputError, match="bfloat16 takes 20.3 GiB of each device, more than 15.0: set a --config.data"):
+        training.train_and_evaluate(get_config(), tmp_path, memory=15 * 2**30)
+
+
 def test_a_program_orders_its_operations_for_little_memory():
     code = ("import jax, jax.numpy as jnp; from drivenmorph_jax import sharding; sharding.start(); "
             "f = lambda x: sum(jnp.sort(jnp.sin(x * i))[::7].sum() * jnp.cumsum(jnp.cos(x + i))[5] for i in range(8)); "
