@@ -10,29 +10,41 @@ FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast"
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
-def size(shapes, everywhere=False):
-    """Bytes that the arrays in an instruction's type take, their tiles filled up: of those in the large memory, or of
-    all."""
-    total = 0
+def arrays(shapes):
+    """(bytes of a value, lengths, tile, whether in the fast memory) of the arrays in an instruction's type, major to
+    minor as they are stored."""
     for kind, lengths, order, layout in ARRAY.findall(shapes):
-        if kind not in BYTES or not everywhere and re.search(r"S\([1-9]", layout):
-            continue
-        lengths = [int(n) for n in lengths.split(",") if n]
-        lengths = [lengths[int(axis)] for axis in reversed(order.split(",")) if axis] or lengths
-        tile = re.match(r"T\(([\d,]+)\)", layout)
-        for k, n in enumerate(reversed(tile[1].split(",")) if tile else (), 1):
-            if k <= len(lengths):
-                lengths[-k] += -lengths[-k] % int(n)
-        total += math.prod(lengths) * BYTES[kind]
+        if kind in BYTES:
+            lengths = [int(n) for n in lengths.split(",") if n]
+            lengths = [lengths[int(axis)] for axis in reversed(order.split(",")) if axis] or lengths
+            tile = re.match(r"T\(([\d,]+)\)", layout)
+            yield (BYTES[kind], lengths, [int(n) for n in tile[1].split(",")] if tile else [],
+                   bool(re.search(r"S\([1-9]", layout)))
+
+
+def size(shapes):
+    """Bytes that they take of the large memory, their tiles filled up."""
+    total = 0
+    for value, lengths, tile, fast in arrays(shapes):
+        for k, n in enumerate(reversed(tile[-len(lengths):]) if lengths else (), 1):
+            lengths[-k] += -lengths[-k] % n
+        total += 0 if fast else value * math.prod(lengths)
     return total
+
+
+def rows(shapes, table):
+    """Bytes moved where as many rows of the table are looked at as `shapes` has: the tile that holds each."""
+    value, lengths, tile, _ = next(arrays(table))
+    of = next(arrays(shapes))[1]
+    return math.prod(of) // max(1, min(lengths[-1], math.prod(of))) * value * math.prod(tile)
 
 
 def traffic(text):
     """Bytes that a compiled program moves, from its text, every trip of its loops counted.
 
-    An operation reads its operands and writes its results once, padding included, but for those in the fast memory. A
-    gather reads and writes its rows, a scatter reads and writes the places of its updates, and slices of a whole count
-    as slices.
+    An operation reads its operands and writes its results once, padding included, but for those in the fast memory.
+    Slices of a whole count as slices. A gather reads the tile of every row that it takes, and a scatter reads and
+    writes those of its updates: so does XLA count; hardware that fetches less of a tile does better.
     """
     computations, types, entry = {}, {}, None
     for line in text.splitlines():
@@ -74,9 +86,9 @@ def traffic(text):
                 elif "dynamic-slice" in what:
                     amount = 2 * result
                 elif "gather" in what and "all-gather" not in what:
-                    amount = size(shapes, True) + result
+                    amount = rows(shapes, max(of, key=size)) + result
                 elif "scatter" in what and "reduce-scatter" not in what:
-                    amount = 2 * max((x for x in (size(x, True) for x in of) if x < result), default=0)
+                    amount = 2 * rows(max((x for x in of if size(x) < result), key=size, default="f32[0]"), shapes)
                 else:
                     amount = result + sum(operands)
                 total += trips * amount
