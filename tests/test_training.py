@@ -268,12 +268,16 @@ def test_schedule_warms_up_and_falls():
     assert sizes[-1] < 1e-5
 
 
+# Before any test runs: programs add the order for little memory on CPU, which no other device has.
+FLAGS = os.environ.get("XLA_FLAGS", "")
+
+
 def start(devices, code, *arguments):
     """A process of its own that runs the code with so many devices."""
     # XLA's devices on CPU share a pool of as many threads; one that waits in two sums at once takes two, until none is
     # left for those that it waits for. More threads than can ever wait, then.
     environment = {"JAX_PLATFORMS": "cpu", "NPROC": "64", "PJRT_NPROC": "64",
-                   "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"}
+                   "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
 
