@@ -266,8 +266,8 @@ def _compiled(config, params, fixed, spacing, masked, limit):
         shape, grid = nifti.working_grid(fixed, spacing, grid_multiple(config))
         image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         weights = (jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32),) if masked else ()
-        predict = make_predict(config).lower(params, image, image, *weights).compile()
-        needed = sharding.device_memory(predict)
+        lowered = make_predict(config).lower(params, image, image, *weights)
+        predict, needed = sharding.compiled_and_memory(lowered, limit)
         if needed <= limit:
             break
     return predict, shape, grid, needed

@@ -5,6 +5,7 @@ What crosses a border between two parts of a volume (convolutions, box sums, att
 """
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -60,6 +61,21 @@ def device_memory(compiled):
         return memory.peak_memory_in_bytes
     return (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
             - memory.alias_size_in_bytes)
+
+
+def compiled_and_memory(lowered, limit):
+    """(the compiled program, the bytes that it takes of each device), for a caller that wants at most `limit` of them.
+
+    The compiler for TPU refuses what does not fit: (None, what it says that it takes, more than `limit` in any case).
+    """
+    try:
+        compiled = lowered.compile()
+        return compiled, device_memory(compiled)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or limit == np.inf:
+            raise
+        told = re.search(r"required .*?\(([\d.]+)G\)", str(error))  # "memory required ... (20.31G) exceeds"
+        return None, max(float(told[1]) * 2**30 if told else 0, np.nextafter(limit, np.inf))
 
 
 def replicated(mesh):

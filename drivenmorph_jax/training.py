@@ -1,7 +1,6 @@
 """Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
 
 import os
-import re
 import signal
 import threading
 import time
@@ -72,21 +71,13 @@ def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None
         config = config.copy_and_resolve_references()
         config.model.update({key: value for key, value in settings.items() if key in config.model})
         train_step = make_train_step(make_network(config.model), optimizer, config, mesh)
-        try:
-            compiled = train_step.lower(params, opt_state, batch).compile()
-            needed = sharding.device_memory(compiled)
-        except jax.errors.JaxRuntimeError as error:
-            # The compiler for TPU refuses what does not fit, and says "memory required ... (20.31G) exceeds".
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            told = re.search(r"required .*?\(([\d.]+)G\)", str(error))
-            compiled, needed = None, float(told[1]) * 2**30 if told else np.inf
-        if compiled and needed <= limit:
+        compiled, needed = sharding.compiled_and_memory(train_step.lower(params, opt_state, batch), limit)
+        if needed <= limit:
             break
     shape = "x".join(map(str, batch["fixed"].shape[1:4]))
     taken = "".join(f", {key} {config.model[key]}" for key in settings if key in config.model)
     told = f"a step on images of {shape}{taken} takes {needed / 2**30:.1f} GiB of each device"
-    if not compiled or needed > limit:
+    if needed > limit:
         remedy = "" if memory else "--memory for remat and bfloat16, "
         raise InputError(f"{told}, more than {limit / 2**30:.1f}: set {remedy}a --config.data.crop, or more devices to "
                          "a volume by --config.space")

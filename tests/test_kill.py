@@ -30,9 +30,9 @@ training.train_and_evaluate(config, sys.argv[1])
 """
 
 
-def start(workdir, steps):
-    return subprocess.Popen([sys.executable, "-c", RUN, str(workdir), str(steps), str(EVERY)], cwd=ROOT, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+def start(workdir, steps, code=RUN, out=subprocess.DEVNULL):
+    return subprocess.Popen([sys.executable, "-c", code, str(workdir), str(steps), str(EVERY)], cwd=ROOT, text=True,
+                            stdout=out, stderr=subprocess.PIPE,
                             env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
@@ -88,8 +88,7 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(tm
 def test_a_training_that_is_stopped_while_it_compiles_ends_at_once(tmp_path):
     compiling = "import time\ntraining.compiled_step = lambda *_: (print('compiling', flush=True), time.sleep(60))\n"
     code = RUN.replace("training.train_and_evaluate", compiling + "training.train_and_evaluate")
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "3", "3"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE)
+    process = start(tmp_path, 3, code, subprocess.PIPE)
     while "compiling" not in process.stdout.readline():
         assert process.poll() is None
     sent = time.monotonic()
