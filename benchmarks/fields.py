@@ -33,13 +33,14 @@ def scipy_warp(image, u):
 
 
 class Torch:
-    """The same in PyTorch: channels first, (1, C, D, H, W) and (1, 3, D, H, W)."""
+    """The same in PyTorch, on JAX's kind of device: channels first, (1, C, D, H, W) and (1, 3, D, H, W)."""
 
     def __init__(self, shape):
         import torch
-        self.torch = torch
+        self.torch, self.device = torch, {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
         self.grid = torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in shape), indexing="ij"))[None]
         self.scale = torch.tensor([2 / (n - 1) for n in shape]).reshape(1, 3, 1, 1, 1)
+        self.grid, self.scale = self.grid.to(self.device), self.scale.to(self.device)
 
     def warp(self, image, u):
         x = ((self.grid + u) * self.scale - 1).flip(1).permute(0, 2, 3, 4, 1)  # grid_sample wants x, y, z in [-1, 1]
@@ -53,19 +54,22 @@ class Torch:
 
     def lncc(self, a, b):
         """As VoxelMorph does it: box sums by a convolution with ones."""
-        box, n = self.torch.ones(1, 1, *(WINDOW,) * 3), WINDOW**3
+        box, n = self.torch.ones(1, 1, *(WINDOW,) * 3, device=self.device), WINDOW**3
         sa, sb, aa, bb, ab = (self.torch.nn.functional.conv3d(x, box, padding=WINDOW // 2)
                               for x in (a, b, a * a, b * b, a * b))
         cross, va, vb = ab - sa * sb / n, aa - sa * sa / n, bb - sb * sb / n
         return (cross * cross / (va * vb + 1e-5)).mean()
 
     def seconds(self, f, arrays, backward):
-        x = [self.torch.tensor(np.moveaxis(np.asarray(a), -1, 0))[None].requires_grad_(backward) for a in arrays]
+        x = [self.torch.tensor(np.moveaxis(np.asarray(a), -1, 0), device=self.device)[None].requires_grad_(backward)
+             for a in arrays]
 
         def once():
             out = f(*x)
             if backward:
                 (out**2).sum().backward()
+            if self.device == "cuda":
+                self.torch.cuda.synchronize()
         return fastest(once)
 
 
@@ -114,7 +118,7 @@ def main():
             a = seconds(of(ours), *arguments)
             b = f"{seconds(of(scipy), *arguments) / a:.1f}" if scipy else ""
             c = f"{torch.seconds(rival, arguments, backward) / a:.1f}" if torch else ""
-            print(f"| {name}{', backward' if backward else ''} | {c} | {b} | {a:.3f} | "
+            print(f"| {name}{', backward' if backward else ''} | {c} | {b} | {a:.4f} | "
                   f"{a / ((1 + backward) * floor / rate):.1f} |", flush=True)
 
     for channels in (1, 3, 16):

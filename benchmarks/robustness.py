@@ -9,6 +9,7 @@ that is harder than a change of both.
 import argparse
 from functools import partial
 
+import jax
 import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
@@ -29,12 +30,12 @@ def coarse(image, voxels):
 
 
 CHANGES = {
-    "unchanged": lambda image, rng: image,
-    "gamma 0.6": lambda image, rng: image**np.float32(0.6),
-    "gamma 1.6": lambda image, rng: image**np.float32(1.6),
+    "unchanged": lambda image, key: image,
+    "gamma 0.6": lambda image, key: image**np.float32(0.6),
+    "gamma 1.6": lambda image, key: image**np.float32(1.6),
     "bias, 20 %": partial(augmentation.add_bias, strength=0.2),
     "noise, 5 %": partial(augmentation.add_noise, strength=0.05),
-    "1.5 mm": lambda image, rng: coarse(image, 1.5),
+    "1.5 mm": lambda image, key: coarse(image, 1.5),
 }
 
 
@@ -57,7 +58,7 @@ def main():
     rows = {name: [] for name in CHANGES}
     for fixed, moving in tqdm(found, unit="pair"):
         for name, change in CHANGES.items():
-            image = change(moving.image, np.random.default_rng(0)).astype(np.float32)
+            image = np.asarray(change(moving.image, jax.random.key(0)), np.float32)
             u = np.asarray(predict(params, fixed.image[None], image[None])[0][0])
             rows[name].append(score(fixed, moving, u))
     clean = np.mean([row["dice"] for row in rows["unchanged"]])

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from drivenmorph_jax.forces import box_mean
@@ -12,19 +13,21 @@ from drivenmorph_jax.grid import average_pool
 
 RADIUS, FLOOR = 2, 1e-3  # of `local_norm`
 FEW = 20  # channels in times channels out, up to which sums of shifted volumes are the fastest on CPU
+TENSOR_CORE = 8  # channels that a GPU's matrix units take at least
+BLOCK = (1, 2, 2)  # voxels that make one of fewer
 
 
 def conv3d(x, kernel, stride=1):
     """3x3x3 convolution with zero padding: (B, D, H, W, I) * (3, 3, 3, I, O) -> (B, D/s, H/s, W/s, O).
 
-    On CPU and TPU it is one 2-D convolution of the three depth slices stacked as channels, on CPU a sum of shifted
-    volumes where channels are few. XLA on CPU does either 3 to 30 times faster than the 3-D convolution that it is
-    equal to; the compiler for TPU makes that one of batches that fill a sixteenth of the memory they take.
+    It is one 2-D convolution of the three depth slices stacked as channels. XLA on CPU does that 3 to 30 times faster
+    than the 3-D convolution that it is equal to; the compiler for TPU makes that one of batches that fill a sixteenth
+    of the memory they take; on GPU it lies in memory as tensor cores want it. Few channels are, on CPU, a sum of
+    shifted volumes, and on GPU a convolution of blocks of 2x2 voxels.
     """
     backend = jax.default_backend()
-    if backend not in ("cpu", "tpu"):
-        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 3, [(1, 1)] * 3,
-                                            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    if backend == "gpu" and stride == 1 and min(kernel.shape[3:]) < TENSOR_CORE:
+        return _blocked(x, kernel)
     if backend == "cpu" and stride == 1 and math.prod(kernel.shape[3:]) <= FEW:
         return _shifted(x, kernel)
     return _stacked(x, kernel, stride)
@@ -55,6 +58,26 @@ def _shifted_backward(residuals, g):
 
 
 _shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _blocked(x, kernel):
+    """The same on blocks of voxels, those of one side by side: four times the products, but of a width that matrix
+    units work with."""
+    b, *space, c = x.shape
+    x = jnp.pad(x, [(0, 0)] + [(0, -n % k) for n, k in zip(space, BLOCK, strict=True)] + [(0, 0)])
+    shape = [n // k for n, k in zip(x.shape[1:4], BLOCK, strict=True)]
+    x = x.reshape(b, *(n for pair in zip(shape, BLOCK, strict=True) for n in pair), c)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, *shape, -1)
+    for axis, k in enumerate(BLOCK):
+        # Voxel p of a block sees voxel q of the block s - 1 further through entry q + k (s - 1) - p + 1 of the kernel.
+        s, q, p = np.ogrid[:3, :k, :k]
+        place = (q + k * (s - 1) - p + 1)[..., None] == np.arange(3)
+        kernel = jnp.moveaxis(jnp.tensordot(place.astype(kernel.dtype), kernel, (3, 3 * axis), precision="highest"),
+                              (0, 1, 2), (3 * axis, 3 * axis + 1, 3 * axis + 2))
+    kernel = kernel.transpose(0, 3, 6, 1, 4, 7, 9, 2, 5, 8, 10).reshape(3, 3, 3, x.shape[-1], -1)
+    out = _stacked(x, kernel, 1).reshape(b, *shape, *BLOCK, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    out = out.reshape(b, *(n * k for n, k in zip(shape, BLOCK, strict=True)), -1)
+    return out[:, :space[0], :space[1], :space[2]]
 
 
 def _stacked(x, kernel, stride):

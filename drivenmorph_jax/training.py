@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from drivenmorph_jax import checkpoint, data, sharding
+from drivenmorph_jax.data.augmentation import augmented
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate, grid_multiple, make_predict, validate
 from drivenmorph_jax.files import alone_in, make_folder
@@ -86,10 +87,17 @@ def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None
     return compiled, config
 
 
-def one_hot(batch, labels):
-    """The batch with its label maps (B, D, H, W) as one channel for each of `labels`, where it has any."""
-    return batch | {key: (batch[key][..., None] == labels).astype(np.float32)
-                    for key in ("fixed_labels", "moving_labels") if key in batch}
+def make_augment(config, mesh, labels=None):
+    """Jitted: a batch of `training_batches` over `mesh` -> that of a step, changed at random as `config.data` says, and
+    its label maps, where it has any, as one channel for each of `labels`."""
+    settings = {key: config.data[key] for key in ("crop", "flip", "affine", "intensity", "bias", "noise")}
+
+    def augment(batch):
+        batch = augmented(batch, **settings)
+        return batch | {key: (x[..., None] == labels).astype(jnp.float32) for key, x in batch.items()
+                        if key.endswith("labels")}
+
+    return jax.jit(augment, out_shardings=sharding.split_batch(mesh), compiler_options=sharding.compiler_options())
 
 
 def train_and_evaluate(config, workdir, memory=None):
@@ -163,9 +171,13 @@ def _train_and_evaluate(config, workdir, memory):
                          "whole image")
     with_labels = config.loss.dice > 0
     batches = data.training_batches(dataset.train, config.batch_size // jax.process_count(), config.seed,
-                                    atlas=dataset.atlas, with_labels=with_labels, **{key: config.data[key] for key in (
-                                        "downsample", "crop", "flip", "affine", "intensity", "bias", "noise")})
+                                    atlas=dataset.atlas, downsample=config.data.downsample, with_labels=with_labels)
+    whole = [n // config.data.downsample for n in dataset.train[0].image.shape]
+    if any(side > n for side, n in zip(config.data.crop, whole, strict=True)):
+        raise InputError(f"data.crop is {tuple(config.data.crop)}, larger than the images of {tuple(whole)}: "
+                         "set it lower")
     labels = np.setdiff1d(np.unique([s.labels for s in dataset.train]), dataset.exclude) if with_labels else None
+    augment = make_augment(config, mesh, labels)
 
     optimizer = make_optimizer(config)
     side = 2 * multiple(config.model)
@@ -218,9 +230,9 @@ def _train_and_evaluate(config, workdir, memory):
     began = time.perf_counter()
     with terminated() as (stopping, working), closing(logs), closing(latest), closing(best):
         for step in range(start + 1, config.steps + 1):
-            batch = one_hot(next(batches), labels)
+            batch = next(batches)
             pairs = batch.pop("pair")
-            batch = sharding.global_batch(batch, mesh)
+            batch = augment(sharding.global_batch(batch, mesh))
             if compiled is None:
                 compiled, config = compiled_step(optimizer, config, mesh, params, opt_state, batch, memory)
                 about["config"], predict = config.to_dict(), make_predict(config)

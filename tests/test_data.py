@@ -164,7 +164,7 @@ def test_batches_have_images_and_their_labels():
         assert batch[f"{role}_labels"].shape == (3, 4, 6, 4) and batch[f"{role}_labels"].dtype == np.int32
         for image, labels in zip(batch[role], batch[f"{role}_labels"], strict=True):
             np.testing.assert_array_equal(image[..., 0], subjects[labels[0, 0, 0] - 1].image)
-    assert set(next(training_batches(coded(4, labels=False), 3, seed=0))) == {"fixed", "moving", "pair"}
+    assert set(next(training_batches(coded(4, labels=False), 3, seed=0))) == {"fixed", "moving", "pair", "key"}
 
 
 def test_with_an_atlas_it_moves_in_every_pair():
@@ -185,7 +185,7 @@ def test_an_epoch_holds_every_ordered_pair_once_in_an_order_of_its_own():
 
 def test_restored_iterator_continues_bit_for_bit():
     def batches():
-        return training_batches(coded(5), 3, seed=2, flip=True, intensity=0.2)
+        return training_batches(coded(5), 3, seed=2)
     uninterrupted = batches()
     for _ in range(9):  # past the first epoch
         next(uninterrupted)
@@ -207,31 +207,6 @@ def test_processes_share_the_sequence_of_one(monkeypatch):
         assert part == whole[process::3]
 
 
-def test_flip_mirrors_both_images_and_their_labels():
-    subjects = coded(3)
-    batches = training_batches(subjects, 60, seed=0, flip=True, with_labels=True)
-    batch = next(batches)
-    mirrored = batch["fixed"][:, 0, 0, 0, 0] > batch["fixed"][:, -1, 0, 0, 0]
-    np.testing.assert_array_equal(mirrored, batch["moving"][:, 0, 0, 0, 0] > batch["moving"][:, -1, 0, 0, 0])
-    assert 15 < mirrored.sum() < 45
-    half = np.zeros((4, 6, 4), np.int32)
-    half[0] = 1
-    marked = [Subject(s.id, (half == 1).astype(np.float32), half, np.eye(4)) for s in subjects]
-    batch = next(training_batches(marked, 20, seed=0, flip=True, with_labels=True))
-    np.testing.assert_array_equal(batch["fixed"][..., 0] > 0, batch["fixed_labels"] == 1)
-
-
-def test_intensity_changes_are_monotone_and_differ_between_images():
-    subject = coded(1)[0]
-    same = [subject, Subject("same", subject.image, subject.labels, np.eye(4))]
-    batch = next(training_batches(same, 8, seed=0, intensity=0.1))
-    for role in ("fixed", "moving"):
-        line = batch[role][:, :, 0, 0, 0]
-        assert (np.diff(line, axis=1) > 0).all() and line.min() == 0 and line.max() <= 1
-    change = np.stack([batch["fixed"][:, -1, 0, 0, 0], batch["moving"][:, -1, 0, 0, 0]])
-    assert len(np.unique(change)) == 16 and 0.02 < change.std() < 0.15  # about .1 * .5 * sqrt(1 + log(2)^2)
-
-
 def test_downsample_averages_images_and_strides_labels():
     rng = np.random.default_rng(0)
     image = rng.random((4, 6, 4), np.float32)
@@ -242,31 +217,9 @@ def test_downsample_averages_images_and_strides_labels():
     np.testing.assert_array_equal(batch["moving_labels"][0], labels[1::2, 1::2, 1::2])
 
 
-@pytest.mark.parametrize("affine", [0.0, 1e-9])
-def test_crop_takes_the_same_box_of_both_images_and_their_labels(affine):
-    labels = np.arange(6 * 8 * 4, dtype=np.int32).reshape(6, 8, 4)
-    subjects = [Subject(id, labels.astype(np.float32) / labels.size, labels, np.eye(4)) for id in "ab"]
-    batches = training_batches(subjects, 1, seed=0, crop=(4, 3, 0), affine=affine, with_labels=True)
-    corners = set()
-    for _ in range(40):
-        batch = next(batches)
-        assert batch["fixed"].shape == (1, 4, 3, 4, 1)
-        # Without the faces: of those of the whole image an affine makes zeros.
-        inner = (0, slice(1, -1), slice(1, -1), slice(1, -1))
-        corner = np.array(np.unravel_index(batch["fixed_labels"][0, 1, 1, 1], labels.shape)) - 1
-        corners.add(tuple(corner.tolist()))
-        box = tuple(slice(start + 1, start + n - 1) for start, n in zip(corner, (4, 3, 4), strict=True))
-        for role in ("fixed", "moving"):
-            np.testing.assert_array_equal(batch[f"{role}_labels"][inner], labels[box])
-            np.testing.assert_allclose(batch[role][inner][..., 0], labels[box] / labels.size, atol=1e-6)
-    assert {corner[0] for corner in corners} == {0, 1, 2} and {corner[1] for corner in corners} == set(range(6))
-    assert {corner[2] for corner in corners} == {0}
-
-
 @pytest.mark.parametrize(("subjects", "options", "words"), [
     (coded(1), {}, "at least 2 subjects"),
     (coded(2), {"downsample": 3}, "downsample is 3"),
-    (coded(2), {"crop": (0, 7, 0)}, "crop is .* larger than the images of"),
     (coded(2, labels=False), {"with_labels": True}, "0 has no label map"),
 ])
 def test_pairs_that_cannot_be_made(subjects, options, words):
