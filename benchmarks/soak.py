@@ -2,13 +2,15 @@
 
 python -m benchmarks.soak [--hours 3] [--out runs/soak]
 
-Over and over: `configs/smoke.py` goes on for some steps in the same folder (checkpoints, logs, validation), and is then
-scored on the test pairs with all figures and the report. One row a round is printed and appended to OUT/soak.jsonl;
-OUT/soak.png shows the curves. The first ten minutes, in which everything is compiled, do not count.
+`configs/smoke.py` without an end: validation every STEPS steps, with which the test pairs are scored with all figures
+and the report, and checkpoints more often. One row a round is printed and appended to OUT/soak.jsonl; OUT/soak.png
+shows the curves. The first ten minutes, in which everything is compiled, do not count. The run ends by SIGTERM, as a
+preempted one does.
 """
 
 import argparse
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -17,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from configs.smoke import get_config
-from drivenmorph_jax import sharding
+from drivenmorph_jax import sharding, training
+from drivenmorph_jax.evaluation import evaluate
 from drivenmorph_jax.files import make_folder, rows_text
-from drivenmorph_jax.training import train_and_evaluate
 
 STEPS, WARM = 60, 600  # steps a round; seconds that do not count
 
@@ -48,18 +50,25 @@ def main():
     flags = parser.parse_args()
     sharding.start()
     out, config, rows, began = make_folder(flags.out), get_config(), [], time.monotonic()
-    config.val_every = config.checkpoint_every = 10
-    config.steps = 0
-    while time.monotonic() - began < 3600 * flags.hours:
-        config.steps += STEPS
-        dice = train_and_evaluate(config, out / "training")["dice"]["mean"]
-        rows.append({"seconds": time.monotonic() - began, "steps": config.steps, "dice": dice,
+    config.val_every, config.checkpoint_every, config.steps = STEPS, STEPS // 6, 10**9
+    validate = training.validate
+
+    def round_(predict, params, dataset, space):
+        scores = validate(predict, params, dataset, space)
+        dice = evaluate(config, params, dataset, "test", out / "evaluation")["dice"]["mean"]
+        rows.append({"seconds": time.monotonic() - began, "steps": STEPS * (len(rows) + 1), "dice": dice,
                      **dict(zip(("MiB", "files", "threads"), used(), strict=True))})
         with (out / "soak.jsonl").open("a") as file:
             file.write(rows_text(rows[-1:]))
-        print("{seconds:6.0f} s  {steps} steps  Dice {dice:.3f}  {MiB:.0f} MiB  {files} files  "
+        print("\n{seconds:6.0f} s  {steps} steps  Dice {dice:.3f}  {MiB:.0f} MiB  {files} files  "
               "{threads} threads".format(**rows[-1]), flush=True)
         draw(out / "soak.png", rows)
+        if rows[-1]["seconds"] > 3600 * flags.hours:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scores
+
+    training.validate = round_
+    training.train_and_evaluate(config, out / "training")
     warm = [row for row in rows if row["seconds"] > WARM]
     for key in ("MiB", "files", "threads"):
         if len(warm) > 1:

@@ -7,7 +7,7 @@ import resource
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -60,18 +60,23 @@ def make_predict(config, refine_steps=0):
 
     A fourth argument, weights (B, D, H, W, 2) of the fixed and the moving image, is 0 where one of them does not count
     and 1 elsewhere.
-    """
-    model = make_network(config.model)
 
+    Called again with the same settings it returns the same function, so that nothing is compiled twice in a process.
+    """
+    return _predict(make_network(config.model), config.data.downsample, refine_steps)
+
+
+@lru_cache(maxsize=8)
+def _predict(model, downsample, refine_steps):
     @partial(jax.jit, compiler_options=sharding.compiler_options())
     def predict(params, fixed, moving, weights=None):
-        small = [average_pool(x[..., None], config.data.downsample) for x in (fixed, moving)]
+        small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
         if weights is not None:
-            small.append(average_pool(weights, config.data.downsample))
+            small.append(average_pool(weights, downsample))
         registration = model.apply({"params": params}, *small)
         fields = registration.u, registration.u_inverse, driving_force(registration)
         u, u_inverse, force = (resize_field(field, fixed.shape[1:]) for field in fields)
-        levels = jax.tree.map(lambda x: config.data.downsample * x, by_level(registration))
+        levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
         if refine_steps:
             def refined(fixed, moving, u):
                 u = demons.refine(fixed[..., None], moving[..., None], u, refine_steps)

@@ -1,5 +1,7 @@
 """From a velocity field to the diffeomorphism it generates."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +23,12 @@ def exponential(v, steps=7, reach=None):
 
     Reference: Arsigny, Commowick, Pennec, Ayache, "A Log-Euclidean framework for statistics on diffeomorphisms", 2006.
     """
+    return _exponential(v, steps, reach, jax.default_backend())
+
+
+# Compiled for the same reason as `warp`, which differs between backends.
+@partial(jax.jit, static_argnames=("steps", "reach", "backend"), inline=True)
+def _exponential(v, steps, reach, backend):
     # A loop, not an unrolled chain: XLA on CPU would fuse each squaring into the eight gathers of the next and compute
     # it eight times over.
     return jax.lax.fori_loop(0, steps, lambda _, s: compose(s, s, reach), v / 2**steps)
@@ -35,5 +43,9 @@ def inverse(u, iterations=40, start=None):
 
     Reference: Chen, Lu, Chen, Ruan, "A simple fixed-point approach to invert a deformation field", 2008.
     """
-    w = jnp.zeros_like(u) if start is None else start
+    return _inverse(u, iterations, jnp.zeros_like(u) if start is None else start, jax.default_backend())
+
+
+@partial(jax.jit, static_argnames=("iterations", "backend"), inline=True)
+def _inverse(u, iterations, w, backend):
     return jax.lax.fori_loop(0, iterations, lambda _, w: w - 0.5 * compose(u, w), w)

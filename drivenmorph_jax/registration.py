@@ -10,6 +10,7 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -264,13 +265,19 @@ def _compiled(config, params, fixed, spacing, masked, limit):
     for coarser in (1, 2, 2):
         config.data.downsample *= coarser
         shape, grid = nifti.working_grid(fixed, spacing, grid_multiple(config))
-        image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        weights = (jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32),) if masked else ()
-        lowered = make_predict(config).lower(params, image, image, *weights)
-        predict, needed = sharding.compiled_and_memory(lowered, limit)
+        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
+        predict, needed = _program(make_predict(config), tree, tuple(leaves), shape, masked, limit)
         if needed <= limit:
             break
     return predict, shape, grid, needed
+
+
+@lru_cache(maxsize=4)
+def _program(predict, tree, leaves, shape, masked, limit):
+    """What `sharding.compiled_and_memory` returns; once, where many images of one size are registered."""
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    weights = (jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32),) if masked else ()
+    return sharding.compiled_and_memory(predict.lower(jax.tree.unflatten(tree, leaves), image, image, *weights), limit)
 
 
 def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None):

@@ -6,7 +6,7 @@ from scipy.linalg import expm
 from test_warp import smooth_field
 
 from drivenmorph_jax.integrate import exponential, inverse
-from drivenmorph_jax.warp import compose
+from drivenmorph_jax.warp import compose, warp
 
 SHAPE = (24, 24, 24)
 INSIDE = (slice(8, -8),) * 3
@@ -61,3 +61,15 @@ def test_gradient_of_the_exponential_along_a_direction():
 def test_batches_are_independent():
     v = np.stack([smooth_field(SHAPE, 2.0), smooth_field(SHAPE, 1.0, 1)])
     np.testing.assert_allclose(exponential(v)[1], exponential(v[1]), atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [lambda u: warp(u, u), exponential, inverse])
+def test_a_second_call_compiles_nothing(function, caplog):
+    # A loop outside a compiled function is compiled at every call, and what was compiled is kept: memory grew.
+    u = jnp.full((5, 6, 7, 3), 0.3)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        function(u)
+        assert "ompil" in caplog.text
+        caplog.clear()
+        function(u)
+    assert "Compiling" not in caplog.text and "Finished XLA compilation" not in caplog.text

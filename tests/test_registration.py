@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from drivenmorph_jax import metrics, nifti, transforms
+from drivenmorph_jax import metrics, nifti, sharding, transforms
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.registration import register
 
@@ -42,6 +42,15 @@ def result(request, smoke, pair, tmp_path_factory):
                      fixed_labels=pair[2], moving_labels=pair[3])
     found.save(out)
     return out, found.summary
+
+
+def test_images_of_one_size_are_compiled_for_once(smoke, pair, monkeypatch):
+    def refused(*_):
+        raise AssertionError("compiled again")
+    first = register(*pair[:2], checkpoint=smoke[0], refine_steps=0, quiet=True)
+    monkeypatch.setattr(sharding, "compiled_and_memory", refused)
+    again = register(*pair[:2], checkpoint=smoke[0], refine_steps=0, quiet=True)
+    np.testing.assert_array_equal(again.warped.dataobj, first.warped.dataobj)
 
 
 def test_everything_promised_is_written_and_nothing_else(result):
