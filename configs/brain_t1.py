@@ -1,6 +1,8 @@
 """The network of weights/brain-t1: configs/malf.py with a level at full resolution on top, on whole images.
 
 python train.py --config configs/brain_t1.py --workdir runs/brain_t1 --config.data.root=FOLDER
+
+For a GPU: 10.5 GB and .15 s a step in bfloat16 (H200). A CPU learns from boxes, --config.data.crop="(96,96,96)".
 """
 
 from configs.malf import get_config as malf

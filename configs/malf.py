@@ -1,5 +1,5 @@
 """DrivenMorph on 27 real brains with manual labels (MICCAI 2012 multi-atlas challenge), at half resolution, without
-the labels: the first half of the training of weights/brain-t1, which configs/brain_t1.py goes on from.
+the labels: what two CPU cores learn in an hour. configs/brain_t1.py is for a GPU.
 
 python train.py --config configs/malf.py --workdir runs/malf --config.data.root=FOLDER
 """

@@ -125,27 +125,27 @@ def train_and_evaluate(config, workdir, memory=None):
 @contextmanager
 def terminated():
     """Two Events: the first SIGTERM sets, in place of ending the process: for the loop, which can save; nothing else
-    looks. The second the loop sets before its first step: until then there is nothing to save, and a thread ends the
-    process at once, since the compiler, in which minutes can pass, does not let Python's handlers run."""
-    stopping, working = threading.Event(), threading.Event()
+    looks. The second the loop sets while it has something to save: else a thread ends the process at once, since the
+    compiler, in which minutes can pass, does not let Python's handlers run."""
+    stopping, unsaved = threading.Event(), threading.Event()
     # No other thread may listen to signals. Of several processes the runtime listens, and tells all of them.
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield stopping, working
+        yield stopping, unsaved
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
 
     def watch():
         while told := os.read(reading, 1):
-            if told[0] == signal.SIGTERM and not working.is_set():
-                print("\nstopped before the first step: there was nothing to save", flush=True)
+            if told[0] == signal.SIGTERM and not unsaved.is_set():
+                print("\nstopped; there was nothing more to save: the same command goes on", flush=True)
                 os._exit(0)
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.set()), signal.set_wakeup_fd(writing)
     try:
-        yield stopping, working
+        yield stopping, unsaved
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.set_wakeup_fd(before[1])
@@ -228,26 +228,39 @@ def _train_and_evaluate(config, workdir, memory):
         logs.skip(step, f"{told}: the step is skipped", extra)
 
     began = time.perf_counter()
-    with terminated() as (stopping, working), closing(logs), closing(latest), closing(best):
+    def stopped(step):
+        if jax.process_index() == 0:
+            print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
+
+    with terminated() as (stopping, unsaved), closing(logs), closing(latest), closing(best):
         for step in range(start + 1, config.steps + 1):
+            last = step == config.steps
+            validates = step % config.val_every == 0 or last
+            if validates and step - 1 > (latest.latest_step() or 0):
+                # A run that is stopped while it validates, which may take minutes, goes on from here.
+                record()
+                checkpoint.save(latest, step - 1, about | {"step": step - 1}, params, opt_state, batches.get_state())
             batch = next(batches)
             pairs = batch.pop("pair")
             batch = augment(sharding.global_batch(batch, mesh))
             if compiled is None:
                 compiled, config = compiled_step(optimizer, config, mesh, params, opt_state, batch, memory)
                 about["config"], predict = config.to_dict(), make_predict(config)
-            working.set()
+            unsaved.set()
             params, opt_state, row = compiled(params, opt_state, batch)
             row["seconds"] = time.perf_counter() - began
             record()
             waiting = step, pairs, row
-            last = step == config.steps
             # Several processes must end at the same step: the runtime agrees on one.
             ending = stopping.is_set() if jax.process_count() == 1 else latest.reached_preemption(step)
-            if step % config.val_every == 0 or last:
+            if validates:
+                if ending and jax.process_count() == 1:
+                    return stopped(step - 1)
+                unsaved.clear()
                 # A copy on one device: every process scores all pairs by itself.
                 here = jax.tree.map(lambda x: x.addressable_data(0), params)
                 scores = validate(predict, here, dataset, config.space)
+                unsaved.set()
                 score = scores.get("val_dice", scores.get("val_lncc"))
                 record(scores)
                 if score > best_score:
@@ -257,9 +270,7 @@ def _train_and_evaluate(config, workdir, memory):
                 record()
                 checkpoint.save(latest, step, about | {"step": step}, params, opt_state, batches.get_state())
             if ending and not last:
-                if jax.process_index() == 0:
-                    print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
-                return None
+                return stopped(step)
 
     params = checkpoint.read_params(workdir / "best", jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_training import latest_bits
 
 from drivenmorph_jax import checkpoint, logs
@@ -85,13 +86,21 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(tm
     assert rows[0] == rows[1] and len(rows[0]) == steps
 
 
-def test_a_training_that_is_stopped_while_it_compiles_ends_at_once(tmp_path):
-    compiling = "import time\ntraining.compiled_step = lambda *_: (print('compiling', flush=True), time.sleep(60))\n"
-    code = RUN.replace("training.train_and_evaluate", compiling + "training.train_and_evaluate")
-    process = start(tmp_path, 3, code, subprocess.PIPE)
-    while "compiling" not in process.stdout.readline():
+@pytest.mark.parametrize("name", ["compiled_step", "validate"])
+def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(tmp_path, name):
+    # A sleep in C, as the compiler is: Python's handlers wait for its end.
+    busy = f"import ctypes\ntraining.{name} = lambda *_: (print('busy', flush=True), ctypes.CDLL(None).sleep(60))\n"
+    code = RUN.replace("training.train_and_evaluate", busy + "training.train_and_evaluate")
+    process = start(tmp_path / "killed", 11, code, subprocess.PIPE)
+    while "busy" not in process.stdout.readline():
         assert process.poll() is None
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert "nothing to save" in process.communicate(timeout=30)[0]
+    assert "nothing more to save" in process.communicate(timeout=30)[0]
     assert process.returncode == 0 and time.monotonic() - sent < 20
+    assert saved_step(tmp_path / "killed") == last_step(tmp_path / "killed") == (9 if name == "validate" else 0)
+    if name == "validate":
+        for folder in ("killed", "whole"):
+            end(start(tmp_path / folder, 11))
+        (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path / "killed"), latest_bits(tmp_path / "whole")
+        assert data == wanted_data and all(map(np.array_equal, arrays, wanted))
