@@ -88,8 +88,9 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(tm
 
 @pytest.mark.parametrize("name", ["compiled_step", "validate"])
 def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(tmp_path, name):
-    # A sleep in C, as the compiler is: Python's handlers wait for its end.
-    busy = f"import ctypes\ntraining.{name} = lambda *_: (print('busy', flush=True), ctypes.CDLL(None).sleep(60))\n"
+    # Minutes in C, as the compiler's are: Python's handlers wait for their end, and no signal cuts them short.
+    busy = ("import hashlib\n"
+            f"training.{name} = lambda *_: (print('busy', flush=True), hashlib.pbkdf2_hmac('md5', b'', b'', 10**9))\n")
     code = RUN.replace("training.train_and_evaluate", busy + "training.train_and_evaluate")
     process = start(tmp_path / "killed", 11, code, subprocess.PIPE)
     while "busy" not in process.stdout.readline():
