@@ -32,12 +32,17 @@ def scipy_warp(image, u):
     return jnp.stack([map_coordinates(image[..., c], x, 1, "nearest") for c in range(image.shape[-1])], -1)
 
 
+def torch_device():
+    """PyTorch's name of JAX's kind of device."""
+    return {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+
+
 class Torch:
     """The same in PyTorch, on JAX's kind of device: channels first, (1, C, D, H, W) and (1, 3, D, H, W)."""
 
     def __init__(self, shape):
         import torch
-        self.torch, self.device = torch, {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+        self.torch, self.device = torch, torch_device()
         self.grid = torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in shape), indexing="ij"))[None]
         self.scale = torch.tensor([2 / (n - 1) for n in shape]).reshape(1, 3, 1, 1, 1)
         self.grid, self.scale = self.grid.to(self.device), self.scale.to(self.device)

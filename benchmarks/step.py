@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 
-from benchmarks.fields import fastest
+from benchmarks.fields import fastest, torch_device
 from drivenmorph_jax import configuration, data, errors, networks, sharding, training
 
 
@@ -50,7 +50,7 @@ def voxelmorph(window, shape, count):
         print(f"VoxelMorph is left out: {error}")
         return None
     torch.manual_seed(0)
-    device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+    device = torch_device()
     model = vxm.networks.VxmDense(shape, int_steps=7, int_downsize=2).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     fixed, moving = torch.rand(2, 1, 1, *shape, device=device)

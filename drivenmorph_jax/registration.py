@@ -262,10 +262,10 @@ def _compiled(config, params, fixed, spacing, masked, limit):
 
     Of full, half and quarter resolution the finest whose bytes stay below the limit, else the last.
     """
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
     for coarser in (1, 2, 2):
         config.data.downsample *= coarser
         shape, grid = nifti.working_grid(fixed, spacing, grid_multiple(config))
-        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
         predict, needed = _program(make_predict(config), tree, tuple(leaves), shape, masked, limit)
         if needed <= limit:
             break

@@ -228,6 +228,11 @@ def _train_and_evaluate(config, workdir, memory):
         logs.skip(step, f"{told}: the step is skipped", extra)
 
     began = time.perf_counter()
+    def keep(step):
+        """Save the state after this step, with which the next run goes on."""
+        record()
+        checkpoint.save(latest, step, about | {"step": step}, params, opt_state, batches.get_state())
+
     def stopped(step):
         if jax.process_index() == 0:
             print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
@@ -238,8 +243,7 @@ def _train_and_evaluate(config, workdir, memory):
             validates = step % config.val_every == 0 or last
             if validates and step - 1 > (latest.latest_step() or 0):
                 # A run that is stopped while it validates, which may take minutes, goes on from here.
-                record()
-                checkpoint.save(latest, step - 1, about | {"step": step - 1}, params, opt_state, batches.get_state())
+                keep(step - 1)
             batch = next(batches)
             pairs = batch.pop("pair")
             batch = augment(sharding.global_batch(batch, mesh))
@@ -267,8 +271,7 @@ def _train_and_evaluate(config, workdir, memory):
                     best_score = score
                     checkpoint.save(best, step, about | {"score": score, "step": step}, params)
             if step % config.checkpoint_every == 0 or last or ending:
-                record()
-                checkpoint.save(latest, step, about | {"step": step}, params, opt_state, batches.get_state())
+                keep(step)
             if ending and not last:
                 return stopped(step)
 

@@ -123,6 +123,13 @@ def test_with_less_memory_a_step_is_rematerialised_then_in_bfloat16(tmp_path, mo
     assert checkpoint.read_about(tmp_path)["config"]["model"]["dtype"] == "bfloat16"
 
 
+def test_a_crop_that_is_larger_than_the_images_is_one_sentence(tmp_path):
+    config = get_config()
+    config.data.crop = (0, 64, 0)
+    with pytest.raises(InputError, match="crop is .* larger than the images of"):
+        training.train_and_evaluate(config, tmp_path)
+
+
 def test_a_step_that_the_compiler_refuses_is_one_sentence(tmp_path, monkeypatch):
     def refuse(_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "

@@ -76,13 +76,13 @@ def augmented(batch, *, crop=(0, 0, 0), flip=False, affine=0.0, intensity=0.0, b
     box = tuple(n or side for n, side in zip(crop, whole, strict=True))
 
     def changed(pair):
-        key, drawn = jax.random.wrap_key_data(pair.pop("key"), impl="threefry2x32"), {}
-        mirrored = flip & jax.random.bernoulli(jax.random.fold_in(key, 0))
+        key, drawn = jax.random.wrap_key_data(pair["key"], impl="threefry2x32"), {}
+        mirrored = jax.random.bernoulli(jax.random.fold_in(key, 0))
         room = np.array(whole) - box + 1
         corner = (jax.random.uniform(jax.random.fold_in(key, 1), (3,)) * room).astype(int)
         corner = jnp.minimum(corner, room - 1)  # where the product was rounded up
-        for k, role in enumerate(("fixed", "moving"), 1):
-            keys = jax.random.split(jax.random.fold_in(key, 1 + k), 4)
+        for k, role in enumerate(("fixed", "moving"), 2):
+            keys = jax.random.split(jax.random.fold_in(key, k), 4)
             matrix = random_affine(keys[0], affine)
 
             def cut(volume, matrix=matrix):

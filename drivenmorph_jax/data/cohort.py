@@ -81,11 +81,7 @@ def true_displacement(fixed, moving):
     for subject in (fixed, moving):
         if subject.to_template is None:
             raise InputError(f"{subject.id} has no known deformation: only the embedded cohort's subjects do")
-    return np.asarray(_composed(moving.from_template, fixed.to_template))
-
-
-# Made once: JAX keeps what every new `jax.jit` compiles for as long as the process lives.
-_composed = jax.jit(compose)
+    return np.asarray(compose(moving.from_template, fixed.to_template))
 
 
 def _anatomy(spacing):
