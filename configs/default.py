@@ -57,7 +57,7 @@ def get_config():
         "sigma_fluid": 0.7,  # voxels of the field, learned from there
         "sigma_diffusion": 0.7,  # voxels, for update_rule "log"
         "update_rule": "compositional",  # or "log"
-        "remat": False,  # compute each level again in the backward pass: less memory, more time
+        "remat": False,  # compute each update again in the backward pass: less memory, more time
         "dtype": "float32",  # or "bfloat16", for convolutions and attention
     })
 

@@ -133,6 +133,14 @@ def _damaged(path):
                    "another")
 
 
+def read_shapes(folder):
+    """The parameters' shapes and types, as ShapeDtypeStructs; `folder` as in `read_about`.
+
+    Raises Damaged where they cannot be read.
+    """
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _stored(_newest(folder)))
+
+
 def read_params(folder, params):
     """The parameters, in the shapes and shardings of the ShapeDtypeStructs `params`; `folder` as in `read_about`.
 

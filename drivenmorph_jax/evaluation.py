@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from tqdm import tqdm
 
 from drivenmorph_jax import (
@@ -73,7 +74,10 @@ def _predict(model, downsample, refine_steps):
         small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
         if weights is not None:
             small.append(average_pool(weights, downsample))
-        registration = model.apply({"params": params}, *small)
+        try:
+            registration = model.apply({"params": params}, *small)
+        except FlaxError as error:
+            raise InputError("the checkpoint belongs to another version of its model: train it again") from error
         fields = registration.u, registration.u_inverse, driving_force(registration)
         u, u_inverse, force = (resize_field(field, fixed.shape[1:]) for field in fields)
         levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
@@ -314,8 +318,11 @@ def load_checkpoint(folder, overrides=()):
     about = checkpoint.read_about(folder)
     config = configuration.override(configuration.from_dict(about["config"]), overrides)
     model = make_network(config.model)
-    image = jax.ShapeDtypeStruct((1, *[2 * multiple(config.model)] * 3, 1), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image, image)["params"]
+    if config.model == configuration.from_dict(about["config"]["model"]):
+        shapes = checkpoint.read_shapes(folder)
+    else:  # seconds of tracing
+        image = jax.ShapeDtypeStruct((1, *[2 * multiple(config.model)] * 3, 1), jnp.float32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), image, image)["params"]
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), shapes)
     return config, checkpoint.read_params(folder, shapes), about

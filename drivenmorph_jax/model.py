@@ -5,6 +5,7 @@ and the deformation so far and returns a velocity. Nothing else passes.
 """
 
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import chex
@@ -167,12 +168,12 @@ class Level(nn.Module):
     def __call__(self, fixed, moving, u, u_inverse, v, weights):
         c, i = self.config, self.index
         space, stride = fixed.shape[1:4], c.field_stride
-        difference = DifferenceStream(c.max_step, c.heads, c.cross_radius[i], c.self_radius[i], c.self_window[i],
-                                      self.dtype)
-        layer = NeuralDemonsLayer(c.max_step / stride, c.demons_features, c.sigma_fluid, self.dtype)
-        updates = []
-        # Not `nn.scan`: in a loop XLA on CPU runs the convolutions seven times slower.
-        for _ in range(c.updates[i]):
+
+        def update(self, state, _):
+            difference = DifferenceStream(c.max_step, c.heads, c.cross_radius[i], c.self_radius[i], c.self_window[i],
+                                          self.dtype)
+            layer = NeuralDemonsLayer(c.max_step / stride, c.demons_features, c.sigma_fluid, self.dtype)
+            u, u_inverse, v = state
             phi = resize_field(u, space)
             # What a sample gathers is most of the memory of a TPU's step: in bfloat16 it is half.
             terms = difference(fixed, warp(moving.astype(self.dtype), phi).astype(jnp.float32))
@@ -189,8 +190,15 @@ class Level(nn.Module):
             else:
                 forward, backward = exponential(jnp.stack([delta, -delta]), STEPS, layer.max_step)
                 u, u_inverse = compose(u, forward, layer.max_step), compose(backward, u_inverse)
-            updates.append(made.replace(u=u, u_inverse=u_inverse))
-        return u, u_inverse, v, tuple(updates)
+            return (u, u_inverse, v), made.replace(u=u, u_inverse=u_inverse)
+
+        if c.remat:
+            update = nn.remat(update, prevent_cse=False)
+        # A loop, compiled once. To initialise, or to check its constants, it is traced once more.
+        loop = nn.scan(update, variable_broadcast="params", split_rngs={"params": False}, length=c.updates[i],
+                       check_constancy_invariants=self.is_initializing())
+        (u, u_inverse, v), made = loop(self, (u, u_inverse, v), None)
+        return u, u_inverse, v, tuple(jax.tree.map(itemgetter(k), made) for k in range(c.updates[i]))
 
 
 class DrivenMorph(nn.Module):
@@ -210,14 +218,13 @@ class DrivenMorph(nn.Module):
         dtype = jnp.dtype(c.dtype)
         encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, name="encoder")
         fixed_pyramid, moving_pyramid = encoder(fixed), encoder(moving)
-        level = nn.remat(Level) if c.remat else Level
         levels = len(c.strides)
         u = u_inverse = v = jnp.zeros((fixed.shape[0], *(n // multiple(c) for n in fixed.shape[1:4]), 3))
         updates = ()
         for i in reversed(range(levels)):
             space = [n // c.field_stride for n in fixed_pyramid[i].shape[1:4]]
             u, u_inverse, v = (resize_field(x, space) for x in (u, u_inverse, v))
-            u, u_inverse, v, made = level(c, i, dtype, name=f"level{levels - 1 - i}")(
+            u, u_inverse, v, made = Level(c, i, dtype, name=f"level{levels - 1 - i}")(
                 fixed_pyramid[i], moving_pyramid[i], u, u_inverse, v,
                 None if weights is None else average_pool(weights, c.strides[i]))
             updates += made

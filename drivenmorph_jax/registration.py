@@ -8,6 +8,7 @@ the voxels that are written.
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -80,29 +81,36 @@ class Result:
         Raises InputError where something cannot be written.
         """
         out, (fixed, moving) = make_folder(out), (self.transform.grid, self.transform.other)
-        for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
-            if image is not None:
-                nifti.write(out / f"{name}.nii.gz", image)
         names = ["displacement", "inverse_displacement"]
         if bids:
             prefix, *spaces = bids
             names = [f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1])]
-        for name, transform in zip(names, (self.transform, self.transform.inverse), strict=True):
+
+        def volumes():
+            for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
+                if image is not None:
+                    nifti.write(out / f"{name}.nii.gz", image)
+            for name, transform in zip(names, (self.transform, self.transform.inverse), strict=True):
+                if "itk" in formats:
+                    transform.save(out / f"{name}.nii.gz")
+                if "ras" in formats:
+                    transform.save(out / f"{name}_ras.nii.gz", "RAS")
+                if "h5" in formats:
+                    transform.save(out / f"{name}.h5")
             if "itk" in formats:
-                transform.save(out / f"{name}.nii.gz")
-            if "ras" in formats:
-                transform.save(out / f"{name}_ras.nii.gz", "RAS")
-            if "h5" in formats:
-                transform.save(out / f"{name}.h5")
-        if "itk" in formats:
-            self.transform.save(out / "affine.tfm")
-        if "l2r" in formats:
-            self.transform.save_learn2reg(out / f"disp_{_stem(fixed.path)}_{_stem(moving.path)}.nii.gz")
-        nifti.save(out / "jacobian.nii.gz", self.jacobian, fixed)
-        transforms.write_force(out / "force.nii.gz", self.force, fixed,
-                               NETWORK_FORCE if self.summary["method"] == "drivenmorph" else DEMONS_FORCE)
-        self.overview(out / "overview.png")
-        self._page(out / "report.html", out / "overview.png")
+                self.transform.save(out / "affine.tfm")
+            if "l2r" in formats:
+                self.transform.save_learn2reg(out / f"disp_{_stem(fixed.path)}_{_stem(moving.path)}.nii.gz")
+            nifti.save(out / "jacobian.nii.gz", self.jacobian, fixed)
+            transforms.write_force(out / "force.nii.gz", self.force, fixed,
+                                   NETWORK_FORCE if self.summary["method"] == "drivenmorph" else DEMONS_FORCE)
+
+        # Compressing takes as long as drawing, and only one of them needs Python.
+        with ThreadPoolExecutor(1) as pool:
+            written = pool.submit(volumes)
+            self.overview(out / "overview.png")
+            self._page(out / "report.html", out / "overview.png")
+            written.result()
         with replacing(out / "summary.json") as temporary:
             temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
 

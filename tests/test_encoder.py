@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,18 @@ def test_convolution_is_the_three_dimensional_one_and_so_is_its_derivative(monke
     half = conv3d(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_in_a_loop_the_derivatives_are_convolutions_that_lie_as_the_forward_one():
+    # Those that do not are computed by XLA on CPU without its fast routine, which it takes outside of loops.
+    x, kernel = jnp.ones((1, 8, 8, 8, 8)), jnp.ones((3, 3, 3, 8, 8))
+
+    @jax.grad
+    def gradient(both):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(conv3d(x, both[1])), None), both[0], None, length=3)[0].sum()
+
+    text = jax.jit(gradient).lower((x, kernel)).compile().as_text()
+    assert set(re.findall(r"dim_labels=\S+?,", text)) == {"dim_labels=b01f_01io->b01f,"}
 
 
 def test_pyramid_holds_the_image_itself_first_and_is_normalised():

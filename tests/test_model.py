@@ -7,7 +7,7 @@ from ml_collections import FrozenConfigDict
 from scipy.ndimage import gaussian_filter
 
 from configs.smoke import get_config
-from drivenmorph_jax import demons, forces, model
+from drivenmorph_jax import demons, forces, model, sharding
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.grid import resize_field
 from drivenmorph_jax.integrate import exponential
@@ -176,6 +176,16 @@ def test_rematerialisation_changes_nothing():
     gradient = jax.jit(jax.grad(f, argnums=1), static_argnums=0)
     for a, b in zip(*(jax.tree.leaves(gradient(n, params)) for n in (net, again)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_rematerialised_the_memory_of_a_gradient_does_not_grow_with_the_updates():
+    def needed(**changes):
+        net, params, fixed, moving = made(**ONE_LEVEL | changes)
+        gradient = jax.jit(jax.grad(lambda params: (net.apply(params, fixed, moving).u ** 2).mean()))
+        return sharding.device_memory(gradient.lower(params).compile())
+
+    assert needed(remat=True, updates=(8,)) < 0.4 * needed(updates=(8,))
+    assert needed(remat=True, updates=(8,)) < 1.5 * needed(remat=True, updates=(2,))
 
 
 def test_bfloat16_leaves_fields_float32_and_near():

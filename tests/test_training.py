@@ -17,7 +17,7 @@ import pytest
 from configs.smoke import get_config
 from drivenmorph_jax import checkpoint, logs, sharding, training
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.evaluation import load_checkpoint
+from drivenmorph_jax.evaluation import load_checkpoint, make_predict
 from drivenmorph_jax.files import alone_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,6 +236,9 @@ def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):
         training.train_and_evaluate(config, workdir)
     with pytest.raises(InputError, match="model"):
         load_checkpoint(workdir, ["--config.model.channels=(4, 16)"])
+    image = np.zeros((1, 32, 32, 32), np.float32)
+    with pytest.raises(InputError, match="another version"):  # its own settings, but parameters of other names
+        make_predict(get_config())({"level": load_checkpoint(workdir)[1]}, image, image)
     with pytest.raises(InputError, match="no checkpoint"):
         load_checkpoint(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
