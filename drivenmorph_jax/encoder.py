@@ -14,7 +14,7 @@ from drivenmorph_jax.forces import box_mean
 from drivenmorph_jax.grid import average_pool
 
 RADIUS, FLOOR = 2, 1e-3  # of `local_norm`
-FEW = 20  # channels in times channels out, up to which sums of shifted volumes are the fastest on CPU
+FEW = 24  # channels in times channels out, up to which sums of shifted volumes are the fastest on CPU
 TENSOR_CORE = 8  # channels that a GPU's matrix units take at least
 BLOCK = (1, 2, 2)  # voxels that make one of fewer
 

@@ -5,6 +5,7 @@ and the deformation so far and returns a velocity. Nothing else passes.
 """
 
 from functools import partial
+from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
@@ -60,7 +61,8 @@ def multiple(config):
 
 def driving_force(registration):
     """Sum of the forces of all updates, each resampled to the input grid: (B, D, H, W, 3), voxels of it."""
-    return sum(resize_field(update.force, registration.u.shape[1:4]) for update in registration.updates)
+    levels = groupby(registration.updates, lambda update: update.force.shape)  # one resampling a level
+    return sum(resize_field(sum(update.force for update in level), registration.u.shape[1:4]) for _, level in levels)
 
 
 def checked(config):
