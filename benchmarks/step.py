@@ -5,8 +5,7 @@ python -m benchmarks.step [--config configs/malf.py] [--shape 80 96 80] [--steps
 The rival is VxmDense of the package voxelmorph (0.2, PyTorch; `pip install --no-deps voxelmorph==0.2 neurite pystrum`
 and `pip install torch scikit-image h5py einops`) with its default 3-D U-Net and 7 squarings. Both train by local
 correlation of one window and diffusion, with Adam, on one pair of random images; seconds are those of the fastest step.
-Memory is what XLA says of the compiled step, bytes what `traffic` counts in its text, every trip of its loops included.
-FLOPs are XLA's, which counts a loop once: less than are computed.
+FLOPs, bytes and memory are what XLA says of the compiled step; it counts the body of a loop once.
 """
 
 import argparse
@@ -18,12 +17,11 @@ import jax
 import numpy as np
 
 from benchmarks.fields import fastest, torch_device
-from benchmarks.traffic import traffic
 from drivenmorph_jax import configuration, data, errors, networks, sharding, training
 
 
 def ours(config, shape, count):
-    """Seconds of a step, seconds to compile, FLOPs and bytes of it, and bytes of memory."""
+    """Seconds of a step, seconds to compile, XLA's cost of it, and bytes of memory."""
     mesh = sharding.device_mesh(devices=jax.devices()[:1])
     model, optimizer = networks.make_network(config.model), training.make_optimizer(config)
     batch = {key: jax.random.uniform(jax.random.key(i), (1, *shape, 1)) for i, key in enumerate(("fixed", "moving"))}
@@ -37,8 +35,7 @@ def ours(config, shape, count):
         *state[:], row = compiled(*state, batch)
         jax.block_until_ready(row)
 
-    return (fastest(step, count), seconds, compiled.cost_analysis()["flops"], traffic(compiled.as_text()),
-            sharding.device_memory(compiled))
+    return fastest(step, count), seconds, compiled.cost_analysis(), sharding.device_memory(compiled)
 
 
 def voxelmorph(window, shape, count):
@@ -104,12 +101,12 @@ def main():
     sharding.start()
     config = configuration.override(configuration.load(flags.config), settings)
     shape = tuple(flags.shape)
-    a, compiling, flops, moved, peak = ours(config, shape, flags.steps)
+    a, compiling, cost, peak = ours(config, shape, flags.steps)
     b = voxelmorph(config.loss.window, shape, flags.steps)
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {'x'.join(map(str, shape))}, {flags.config}\n")
     if b:
         print(f"{b / a:.2f} times as fast as VoxelMorph: {a:.2f} s and {b:.2f} s a step")
-    print(f"ours: {1 / a:.2f} steps/s, {moved / 1e9:.0f} GB ({moved / a / 1e9:.0f} GB/s), {flops / 1e9:.0f} GFLOP with "
+    print(f"ours: {1 / a:.2f} steps/s, {cost['flops'] / 1e9:.0f} GFLOP and {cost['bytes accessed'] / 1e9:.0f} GB with "
           f"loops counted once, peak {peak / 1e9:.2f} GB, {np.ceil(compiling):.0f} s to compile or to find")
     if config.data.name != "folder" or os.path.isdir(config.data.root):
         read, change = loading(config)
