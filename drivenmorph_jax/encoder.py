@@ -3,7 +3,6 @@
 import itertools
 import math
 import operator
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +89,9 @@ def _stacked(x, kernel, stride):
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
     slices = jnp.concatenate([padded[:, i:i + d:stride] for i in range(3)], axis=-1)
     kernel = jnp.moveaxis(kernel, 0, 2).reshape(3, 3, 3 * c, -1)
-    convolve = _planes if stride == 1 and jax.default_backend() == "cpu" else partial(_convolve, stride=stride)
-    out = convolve(slices.reshape(-1, h, w, 3 * c), kernel)
+    slices = slices.reshape(-1, h, w, 3 * c)
+    on_cpu = stride == 1 and jax.default_backend() == "cpu"
+    out = _planes(slices, kernel) if on_cpu else _convolve(slices, kernel, stride)
     return out.reshape(b, -1, *out.shape[1:])
 
 

@@ -1,7 +1,5 @@
 """What the driving force says of the deformation: the force of each level against what it still had to do."""
 
-from itertools import groupby
-
 import chex
 import flax.struct
 import numpy as np
@@ -9,6 +7,7 @@ import numpy as np
 from drivenmorph_jax import metrics
 from drivenmorph_jax.grid import resize_field
 from drivenmorph_jax.losses import remaining_displacement
+from drivenmorph_jax.model import by_grid
 from drivenmorph_jax.report import LABELS, OF_FORCE
 
 RESAMPLES = 2000
@@ -27,8 +26,7 @@ class LevelForces:
 def by_level(registration):
     """A `LevelForces` for each level of a `model.Registration`, coarse to fine."""
     found = []
-    for space, group in groupby(registration.updates, lambda update: update.u.shape[1:4]):
-        updates = list(group)
+    for space, updates in by_grid(registration):
         remaining = remaining_displacement(updates[0].u_inverse_before, resize_field(registration.u, space))
         stride = registration.u.shape[1] // space[0]
         found.append(LevelForces(*(stride * sum(getattr(update, name) for update in updates)

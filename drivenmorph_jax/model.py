@@ -6,7 +6,6 @@ and the deformation so far and returns a velocity. Nothing else passes.
 
 from functools import partial
 from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import chex
@@ -61,8 +60,13 @@ def multiple(config):
 
 def driving_force(registration):
     """Sum of the forces of all updates, each resampled to the input grid: (B, D, H, W, 3), voxels of it."""
-    levels = groupby(registration.updates, lambda update: update.force.shape)  # one resampling a level
-    return sum(resize_field(sum(update.force for update in level), registration.u.shape[1:4]) for _, level in levels)
+    return sum(resize_field(sum(update.force for update in updates), registration.u.shape[1:4])
+               for _, updates in by_grid(registration))
+
+
+def by_grid(registration):
+    """[(grid of the field, its `Update`s)] for each level, coarse to fine."""
+    return [(space, list(level)) for space, level in groupby(registration.updates, lambda update: update.u.shape[1:4])]
 
 
 def checked(config):
@@ -184,7 +188,6 @@ class Level(nn.Module):
                 terms = (p * counted for p in terms)
             force, demons_force, attention_force = (average_pool(p, stride) / stride for p in terms)
             delta = layer(force, u)
-            made = Update(force, demons_force, attention_force, delta, u, u_inverse, u, u_inverse)
             # Both flows in one call: half the program to compile.
             if c.update_rule == "log":
                 v = demons.log_update(v, delta, c.sigma_diffusion)
@@ -192,15 +195,19 @@ class Level(nn.Module):
             else:
                 forward, backward = exponential(jnp.stack([delta, -delta]), STEPS, layer.max_step)
                 u, u_inverse = compose(u, forward, layer.max_step), compose(backward, u_inverse)
-            return (u, u_inverse, v), made.replace(u=u, u_inverse=u_inverse)
+            return (u, u_inverse, v), (force, demons_force, attention_force, delta, u, u_inverse)
 
         if c.remat:
             update = nn.remat(update, prevent_cse=False)
-        # A loop, compiled once. To initialise, or to check its constants, it is traced once more.
+        # A loop, compiled once. The check, by which parameters are made, traces it a second time.
         loop = nn.scan(update, variable_broadcast="params", split_rngs={"params": False}, length=c.updates[i],
                        check_constancy_invariants=self.is_initializing())
+        updates, before = (), (u, u_inverse)
         (u, u_inverse, v), made = loop(self, (u, u_inverse, v), None)
-        return u, u_inverse, v, tuple(jax.tree.map(itemgetter(k), made) for k in range(c.updates[i]))
+        for *driven, u_after, u_inverse_after in zip(*made, strict=True):
+            updates += Update(*driven, *before, u_after, u_inverse_after),
+            before = u_after, u_inverse_after
+        return u, u_inverse, v, updates
 
 
 class DrivenMorph(nn.Module):

@@ -228,6 +228,7 @@ def _train_and_evaluate(config, workdir, memory):
         logs.skip(step, f"{told}: the step is skipped", extra)
 
     began = time.perf_counter()
+
     def keep(step):
         """Save the state after this step, with which the next run goes on."""
         record()
