@@ -4,18 +4,22 @@ A checkpoint holds `params`; `about`: the configuration, the git commit and what
 and in `latest` also `opt_state` and `data`, the state of the input pipeline.
 """
 
+import copy
 import hashlib
 import json
 import logging
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drivenmorph_jax.errors import InputError
@@ -49,11 +53,30 @@ def save(manager, step, about, params, opt_state=None, data=None):
     arguments = {name: ocp.args.StandardSave(item) if name in ("params", "opt_state") else ocp.args.JsonSave(item)
                  for name, item in (items | {"about": about}).items()}
     try:
-        manager.save(step, args=ocp.args.Composite(**arguments))
+        with _json_once():
+            manager.save(step, args=ocp.args.Composite(**arguments))
     except Exception as error:  # Orbax raises nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{manager.directory} cannot be written ({reason[:200]}): make room; the same command goes on "
                          "from the last checkpoint that is whole") from error
+
+
+@contextmanager
+def _json_once():
+    """TensorStore never frees the text of JSON that it turns into Python objects (0.1.76 to 0.1.86), and with every array
+    Orbax asks for the normal form of one path and for statistics that it only logs: 60 KB and more a save. Here it gets
+    the first once, and no statistics."""
+    to_json, known = tensorstore.KvStore.Spec.to_json, {}
+
+    def once(spec, *args, **kwargs):
+        key = repr((spec, args, kwargs))
+        if key not in known:
+            known[key] = to_json(spec, *args, **kwargs)
+        return copy.deepcopy(known[key])
+
+    with (mock.patch.object(tensorstore.KvStore.Spec, "to_json", once),
+          mock.patch.object(tensorstore, "experimental_collect_matching_metrics", lambda *_: [])):
+        yield
 
 
 def digest(item):

@@ -1,7 +1,9 @@
+import gc
 import os
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -95,3 +97,19 @@ def test_a_full_disk_is_one_sentence_and_the_older_checkpoint_survives(tmp_path)
         assert [path.name for path in Path(tmp_path / "latest").iterdir() if path.name.isdigit()] == ["1"]
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_save_keeps_no_memory(tmp_path):
+    params = {f"layer{i}": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)} for i in range(20)}
+
+    def blocks(saves):
+        for _ in range(saves):
+            checkpoint.save(manager, manager.latest_step() + 1, {}, params, params, {})
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    with checkpoint.manager(tmp_path) as manager:
+        checkpoint.save(manager, 1, {}, params)
+        before = blocks(3)
+        # TensorStore alone kept 800 a save of these arrays.
+        assert (blocks(10) - before) / 10 < 100
