@@ -63,9 +63,9 @@ def save(manager, step, about, params, opt_state=None, data=None):
 
 @contextmanager
 def _json_once():
-    """TensorStore never frees the text of JSON that it turns into Python objects (0.1.76 to 0.1.86), and with every array
-    Orbax asks for the normal form of one path and for statistics that it only logs: 60 KB and more a save. Here it gets
-    the first once, and no statistics."""
+    """TensorStore never frees the text of JSON that it turns into Python objects (0.1.76 to 0.1.86). With every array
+    Orbax asks for the normal form of one path, and for statistics that it only logs: 60 KB and more a save. Here it
+    gets the first once, and no statistics."""
     to_json, known = tensorstore.KvStore.Spec.to_json, {}
 
     def once(spec, *args, **kwargs):

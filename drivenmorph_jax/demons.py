@@ -222,19 +222,21 @@ def _at_end(field, space, update):
     return field, exponential(field) if update == "log" else field
 
 
-def refine(fixed, moving, u, steps, weights=None):
-    """Carry a registration further: up to `steps` iterations of `demons` by local correlation at full resolution.
+def refine(fixed, moving, u, steps, weights=None, force="lncc"):
+    """Carry a registration further: up to `steps` iterations of `demons` at full resolution.
 
     Args:
       fixed, moving: (*space, 1), values of about 0 to 1, sides even.
       u: (*space, n) displacement to start from, in voxels.
       weights: (fixed, moving), (*space, 1) each, 0 where an image does not count; None where all of both does.
+      force: a name of `FORCES`.
 
     Returns:
       The displacement (*space, n), `unfolded`.
     """
-    images, force = weighted((fixed, moving), weights, LNCC["force"])
-    return unfolded(demons(*images, force=force, iterations=(steps,), initial=u).u)
+    features, settings = FORCES[force]
+    images, driven = weighted((features(fixed), features(moving)), weights, settings["force"])
+    return unfolded(demons(*images, **settings | {"force": driven, "iterations": (steps,)}, initial=u).u)
 
 
 def weighted(features, weights, force):

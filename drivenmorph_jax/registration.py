@@ -27,6 +27,7 @@ from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_pred
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import resize
 from drivenmorph_jax.losses import lncc
+from drivenmorph_jax.networks import refining_force
 from drivenmorph_jax.warp import warp
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
@@ -198,14 +199,16 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         if method == "drivenmorph":
             both = () if weights is None else (jnp.concatenate(weights, -1)[None],)
             u, u_inverse, force = (x[0] for x in predict(params, f[None], m[None], *both)[:3])
+            refine_force = refining_force(config.model)
         else:
             features, settings = demons.FORCES[force]
             features, driven = demons.weighted((features(f[..., None]), features(m[..., None])), weights,
                                                settings["force"])
             u = demons.demons(*features, **settings | {"force": driven}).u
+            refine_force = "mind" if force == "mind" else "lncc"
             force = resize(driven(*features, settings["max_step"])[0], shape)
         if refine_steps:
-            u = demons.refine(f[..., None], m[..., None], u, refine_steps, weights)
+            u = demons.refine(f[..., None], m[..., None], u, refine_steps, weights, refine_force)
         counted = None
         if masks is not None:
             out = masks[0] | (warp(masks[1][..., None].astype(jnp.float32), u)[..., 0] > 0)

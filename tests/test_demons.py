@@ -167,6 +167,16 @@ def test_mind_descriptors_register_an_inverted_image_as_well():
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
+def test_refinement_by_mind_is_blind_to_an_inversion():
+    fixed, moving, true, brain = pair()
+    start = jnp.asarray(0.5 * true)
+    u, inverted = (demons.refine(fixed, x, start, 20, force="mind") for x in (moving, 1 - moving))
+    np.testing.assert_allclose(u, inverted, atol=0.02)
+    before, after = (forces.symmetric_force(forces.mind(fixed), warp(forces.mind(moving), x), 1.0)[1]
+                     for x in (start, u))
+    assert after < 0.9 * before and np.asarray(jacobian_determinant(u))[brain].min() > 0
+
+
 def test_demons_under_vmap_and_grad():
     fixed, moving, _, _ = pair((16, 16, 16))
     batch = jnp.stack([fixed, moving]), jnp.stack([moving, fixed])
