@@ -19,11 +19,14 @@ def change_contrast(image, key, strength):
     return jnp.clip(gain * image**gamma, 0, 1)
 
 
+def curve(image, heights):
+    """f(image), f linear between `heights` in [0, 1], the values that it takes at even steps from 0 to 1."""
+    return jnp.where(image > 0, jnp.interp(image, jnp.linspace(0, 1, len(heights)), heights), 0)
+
+
 def random_curve(image, key, strength):
-    """(1 - s) image + s f(image), f linear between 6 random heights in [0, 1]: tissues in any order, inverted too."""
-    heights = jax.random.uniform(key, (6,))
-    curved = jnp.interp(image, jnp.linspace(0, 1, len(heights)), heights)
-    return jnp.where(image > 0, (1 - strength) * image + strength * curved, 0)
+    """(1 - s) image + s f(image), f a `curve` of 6 random heights: tissues in any order, inverted too."""
+    return (1 - strength) * image + strength * curve(image, jax.random.uniform(key, (6,)))
 
 
 def add_bias(image, key, strength):
