@@ -25,6 +25,9 @@ def main():
     parser.add_argument("--force", default="lncc", choices=["lncc", "intensity", "mind"],
                         help="of --method demons: local correlation; intensities, for images of one scanner; or MIND "
                              "descriptors, for images of two contrasts; default: lncc")
+    parser.add_argument("--contrast", default="auto", choices=["auto", "same", "other"],
+                        help="of the two images: other, as of T1 and T2, lets the moving image take the values of the "
+                             "fixed one, in three passes; default: auto, by the correlation of their values")
     parser.add_argument("--no-affine", action="store_true",
                         help="skip the affine alignment: the files' world coordinates agree already")
     parser.add_argument("--initial_affine", metavar="FILE",
@@ -62,10 +65,10 @@ def main():
     sharding.start()
     check_folder(flags.out)
     result = register(flags.fixed, flags.moving, checkpoint=flags.checkpoint or SHIPPED, method=flags.method,
-                      force=flags.force, affine=flags.initial_affine or not flags.no_affine,
-                      refine_steps=flags.refine_steps, fixed_labels=flags.fixed_labels,
-                      moving_labels=flags.moving_labels, fixed_mask=flags.fixed_mask, moving_mask=flags.moving_mask,
-                      memory=flags.memory)
+                      force=flags.force, contrast=flags.contrast,
+                      affine=flags.initial_affine or not flags.no_affine, refine_steps=flags.refine_steps,
+                      fixed_labels=flags.fixed_labels, moving_labels=flags.moving_labels,
+                      fixed_mask=flags.fixed_mask, moving_mask=flags.moving_mask, memory=flags.memory)
     print("write ...", end=" ", flush=True)
     result.save(flags.out, flags.formats, flags.bids)
     print("done")

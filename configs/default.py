@@ -36,7 +36,6 @@ def get_config():
         "crop": (0, 0, 0),  # shape of the random part of them that a step sees; 0 is a whole side
         "flip": False,  # mirror half of the pairs
         "affine": 0.0,  # strengths of random changes of each image, see `data/augmentation.py`
-        "curve": 0.0,  # of a random curve of contrast; the loss compares the images without it
         "intensity": 0.1,
         "bias": 0.0,
         "noise": 0.0,
@@ -45,8 +44,7 @@ def get_config():
     # Levels are listed finest first.
     config.model = ConfigDict({
         "name": "drivenmorph",  # or "voxelmorph", "transmorph", which have settings of their own
-        "descriptor": "intensity",  # the first channels of a level: image and local normalisation; or "mind"
-        "channels": (4, 16, 32),  # the first 2 of each are the descriptor's, or 6 of "mind"
+        "channels": (4, 16, 32),  # the first two of each are the image and its local normalisation
         "strides": (1, 2, 4),
         "field_stride": 2,  # the field of a level is this many times coarser than its features
         "updates": (2, 2, 2),

@@ -30,7 +30,6 @@ def get_config():
         "crop": (0, 0, 0),
         "flip": True,
         "affine": 0.02,
-        "curve": 0.0,
         "intensity": 0.2,
         "bias": 0.1,
         "noise": 0.02,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from drivenmorph_jax.forces import box_mean, mind
+from drivenmorph_jax.forces import box_mean
 from drivenmorph_jax.grid import average_pool
 
 RADIUS, FLOOR = 2, 1e-3  # of `local_norm`
@@ -151,44 +151,30 @@ def local_norm(image):
     return (image - mean) * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + FLOOR)
 
 
-def intensities(image):
-    """The image itself and the same locally normalised: (B, D, H, W, 1) -> (B, D, H, W, 2)."""
-    return jnp.concatenate([image, local_norm(image)], axis=-1)
-
-
-# name: (channels, what makes them of an image, what the learned ones are made of): contrast is either all there is to
-# learn from, or never seen.
-DESCRIPTORS = {
-    "intensity": (2, intensities, lambda image: image),
-    "mind": (6, jax.vmap(mind), jax.vmap(mind)),
-}
-
-
 class Encoder(nn.Module):
     """Image (B, D, H, W, 1) -> features (B, D/s, H/s, W/s, C), float32 and instance-normalised, finest first.
 
-    The first channels of every level are those of the descriptor, of the pooled image: a Demons force on these is a
-    classical one before anything is learned, and the learned channels add to it. A level with no more than these learns
-    nothing, and leaves the next coarser one to begin with the image.
+    The first two channels of every level are the image itself, pooled, and the same locally normalised: a Demons force
+    on these is a classical one before anything is learned, and the learned channels add to it. A level of two channels
+    learns nothing, and leaves the next coarser one to begin with the image.
     """
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: jnp.dtype = jnp.float32
-    descriptor: str = "intensity"
 
     @nn.compact
     def __call__(self, image):
-        fixed_channels, describe, begin = DESCRIPTORS[self.descriptor]
-        x, stride, pyramid = begin(image), 1, []
+        x, stride, pyramid = image, 1, []
         for i, (channels, level_stride) in enumerate(zip(self.channels, self.strides, strict=True)):
             x = average_pool(x, level_stride // stride)
             stride = level_stride
-            features = [describe(average_pool(image, stride))]
-            if learned := channels - fixed_channels:
+            pooled = average_pool(image, stride)
+            features = [pooled, local_norm(pooled)]
+            if channels > 2:
                 # Counted from the coarsest: a level added at the fine end leaves the others their parameters.
                 level = len(self.strides) - 1 - i
-                x = nn.leaky_relu(Conv(learned, self.dtype, name=f"level{level}_a")(x))
-                x = nn.leaky_relu(x + Conv(learned, self.dtype, name=f"level{level}_b")(x))
+                x = nn.leaky_relu(Conv(channels - 2, self.dtype, name=f"level{level}_a")(x))
+                x = nn.leaky_relu(x + Conv(channels - 2, self.dtype, name=f"level{level}_b")(x))
                 features.append(x)
             pyramid.append(instance_norm(jnp.concatenate(features, axis=-1)))
         return pyramid

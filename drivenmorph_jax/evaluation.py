@@ -38,7 +38,7 @@ from drivenmorph_jax.files import make_folder, read_rows, replacing, rows_text
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.model import driving_force
-from drivenmorph_jax.networks import make_network, multiple, refining_force
+from drivenmorph_jax.networks import make_network, multiple
 from drivenmorph_jax.warp import warp
 
 
@@ -64,11 +64,11 @@ def make_predict(config, refine_steps=0):
 
     Called again with the same settings it returns the same function, so that nothing is compiled twice in a process.
     """
-    return _predict(make_network(config.model), config.data.downsample, refine_steps, refining_force(config.model))
+    return _predict(make_network(config.model), config.data.downsample, refine_steps)
 
 
 @lru_cache(maxsize=8)
-def _predict(model, downsample, refine_steps, refine_force):
+def _predict(model, downsample, refine_steps):
     @partial(jax.jit, compiler_options=sharding.compiler_options())
     def predict(params, fixed, moving, weights=None):
         small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
@@ -83,7 +83,7 @@ def _predict(model, downsample, refine_steps, refine_force):
         levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
         if refine_steps:
             def refined(fixed, moving, u):
-                u = demons.refine(fixed[..., None], moving[..., None], u, refine_steps, force=refine_force)
+                u = demons.refine(fixed[..., None], moving[..., None], u, refine_steps)
                 return u, demons.coarse_inverse(u)
 
             # Under vmap a loop that ends by itself goes over its state once more: one pair alone is spared that.

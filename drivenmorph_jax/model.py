@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 
 from drivenmorph_jax import demons, forces
 from drivenmorph_jax.attention import CrossAttention, SelfAttention
-from drivenmorph_jax.encoder import DESCRIPTORS, Conv, Encoder
+from drivenmorph_jax.encoder import Conv, Encoder
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.integrate import exponential
@@ -85,13 +85,9 @@ def checked(config):
     if config.get("field_stride", 0) < 1:
         raise InputError("model.field_stride is missing or below 1: set it to 1 or more; weights of an earlier version "
                          "must be trained again")
-    descriptor = config.get("descriptor", "intensity")  # weights of before there was another lack it
-    if descriptor not in DESCRIPTORS:
-        raise InputError(f"model.descriptor is {descriptor!r}: set it to one of {', '.join(DESCRIPTORS)}")
-    least = DESCRIPTORS[descriptor][0]
-    if min(config.channels) < least:
-        raise InputError(f"model.channels is {tuple(config.channels)}: give each level at least {least}, those of its "
-                         "descriptor")
+    if min(config.channels) < 2:
+        raise InputError(f"model.channels is {tuple(config.channels)}: give each level at least 2, the image and its "
+                         "local normalisation")
     for channels, *attention in zip(config.channels, config.cross_radius, config.self_radius, config.self_window,
                                     strict=True):
         if any(attention) and channels % config.heads:
@@ -229,7 +225,7 @@ class DrivenMorph(nn.Module):
     def __call__(self, fixed, moving, weights=None):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, c.get("descriptor", "intensity"), name="encoder")
+        encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, name="encoder")
         fixed_pyramid, moving_pyramid = encoder(fixed), encoder(moving)
         levels = len(c.strides)
         u = u_inverse = v = jnp.zeros((fixed.shape[0], *(n // multiple(c) for n in fixed.shape[1:4]), 3))

@@ -21,11 +21,6 @@ def multiple(config):
     return _of(config)[2](config)
 
 
-def refining_force(config):
-    """The name in `demons.FORCES` of the force that carries the network's result further: one for its images."""
-    return "mind" if config.get("descriptor") == "mind" else "lncc"
-
-
 def _of(config):
     name = config.get("name", "drivenmorph")  # checkpoints from before there were others do not say
     if name not in NETWORKS:

@@ -22,12 +22,12 @@ import numpy as np
 from drivenmorph_jax import demons, metrics, nifti, page, report, sharding, transforms
 from drivenmorph_jax.affine import register_affine
 from drivenmorph_jax.checkpoint import SHIPPED, environment
+from drivenmorph_jax.contrast import SAME, correlation, registered
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.grid import resize
 from drivenmorph_jax.losses import lncc
-from drivenmorph_jax.networks import refining_force
 from drivenmorph_jax.warp import warp
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
@@ -116,8 +116,9 @@ class Result:
             temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
 
 
-def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="lncc", affine=True, refine_steps=None,
-             fixed_labels=None, moving_labels=None, fixed_mask=None, moving_mask=None, memory=None, quiet=False):
+def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="lncc", contrast="auto", affine=True,
+             refine_steps=None, fixed_labels=None, moving_labels=None, fixed_mask=None, moving_mask=None, memory=None,
+             quiet=False):
     """Register the image `moving` to `fixed`: files, nibabel images, or arrays with voxels of 1 mm.
 
     Args:
@@ -125,6 +126,8 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
       method: "drivenmorph", or "demons", which needs no weights.
       force: of method "demons": "lncc" (local correlation), "intensity" (symmetric Demons force, for images of one
         scanner) or "mind" (the same on MIND descriptors, for images of two contrasts).
+      contrast: "same"; "other", as of T1 and T2: the moving image takes the fixed one's values, see `contrast.py`; or
+        "auto", other where their values correlate by less than `SAME` once they are affinely aligned.
       affine: True to find one first; False where world coordinates agree already; else an ITK file of an affine, or a
         (4, 4) from the fixed to the moving world in RAS mm, to be taken as it is.
       refine_steps: iterations of Demons by local correlation after the method, on its working grid; by default those
@@ -195,20 +198,33 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         if not (m > 0).any():
             raise InputError(f"{moving.path} does not overlap {fixed.path} in world coordinates: leave out --no-affine")
 
+    if contrast == "auto":
+        # MIND descriptors are for any contrast as they are.
+        blind = method == "demons" and force == "mind"
+        weight = None if weights is None else jnp.minimum(*weights)[..., 0]
+        r = float(correlation(f, m, weight))
+        contrast = "same" if blind or r >= SAME else "other"
+        if contrast == "other":
+            stages.tell(f"values correlate by {r:.2f}: taken as of different contrast")
+
     with stages(method):
-        if method == "drivenmorph":
+        def by_network(f, m):
             both = () if weights is None else (jnp.concatenate(weights, -1)[None],)
-            u, u_inverse, force = (x[0] for x in predict(params, f[None], m[None], *both)[:3])
-            refine_force = refining_force(config.model)
-        else:
+            return [x[0] for x in predict(params, f[None], m[None], *both)[:3]]
+
+        def by_demons(f, m):
             features, settings = demons.FORCES[force]
             features, driven = demons.weighted((features(f[..., None]), features(m[..., None])), weights,
                                                settings["force"])
             u = demons.demons(*features, **settings | {"force": driven}).u
-            refine_force = "mind" if force == "mind" else "lncc"
-            force = resize(driven(*features, settings["max_step"])[0], shape)
+            return u, None, resize(driven(*features, settings["max_step"])[0], shape)
+
+        run = by_network if method == "drivenmorph" else by_demons
+        found, seen = registered(run, f, m, weights) if contrast == "other" else (run(f, m), m)
+        refining = "mind" if method == "demons" and force == "mind" else "lncc"
+        u, u_inverse, force = found
         if refine_steps:
-            u = demons.refine(f[..., None], m[..., None], u, refine_steps, weights, refine_force)
+            u = demons.refine(f[..., None], seen[..., None], u, refine_steps, weights, refining)
         counted = None
         if masks is not None:
             out = masks[0] | (warp(masks[1][..., None].astype(jnp.float32), u)[..., 0] > 0)
@@ -235,7 +251,8 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         summary = {
             "fixed": fixed.path, "moving": moving.path, "method": method,
             "checkpoint": str(checkpoint) if method == "drivenmorph" else None,
-            "refine_steps": refine_steps, "affine": affine if isinstance(affine, bool) else transform.tolist(),
+            "contrast": contrast, "refine_steps": refine_steps,
+            "affine": affine if isinstance(affine, bool) else transform.tolist(),
             "memory_gb": needed / 1e9, "environment": environment(), "working_grid": list(shape),
             "working_spacing_mm": spacing,
             "similarity_before": _similarity(f, m, counted), "similarity_after": _similarity(f, moved, counted),

@@ -37,8 +37,7 @@ def make_train_step(model, optimizer, config, mesh):
     loss or gradient is not finite leaves the state as it is.
     """
     def loss(params, batch):
-        seen = (batch.get(f"{role}_seen", batch[role]) for role in ("fixed", "moving"))
-        return total_loss(config.loss, model.apply({"params": params}, *seen), batch)
+        return total_loss(config.loss, model.apply({"params": params}, batch["fixed"], batch["moving"]), batch)
 
     def train_step(params, opt_state, batch):
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
@@ -91,7 +90,7 @@ def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None
 def make_augment(config, mesh, labels=None):
     """Jitted: a batch of `training_batches` over `mesh` -> that of a step, changed at random as `config.data` says, and
     its label maps, where it has any, as one channel for each of `labels`."""
-    settings = {key: config.data[key] for key in ("crop", "flip", "affine", "curve", "intensity", "bias", "noise")}
+    settings = {key: config.data[key] for key in ("crop", "flip", "affine", "intensity", "bias", "noise")}
 
     def augment(batch):
         batch = augmented(batch, **settings)

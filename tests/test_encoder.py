@@ -7,7 +7,6 @@ import pytest
 from scipy import ndimage
 
 from drivenmorph_jax.encoder import FLOOR, Encoder, conv3d, instance_norm, local_norm
-from drivenmorph_jax.forces import mind
 from drivenmorph_jax.grid import average_pool
 
 RNG = np.random.default_rng(0)
@@ -71,15 +70,6 @@ def test_a_level_of_two_channels_learns_nothing_and_leaves_the_coarser_ones_thei
     params = coarse.init(jax.random.key(0, impl="rbg"), average_pool(image))
     for x, expected in zip(fine.apply(params, image)[1:], coarse.apply(params, average_pool(image)), strict=True):
         np.testing.assert_allclose(x, expected, atol=1e-5)
-
-
-def test_of_mind_descriptors_an_image_and_its_negative_have_the_same_features():
-    image = jnp.asarray(RNG.random((1, 16, 16, 16, 1), np.float32))
-    encoder = Encoder(channels=(6, 10), strides=(1, 2), descriptor="mind")
-    pyramid, params = jax.jit(encoder.init_with_output)(jax.random.key(0, impl="rbg"), image)
-    for x, negative in zip(pyramid, encoder.apply(params, 1 - image), strict=True):
-        np.testing.assert_allclose(x, negative, atol=1e-3)
-    np.testing.assert_allclose(pyramid[0], instance_norm(mind(image[0])[None]), atol=1e-5)
 
 
 def test_a_constant_image_gives_finite_features_and_gradients():

@@ -19,16 +19,6 @@ def change_contrast(image, key, strength):
     return jnp.clip(gain * image**gamma, 0, 1)
 
 
-def curve(image, heights):
-    """f(image), f linear between `heights` in [0, 1], the values that it takes at even steps from 0 to 1."""
-    return jnp.where(image > 0, jnp.interp(image, jnp.linspace(0, 1, len(heights)), heights), 0)
-
-
-def random_curve(image, key, strength):
-    """(1 - s) image + s f(image), f a `curve` of 6 random heights: tissues in any order, inverted too."""
-    return (1 - strength) * image + strength * curve(image, jax.random.uniform(key, (6,)))
-
-
 def add_bias(image, key, strength):
     """image exp(s B), B a smooth field of unit variance: random cosines of at most one period along each axis."""
     coefficients = jax.random.normal(key, (3, 3, 3)).at[0, 0, 0].set(0)  # which is a gain
@@ -68,7 +58,7 @@ def apply_affine(volume, affine, corner=(0, 0, 0), shape=None):
     return jnp.where(inside, sample(volume[..., None], there - x)[..., 0], 0)
 
 
-def augmented(batch, *, crop=(0, 0, 0), flip=False, affine=0.0, curve=0.0, intensity=0.0, bias=0.0, noise=0.0):
+def augmented(batch, *, crop=(0, 0, 0), flip=False, affine=0.0, intensity=0.0, bias=0.0, noise=0.0):
     """A batch of `training_batches`, changed at random; every change follows from the pair's `key` alone.
 
     Args:
@@ -76,12 +66,11 @@ def augmented(batch, *, crop=(0, 0, 0), flip=False, affine=0.0, curve=0.0, inten
         (B, D, H, W).
       crop: shape of a box, at a random place, the same of both images; 0 is a whole side.
       flip: mirror both images of a random half of the pairs along the first axis, left to right.
-      affine, curve, intensity, bias, noise: strengths of the changes, drawn for each image separately; 0 leaves one out
-        and the others as they are.
+      affine, intensity, bias, noise: strengths of the changes, drawn for each image separately; 0 leaves one out and
+        the others as they are.
 
     Returns:
-      The batch, without its keys. With a curve 'fixed' and 'moving', which the loss compares, have their places changed
-      alone, and 'fixed_seen', 'moving_seen' are what a network gets.
+      The batch, without its keys.
     """
     whole = batch["fixed"].shape[1:4]
     box = tuple(n or side for n, side in zip(crop, whole, strict=True))
@@ -103,13 +92,10 @@ def augmented(batch, *, crop=(0, 0, 0), flip=False, affine=0.0, curve=0.0, inten
                 return jax.lax.dynamic_slice(volume, corner, box)
 
             image = cut(pair[role][..., 0])
-            if curve:
-                drawn[role] = image[..., None]
-                image = random_curve(image, jax.random.fold_in(key, k + 2), curve)
             changes = (change_contrast, intensity), (add_bias, bias), (add_noise, noise)
             for own, (change, strength) in zip(keys[1:], changes, strict=True):
                 image = change(image, own, strength) if strength else image
-            drawn[f"{role}_seen" if curve else role] = image[..., None]
+            drawn[role] = image[..., None]
             if f"{role}_labels" in pair:
                 drawn[f"{role}_labels"] = cut(pair[f"{role}_labels"])
         return drawn
