@@ -15,7 +15,7 @@ from drivenmorph_jax.warp import warp
 
 BINS, WIDTH = 64, 1.5  # values of the curve; their smoothing, in bins
 PASSES = 3  # registrations, each with the curve that the one before allows
-# Two T1 brains, affinely aligned, correlate by .55 and more; inverted by as much below zero.
+# 702 pairs of T1 brains, affinely aligned, correlate by .42 and more, one of them inverted by -.45 and less.
 SAME = 0.25
 
 
