@@ -24,7 +24,7 @@ def main():
                              "default: drivenmorph")
     parser.add_argument("--force", default="lncc", choices=["lncc", "intensity", "mind"],
                         help="of --method demons: local correlation; intensities, for images of one scanner; or MIND "
-                             "descriptors, for images of two contrasts; default: lncc")
+                             "descriptors, which an inverted image has as well; default: lncc")
     parser.add_argument("--contrast", default="auto", choices=["auto", "same", "other"],
                         help="of the two images: other, as of T1 and T2, lets the moving image take the values of the "
                              "fixed one, in three passes; default: auto, by the correlation of their values")
@@ -33,8 +33,8 @@ def main():
     parser.add_argument("--initial_affine", metavar="FILE",
                         help="ITK affine (.tfm, .txt, .mat) from fixed to moving, taken in place of one that is found")
     parser.add_argument("--refine_steps", type=int, metavar="N",
-                        help="iterations of Demons by local correlation after the method; default: 20 after the "
-                             "network, 0 after Demons")
+                        help="iterations of Demons by local correlation, or MIND after --force mind, at the end; "
+                             "default: 20 after the network, 0 after Demons")
     parser.add_argument("--moving_labels", metavar="FILE", help="label map of the moving image, to be warped with it")
     parser.add_argument("--fixed_labels", metavar="FILE",
                         help="label map of the fixed image; with --moving_labels, Dice is reported")

@@ -125,13 +125,13 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
       checkpoint: a training's folder, for method "drivenmorph"; by default the weights that come with the project.
       method: "drivenmorph", or "demons", which needs no weights.
       force: of method "demons": "lncc" (local correlation), "intensity" (symmetric Demons force, for images of one
-        scanner) or "mind" (the same on MIND descriptors, for images of two contrasts).
+        scanner) or "mind" (the same on MIND descriptors, which an inverted image has as well).
       contrast: "same"; "other", as of T1 and T2: the moving image takes the fixed one's values, see `contrast.py`; or
         "auto", other where their values correlate by less than `SAME` once they are affinely aligned.
       affine: True to find one first; False where world coordinates agree already; else an ITK file of an affine, or a
         (4, 4) from the fixed to the moving world in RAS mm, to be taken as it is.
-      refine_steps: iterations of Demons by local correlation after the method, on its working grid; by default those
-        of `REFINE_STEPS`.
+      refine_steps: iterations of Demons at the end, on the working grid, by local correlation, or MIND after MIND; by
+        default those of `REFINE_STEPS`.
       fixed_labels, moving_labels: label maps on the grids of their images.
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or sick: no force is taken
         from there, and the field goes on smoothly inside.
