@@ -205,7 +205,7 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         r = float(correlation(f, m, weight))
         contrast = "same" if blind or r >= SAME else "other"
         if contrast == "other":
-            stages.tell(f"values correlate by {r:.2f}: taken as of different contrast")
+            stages.tell(f"values correlate by {r:.2f}: the images are taken as of different contrast")
 
     with stages(method):
         def by_network(f, m):
