@@ -64,7 +64,7 @@ class Result:
 
     def _page(self, path, picture):
         title, numbers = _title(self.summary).split("\n")
-        volumes = {name: x for name, x in self.pictured.items() if name != "labels"}
+        volumes = {name: x for name, x in self.pictured.items() if name not in ("labels", "matched")}
         volumes["jacobian"] = volumes.pop("jac")
         page.write(path, title, [page.paragraph(numbers), page.viewer("Slices", **volumes),
                                  page.figure("Overview", picture), page.definitions(self.summary["definitions"])])
@@ -274,6 +274,9 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             summary["dice_before"] = metrics.mean_dice(fixed_labels.data, start)
             summary["dice_after"] = metrics.mean_dice(fixed_labels.data, warped_labels)
 
+    matched = None
+    if contrast == "other":
+        matched = [np.asarray(x) for x in (seen, warp(seen[..., None], u)[..., 0])]
     summary["seconds"] = stages.seconds | {"total": sum(stages.seconds.values())}
     outlines = None if fixed_labels is None else nifti.resample(fixed_labels, shape, grid, order=0)
     return Result(
@@ -282,7 +285,7 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             warped_labels, nifti.with_type(fixed, moving_labels.header.get_data_dtype())),
         found, vectors, jacobian, summary,
         {"fixed": np.asarray(f), "moving": np.asarray(m), "warped": moved, "u": u, "force": force,
-         "jac": metrics.jacobian(u), "spacing": (spacing,) * 3, "labels": outlines})
+         "jac": metrics.jacobian(u), "spacing": (spacing,) * 3, "labels": outlines, "matched": matched})
 
 
 def _compiled(config, params, fixed, spacing, masked, limit):
@@ -380,6 +383,8 @@ def _title(summary):
     lines = [f"{Path(summary['moving']).name} to {Path(summary['fixed']).name} ({summary['method']})",
              f"similarity {summary['similarity_before']:.3f} before, {summary['similarity_after']:.3f} after; "
              f"J ≤ 0 in {summary['fold_pct']:.4f} %"]
+    if summary["contrast"] == "other":
+        lines[1] += "; differences and checkerboards with the values of the fixed image"
     if "dice_after" in summary:
         lines[1] = f"Dice {summary['dice_before']:.3f} before, {summary['dice_after']:.3f} after; " + lines[1]
     return "\n".join(lines)

@@ -47,7 +47,7 @@ ABOUT_FORCE = ("The forces of each level against the displacement that remained 
                "the displacement of another.")
 
 
-def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None):
+def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None, matched=None):
     """One page for one pair: images, differences, checkerboards, grid, displacement beside driving force, Jacobian.
 
     The three planes pass through the fixed brain's centre of mass, all at one scale in mm. Grid and arrows
@@ -62,8 +62,11 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
       spacing: voxel size in mm, (3,).
       title: first line in bold; further lines (times, numbers) below it.
       labels: (D, H, W) fixed label map; its outlines are drawn over fixed, moving and warped.
+      matched: moving and warped, of another contrast, with the values of the fixed image: what differences and
+        checkerboards show.
     """
-    fixed, moving, warped = (np.asarray(x, np.float32).reshape(x.shape[:3]) for x in (fixed, moving, warped))
+    fixed, moving, warped, *matched = (np.asarray(x, np.float32).reshape(x.shape[:3])
+                                       for x in (fixed, moving, warped, *(matched or (moving, warped))))
     spacing = np.asarray(spacing, float)
     u, force = np.asarray(u, np.float32) * spacing, np.asarray(force, np.float32) * spacing
     jac = uncropped(jac, fixed.shape)
@@ -73,7 +76,7 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     centre = np.rint(ndimage.center_of_mass(brain)).astype(int)
     box = _box(brain | (moving > 0.05 * white), spacing)
 
-    before, after, size = np.abs(fixed - moving), np.abs(fixed - warped), np.linalg.norm(u, axis=-1)
+    before, after, size = *(np.abs(fixed - x) for x in matched), np.linalg.norm(u, axis=-1)
     folded = brain & (jac <= 0)
     log_jac = np.log(np.maximum(jac, 1e-3))
     bound = max(np.percentile(np.abs(log_jac[brain & ~folded]), 99.5), 0.1)
@@ -108,13 +111,13 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
          "Warped": lambda tile: anatomy(tile, warped),
          "|Fixed − Moving|": lambda tile: tile.image(before, difference, "inferno"),
          "|Fixed − Warped|": lambda tile: tile.image(after, difference, "inferno"),
-         "Checkerboard, before": lambda tile: tile.image(np.where(squares, fixed, moving), intensity, "gray")},
+         "Checkerboard, before": lambda tile: tile.image(np.where(squares, fixed, matched[0]), intensity, "gray")},
         {"Deformed grid on Moving": grid,
          "Displacement": lambda tile: arrows(tile, u, ORANGE),
          "Driving force": lambda tile: arrows(tile, force, SKY),
          "|Displacement|": lambda tile: tile.image(size, length, "cividis", inside=brain),
          "log Jacobian": logarithm,
-         "Checkerboard, after": lambda tile: tile.image(np.where(squares, fixed, warped), intensity, "gray")},
+         "Checkerboard, after": lambda tile: tile.image(np.where(squares, fixed, matched[1]), intensity, "gray")},
     ]
     bars = {"|Fixed − Warped|": (2, "intensity, one scale for both"), "|Displacement|": (1, "mm"),
             "log Jacobian": (1, "log J" + (", yellow: J ≤ 0" if folded.any() else ""))}

@@ -51,6 +51,17 @@ def test_overview_marks_folding_and_takes_trailing_channels_and_a_full_jacobian(
     assert found[0] == 0 and found[1] > 1000
 
 
+def test_differences_are_those_of_the_matched_values(tmp_path):
+    pair, coloured = blob_pair((32, 32, 32), (1.0, 1.0, 1.0)), []
+    pair |= {"u": np.zeros_like(pair["u"]), "force": np.zeros_like(pair["u"])}
+    negative = {name: np.where(pair[name] > 0, 1 - pair[name], 0) for name in ("moving", "warped")}
+    for matched in (None, (pair["fixed"], pair["fixed"])):
+        report.overview(tmp_path / "pair.png", **pair | negative, matched=matched)
+        pixels = image.imread(tmp_path / "pair.png")[..., :3]
+        coloured.append(np.mean((pixels[..., 0] > pixels[..., 2] + 0.3) & (pixels[..., 0] > 0.5)))  # inferno's light
+    assert coloured[1] < 0.5 * coloured[0]
+
+
 def test_the_front_of_the_brain_is_drawn_at_the_top_and_its_right_on_the_right(tmp_path):
     pair = blob_pair((32, 32, 32), (1.0, 1.0, 1.0))
     zero = {"u": np.zeros_like(pair["u"]), "force": np.zeros_like(pair["u"]), "jac": np.ones((32, 32, 32))}
