@@ -143,8 +143,11 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
       A `Result`.
 
     Raises:
-      InputError: an image that cannot be used, or memory that does not suffice; before it is asked for.
+      InputError: an image that cannot be used, an unknown contrast, or memory that does not suffice; before it is
+        asked for.
     """
+    if contrast not in ("auto", "same", "other"):
+        raise InputError(f"contrast is {contrast!r}: set it to 'auto', 'same' or 'other'")
     stages = _Stages(quiet)
     if refine_steps is None:
         refine_steps = REFINE_STEPS[method]

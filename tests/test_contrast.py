@@ -5,6 +5,7 @@ import pytest
 from scipy import ndimage, stats
 
 from drivenmorph_jax import contrast
+from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.registration import register
 
 RNG = np.random.default_rng(0)
@@ -66,6 +67,11 @@ def test_each_pass_sees_the_curve_of_the_one_before():
     np.testing.assert_array_equal(last, seen[-1])
     errors = [float(np.abs(np.roll(x, -3, 2) - fixed)[4:, :, 4:-4].mean()) for x in seen]
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.03
+
+
+def test_an_unknown_contrast_is_refused():
+    with pytest.raises(InputError, match="'auto', 'same' or 'other'"):
+        register(brain(), brain(1), contrast="T2")
 
 
 @pytest.fixture(scope="module")
