@@ -7,14 +7,14 @@ the brain, the background stays dark, as in a scan of another contrast); and thr
 6 random heights that are of the pair: sorted, and as they come.
 """
 
-import argparse
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.demons import pairs, score
+from benchmarks.demons import arguments, pairs, score
 from drivenmorph_jax import checkpoint, demons, sharding
 from drivenmorph_jax.contrast import SAME, correlation, recoloured, registered
 from drivenmorph_jax.evaluation import load_checkpoint, make_predict
@@ -29,46 +29,42 @@ CONTRASTS = {
 
 
 def methods():
-    """{name: function (fixed, moving) -> u}, images (D, H, W)."""
+    """A function (fixed, moving) -> {name: u} of images (D, H, W)."""
     config, params, _ = load_checkpoint(checkpoint.SHIPPED)
     predict = make_predict(config)
 
     def network(fixed, moving):
         return predict(params, fixed[None], moving[None])[0]
 
-    def refined(fixed, moving):
-        found, seen = registered(network, fixed, moving)
-        return demons.refine(fixed[..., None], seen[..., None], found[0], REFINE_STEPS["drivenmorph"])
-
-    def classical(name):
+    def classical(name, fixed, moving):
         features, settings = demons.FORCES[name]
-        return lambda fixed, moving: demons.demons(features(fixed[..., None]), features(moving[..., None]),
-                                                   **settings)[:1]
+        return demons.demons(features(fixed[..., None]), features(moving[..., None]), **settings)
 
-    return {"network": lambda *images: network(*images)[0],
-            "network, corrected": lambda *images: registered(network, *images)[0][0],
-            "network, corrected, refined": refined,
-            "Demons, LNCC": lambda *images: classical("lncc")(*images)[0],
-            "Demons, LNCC, corrected": lambda *images: registered(classical("lncc"), *images)[0][0],
-            "Demons, MIND": lambda *images: classical("mind")(*images)[0]}
+    def fields(fixed, moving):
+        (corrected,), seen = registered(network, fixed, moving)
+        return {"network": network(fixed, moving)[0],
+                "network, corrected": corrected,
+                "network, corrected, refined": demons.refine(fixed[..., None], seen[..., None], corrected,
+                                                             REFINE_STEPS["drivenmorph"]),
+                "Demons, LNCC": classical("lncc", fixed, moving).u,
+                "Demons, LNCC, corrected": registered(partial(classical, "lncc"), fixed, moving)[0].u,
+                "Demons, MIND": classical("mind", fixed, moving).u}
+
+    return fields
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of aligned images and labels")
-    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
-    parser.add_argument("--pairs", type=int, help="only the first of them")
-    flags = parser.parse_args()
+    flags = arguments(__doc__).parse_args()
     sharding.start()
-    compared = methods()
-    found = {name: {contrast: [] for contrast in CONTRASTS} for name in compared}
+    fields, found = methods(), {}
     for k, (fixed, moving) in enumerate(tqdm(pairs(flags.data, flags.split, flags.pairs), unit="pair")):
         for contrast, change in CONTRASTS.items():
             images = jnp.asarray(fixed.image), change(jnp.asarray(moving.image), jax.random.key(k))
             r = float(correlation(*images))
             tqdm.write(f"{fixed.id} {moving.id} {contrast}: correlation {r:.2f}, {'same' if r >= SAME else 'other'}")
-            for name, method in compared.items():
-                found[name][contrast].append(score(fixed, moving, np.asarray(method(*images))))
+            for name, u in fields(*images).items():
+                rows = found.setdefault(name, {}).setdefault(contrast, [])
+                rows.append(score(fixed, moving, np.asarray(u)))
     print("| Dice | " + " | ".join(CONTRASTS) + " | J <= 0 (%) |\n| --- |" + " ---: |" * (len(CONTRASTS) + 1))
     for name, rows in found.items():
         dice = [np.mean([row["dice"] for row in rows[contrast]]) for contrast in CONTRASTS]

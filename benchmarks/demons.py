@@ -61,11 +61,17 @@ def pairs(folder, split, count):
     return data.ordered_pairs(getattr(cohort, split))[:count]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc):
+    """The parser of a benchmark on the pairs of a folder, which are `pairs(flags.data, flags.split, flags.pairs)`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of aligned images and labels")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--pairs", type=int, help="only the first of them")
+    return parser
+
+
+def main():
+    parser = arguments(__doc__)
     parser.add_argument("--methods", nargs="+", choices=[*rivals.METHODS, REFINED],
                         default=["affine", "itk-demons", "demons-intensity", "greedy", "demons"])
     parser.add_argument("--out", help="JSON file for every number")

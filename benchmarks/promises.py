@@ -10,13 +10,11 @@ The folder is as `eval.py --data` takes it. For every ordered pair:
   refinement: Dice and folding of ESM Demons and of local correlation, before and after 20 more iterations.
 """
 
-import argparse
-
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.demons import pairs, score
+from benchmarks.demons import arguments, pairs, score
 from drivenmorph_jax import demons, metrics, sharding
 from drivenmorph_jax.forces import mind
 from drivenmorph_jax.warp import compose
@@ -26,11 +24,7 @@ REFINE_STEPS = 20
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of aligned images and labels")
-    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
-    parser.add_argument("--pairs", type=int, help="only the first of them")
-    flags = parser.parse_args()
+    flags = arguments(__doc__).parse_args()
     sharding.start()
     rows = []
     for fixed, moving in tqdm(pairs(flags.data, flags.split, flags.pairs), unit="pair"):

@@ -201,12 +201,11 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         if not (m > 0).any():
             raise InputError(f"{moving.path} does not overlap {fixed.path} in world coordinates: leave out --no-affine")
 
+    by_mind = method == "demons" and force == "mind"
     if contrast == "auto":
-        # MIND descriptors are for any contrast as they are.
-        blind = method == "demons" and force == "mind"
         weight = None if weights is None else jnp.minimum(*weights)[..., 0]
         r = float(correlation(f, m, weight))
-        contrast = "same" if blind or r >= SAME else "other"
+        contrast = "same" if by_mind or r >= SAME else "other"  # MIND descriptors are for any contrast as they are
         if contrast == "other":
             stages.tell(f"values correlate by {r:.2f}: the images are taken as of different contrast")
 
@@ -224,10 +223,9 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
 
         run = by_network if method == "drivenmorph" else by_demons
         found, seen = registered(run, f, m, weights) if contrast == "other" else (run(f, m), m)
-        refining = "mind" if method == "demons" and force == "mind" else "lncc"
         u, u_inverse, force = found
         if refine_steps:
-            u = demons.refine(f[..., None], seen[..., None], u, refine_steps, weights, refining)
+            u = demons.refine(f[..., None], seen[..., None], u, refine_steps, weights, "mind" if by_mind else "lncc")
         counted = None
         if masks is not None:
             out = masks[0] | (warp(masks[1][..., None].astype(jnp.float32), u)[..., 0] > 0)
