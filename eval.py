@@ -18,7 +18,9 @@ def main():
                         help="folder of ID_t1.nii.gz and ID_seg.nii.gz to score on, instead of the training's data set")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
     parser.add_argument("--refine_steps", type=int, default=0, metavar="N",
-                        help="iterations of Demons by local correlation after the network; default: 0")
+                        help="carry the network's result further: the network both ways, N iterations of Demons by "
+                             "local correlation, and the network both ways on what they leave; default: 0, the network "
+                             "once")
     parser.add_argument("--l2r", metavar="DIR",
                         help="folder for the fields as Learn2Reg has them, disp_<fixed>_<moving>.nii.gz, in voxels")
     parser.add_argument("--rivals", metavar="NAMES", default="",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.demons import arguments, pairs, score
 from drivenmorph_jax import checkpoint, demons, sharding
-from drivenmorph_jax.contrast import SAME, correlation, recoloured, registered
+from drivenmorph_jax.contrast import SAME, correlation, matched, recoloured
 from drivenmorph_jax.evaluation import load_checkpoint, make_predict
 from drivenmorph_jax.registration import REFINE_STEPS
 
@@ -31,24 +31,24 @@ CONTRASTS = {
 def methods():
     """A function (fixed, moving) -> {name: u} of images (D, H, W)."""
     config, params, _ = load_checkpoint(checkpoint.SHIPPED)
-    predict = make_predict(config)
+    alone, refined = (make_predict(config, steps) for steps in (0, REFINE_STEPS["drivenmorph"]))
 
-    def network(fixed, moving):
-        return predict(params, fixed[None], moving[None])[0]
+    def network(predict, fixed, moving):
+        return predict(params, fixed[None], moving[None])[0][0]
 
     def classical(name, fixed, moving):
         features, settings = demons.FORCES[name]
-        return demons.demons(features(fixed[..., None]), features(moving[..., None]), **settings)
+        return demons.demons(features(fixed[..., None]), features(moving[..., None]), **settings).u
 
     def fields(fixed, moving):
-        (corrected,), seen = registered(network, fixed, moving)
-        return {"network": network(fixed, moving)[0],
-                "network, corrected": corrected,
-                "network, corrected, refined": demons.refine(fixed[..., None], seen[..., None], corrected,
-                                                             REFINE_STEPS["drivenmorph"]),
-                "Demons, LNCC": classical("lncc", fixed, moving).u,
-                "Demons, LNCC, corrected": registered(partial(classical, "lncc"), fixed, moving)[0].u,
-                "Demons, MIND": classical("mind", fixed, moving).u}
+        by_network, by_lncc = partial(network, alone), partial(classical, "lncc")
+        seen = matched(by_network, fixed, moving)
+        return {"network": by_network(fixed, moving),
+                "network, corrected": by_network(fixed, seen),
+                "network, corrected, refined": network(refined, fixed, seen),
+                "Demons, LNCC": by_lncc(fixed, moving),
+                "Demons, LNCC, corrected": by_lncc(fixed, matched(by_lncc, fixed, moving)),
+                "Demons, MIND": classical("mind", fixed, moving)}
 
     return fields
 

@@ -68,20 +68,16 @@ def _curve(fixed, moving, u, weights):
     return conditional_mean(fixed, warp(moving[..., None], u)[..., 0], weight)
 
 
-def registered(register, fixed, moving, weights=None):
-    """Register two images of different contrast by a method for images of one.
+def matched(register, fixed, moving, weights=None):
+    """The moving image with the fixed one's values, for a method that registers images of one contrast.
 
     Args:
-      register: function (fixed, moving) -> (u, ...), u (D, H, W, 3) in voxels, and whatever comes with it.
+      register: function (fixed, moving) -> u (D, H, W, 3) in voxels, called `PASSES` - 1 times: what it returns from
+        the image returned here is the last pass.
       fixed, moving: (D, H, W).
       weights: (fixed, moving), (D, H, W, 1) each, 0 where an image does not count.
-
-    Returns:
-      What `register` returned in the last of `PASSES` passes, and the moving image as it saw it then.
     """
-    u = jnp.zeros((*fixed.shape, 3))
-    for _ in range(PASSES):
-        seen = recoloured(moving, _curve(fixed, moving, u, weights))
-        found = register(fixed, seen)
-        u = found[0]
-    return found, seen
+    seen = recoloured(moving, _curve(fixed, moving, jnp.zeros((*fixed.shape, 3)), weights))
+    for _ in range(PASSES - 1):
+        seen = recoloured(moving, _curve(fixed, moving, register(fixed, seen), weights))
+    return seen

@@ -284,14 +284,14 @@ def unfolded(u, most=20):
                               (0, u, jacobian_determinant(u) <= 0))[1]
 
 
-@partial(jax.jit, static_argnames="stride")
-def coarse_inverse(u, stride=2):
+@partial(jax.jit, static_argnames=("stride", "steps"))
+def coarse_inverse(u, stride=2, steps=4):
     """Displacement of the inverse of id + u, found on the coarser grid of `demons`' fields and finished on u's own.
 
     There it is not made exact at its voxels, which would leave all of the error of linear sampling to the points
-    between them, where phi goes: w <- w - ((phi^-1 o phi - id) o phi^-1) / 2 takes the mean of that error away, until
-    phi^-1 o phi and phi o phi^-1 come back about as well.
+    between them, where phi goes: `steps` times, more for a rougher u, w <- w - ((phi^-1 o phi - id) o phi^-1) / 2 takes
+    the mean of that error away, until phi^-1 o phi and phi o phi^-1 come back about as well.
     """
     space = u.shape[:-1]
     coarse = inverse(resize_field(u, [n // stride for n in space]))
-    return jax.lax.fori_loop(0, 4, lambda _, w: w - 0.5 * warp(compose(w, u), w), resize_field(coarse, space))
+    return jax.lax.fori_loop(0, steps, lambda _, w: w - 0.5 * warp(compose(w, u), w), resize_field(coarse, space))

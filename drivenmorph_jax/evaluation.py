@@ -20,7 +20,6 @@ from drivenmorph_jax import (
     checkpoint,
     configuration,
     data,
-    demons,
     explanation,
     logs,
     metrics,
@@ -39,6 +38,7 @@ from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.model import driving_force
 from drivenmorph_jax.networks import make_network, multiple
+from drivenmorph_jax.refinement import refined
 from drivenmorph_jax.warp import warp
 
 
@@ -55,9 +55,10 @@ def downsample_to(voxel, spacing):
 def make_predict(config, refine_steps=0):
     """A jitted function (params, fixed, moving (B, D, H, W)) -> u, u_inverse, force (B, D, H, W, 3), and the levels.
 
-    The network sees the images pooled by `data.downsample`; its fields are resampled to their grid, and `refine_steps`
-    iterations of `demons.refine` follow. The levels are the `LevelForces` of the network, coarse to fine, (B, D, H, W,
-    3) on grids of their own. All in voxels of the images. A batch that is split over devices is computed there.
+    The network sees the images pooled by `data.downsample`; its fields are resampled to their grid, and
+    `refinement.refined`, with `refine_steps` iterations of Demons, carries them further. The force and the levels, its
+    `LevelForces`, coarse to fine, (B, D, H, W, 3) on grids of their own, are those of the first look. All in voxels of
+    the images. A batch that is split over devices is computed there.
 
     A fourth argument, weights (B, D, H, W, 2) of the fixed and the moving image, is 0 where one of them does not count
     and 1 elsewhere.
@@ -71,25 +72,21 @@ def make_predict(config, refine_steps=0):
 def _predict(model, downsample, refine_steps):
     @partial(jax.jit, compiler_options=sharding.compiler_options())
     def predict(params, fixed, moving, weights=None):
-        small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
-        if weights is not None:
-            small.append(average_pool(weights, downsample))
-        try:
-            registration = model.apply({"params": params}, *small)
-        except FlaxError as error:
-            raise InputError("the checkpoint belongs to another version of its model: train it again") from error
-        fields = registration.u, registration.u_inverse, driving_force(registration)
-        u, u_inverse, force = (resize_field(field, fixed.shape[1:]) for field in fields)
-        levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
-        if refine_steps:
-            def refined(fixed, moving, u):
-                u = demons.refine(fixed[..., None], moving[..., None], u, refine_steps)
-                return u, demons.coarse_inverse(u)
+        def network(fixed, moving, weights):
+            small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
+            if weights is not None:
+                small.append(average_pool(weights, downsample))
+            try:
+                registration = model.apply({"params": params}, *small)
+            except FlaxError as error:
+                raise InputError("the checkpoint belongs to another version of its model: train it again") from error
+            fields = registration.u, registration.u_inverse, driving_force(registration)
+            levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
+            return *(resize_field(field, fixed.shape[1:]) for field in fields), levels
 
-            # Under vmap a loop that ends by itself goes over its state once more: one pair alone is spared that.
-            u, u_inverse = (jax.vmap(refined)(fixed, moving, u) if len(fixed) > 1 else
-                            (x[None] for x in refined(fixed[0], moving[0], u[0])))
-        return u, u_inverse, force, levels
+        if refine_steps:
+            return refined(network, fixed, moving, refine_steps, weights)
+        return network(fixed, moving, weights)
 
     return predict
 
@@ -153,7 +150,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
       params: of the network of `config.model`.
       split: "train", "val" or "test".
       training: folder whose `metrics.jsonl` gives the training curves, where there is one.
-      refine_steps: iterations of Demons after the network.
+      refine_steps: iterations of Demons in `refinement.refined`; 0: the network alone.
       l2r: folder for Learn2Reg's fields of the pairs, where the data set is one of files.
 
     Returns:

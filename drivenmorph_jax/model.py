@@ -17,6 +17,7 @@ from ml_collections import FrozenConfigDict
 
 from drivenmorph_jax import demons, forces
 from drivenmorph_jax.attention import CrossAttention, SelfAttention
+from drivenmorph_jax.bias import balanced
 from drivenmorph_jax.encoder import Conv, Encoder
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.grid import average_pool, resize_field
@@ -225,6 +226,7 @@ class DrivenMorph(nn.Module):
     def __call__(self, fixed, moving, weights=None):
         c = self.config
         dtype = jnp.dtype(c.dtype)
+        fixed, moving = balanced(fixed, moving, multiple(c), weights)
         encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, name="encoder")
         fixed_pyramid, moving_pyramid = encoder(fixed), encoder(moving)
         levels = len(c.strides)

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from drivenmorph_jax import demons, metrics, nifti, page, report, sharding, transforms
 from drivenmorph_jax.affine import register_affine
 from drivenmorph_jax.checkpoint import SHIPPED, environment
-from drivenmorph_jax.contrast import SAME, correlation, registered
+from drivenmorph_jax.contrast import SAME, correlation, matched
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
 from drivenmorph_jax.files import make_folder, replacing
@@ -31,12 +31,12 @@ from drivenmorph_jax.losses import lncc
 from drivenmorph_jax.warp import warp
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
-REFINE_STEPS = {"drivenmorph": 20, "demons": 0}
+REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
 BASE_BYTES = 600e6  # Python, JAX and SimpleITK
 # A voxel's share of what lies on the images' own grids: images, two displacements and the force, three float32 each,
 # Jacobian, and a copy of the largest while it is written; and of what Demons has on its working grid.
 FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES = 64, 24, 160
-NETWORK_FORCE = "driving force of the network: the sum over its updates, on the fixed grid"
+NETWORK_FORCE = "driving force of the network's first look: the sum over its updates, on the fixed grid"
 DEMONS_FORCE = "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"
 
 
@@ -130,7 +130,8 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         "auto", other where their values correlate by less than `SAME` once they are affinely aligned.
       affine: True to find one first; False where world coordinates agree already; else an ITK file of an affine, or a
         (4, 4) from the fixed to the moving world in RAS mm, to be taken as it is.
-      refine_steps: iterations of Demons at the end, on the working grid, by local correlation, or MIND after MIND; by
+      refine_steps: iterations of Demons, on the working grid, after which the network looks again, see
+        `refinement.py`; 0: the network alone. After Demons they follow by local correlation, or MIND after MIND. By
         default those of `REFINE_STEPS`.
       fixed_labels, moving_labels: label maps on the grids of their images.
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or sick: no force is taken
@@ -175,7 +176,7 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
 
     with stages("compile" if method == "drivenmorph" else "plan"):
         if method == "drivenmorph":
-            predict, shape, grid, needed = _compiled(config, params, fixed, spacing, masked, limit - host)
+            predict, shape, grid, needed = _compiled(config, params, fixed, spacing, masked, limit - host, refine_steps)
         else:
             shape, grid = nifti.working_grid(fixed, spacing, demons.MULTIPLE)
             needed = DEMONS_BYTES * int(np.prod(shape))
@@ -210,7 +211,7 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             stages.tell(f"values correlate by {r:.2f}: the images are taken as of different contrast")
 
     with stages(method):
-        def by_network(f, m):
+        def by_network(predict, f, m):
             both = () if weights is None else (jnp.concatenate(weights, -1)[None],)
             return [x[0] for x in predict(params, f[None], m[None], *both)[:3]]
 
@@ -221,16 +222,19 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             u = demons.demons(*features, **settings | {"force": driven}).u
             return u, None, resize(driven(*features, settings["max_step"])[0], shape)
 
-        run = by_network if method == "drivenmorph" else by_demons
-        found, seen = registered(run, f, m, weights) if contrast == "other" else (run(f, m), m)
-        u, u_inverse, force = found
-        if refine_steps:
+        if method == "drivenmorph":
+            alone, run = (partial(by_network, one) for one in (make_predict(config), predict))
+        else:
+            alone = run = by_demons
+        seen = matched(lambda f, m: alone(f, m)[0], f, m, weights) if contrast == "other" else m
+        u, u_inverse, force = run(f, seen)
+        if refine_steps and method == "demons":
             u = demons.refine(f[..., None], seen[..., None], u, refine_steps, weights, "mind" if by_mind else "lncc")
         counted = None
         if masks is not None:
             out = masks[0] | (warp(masks[1][..., None].astype(jnp.float32), u)[..., 0] > 0)
             u, force, counted = demons.unfolded(demons.fill(u, out[..., None])), force * ~out[..., None], ~out
-        if refine_steps or method == "demons" or masks is not None:
+        if method == "demons" or masks is not None:
             u_inverse = demons.coarse_inverse(u)
         u, u_inverse, force = (np.asarray(x) for x in (u, u_inverse, force))
 
@@ -275,9 +279,9 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             summary["dice_before"] = metrics.mean_dice(fixed_labels.data, start)
             summary["dice_after"] = metrics.mean_dice(fixed_labels.data, warped_labels)
 
-    matched = None
+    alike = None
     if contrast == "other":
-        matched = [np.asarray(x) for x in (seen, warp(seen[..., None], u)[..., 0])]
+        alike = [np.asarray(x) for x in (seen, warp(seen[..., None], u)[..., 0])]
     summary["seconds"] = stages.seconds | {"total": sum(stages.seconds.values())}
     outlines = None if fixed_labels is None else nifti.resample(fixed_labels, shape, grid, order=0)
     return Result(
@@ -286,10 +290,10 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             warped_labels, nifti.with_type(fixed, moving_labels.header.get_data_dtype())),
         found, vectors, jacobian, summary,
         {"fixed": np.asarray(f), "moving": np.asarray(m), "warped": moved, "u": u, "force": force,
-         "jac": metrics.jacobian(u), "spacing": (spacing,) * 3, "labels": outlines, "matched": matched})
+         "jac": metrics.jacobian(u), "spacing": (spacing,) * 3, "labels": outlines, "matched": alike})
 
 
-def _compiled(config, params, fixed, spacing, masked, limit):
+def _compiled(config, params, fixed, spacing, masked, limit, refine_steps):
     """(the network compiled for the working grid of `fixed`; that grid's shape and affine; bytes that it needs).
 
     Of full, half and quarter resolution the finest whose bytes stay below the limit, else the last.
@@ -298,7 +302,7 @@ def _compiled(config, params, fixed, spacing, masked, limit):
     for coarser in (1, 2, 2):
         config.data.downsample *= coarser
         shape, grid = nifti.working_grid(fixed, spacing, grid_multiple(config))
-        predict, needed = _program(make_predict(config), tree, tuple(leaves), shape, masked, limit)
+        predict, needed = _program(make_predict(config, refine_steps), tree, tuple(leaves), shape, masked, limit)
         if needed <= limit:
             break
     return predict, shape, grid, needed

@@ -1,0 +1,55 @@
+"""A network's registration carried further: both ways, by Demons, and by the network again on what is left."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from drivenmorph_jax import demons
+from drivenmorph_jax.warp import compose, warp
+
+
+def refined(network, fixed, moving, steps, weights=None):
+    """phi = psi_1 o D o psi_2: psi_1 by the network both ways, D by Demons after it, psi_2 by the network after that.
+
+    Both ways: the mean of u(F, M) and of the inverse that comes with u(M, F). The network has learned to find what is
+    large and what is small; on what Demons leaves it finds more than further iterations of Demons would.
+
+    Args:
+      network: function (fixed, moving, weights) -> (u, u_inverse, what else it found), u (B, D, H, W, 3) in voxels.
+      fixed, moving: (B, D, H, W).
+      steps: iterations of `demons.refine`.
+      weights: (B, D, H, W, 2), 0 where the fixed or the moving image does not count; or None.
+
+    Returns:
+      u and u_inverse, J > 0 everywhere, and what else the network found between the images as they came.
+    """
+    def by_demons(u):
+        def one(fixed, moving, u, weights):
+            weights = None if weights is None else (weights[..., :1], weights[..., 1:])
+            return demons.refine(fixed[..., None], moving[..., None], u, steps, weights)
+        return _each(one, fixed, moving, u, weights)
+
+    def look(u, further):
+        """The network both ways, where `u` leads and after Demons, but for the first time."""
+        u = jax.lax.cond(further, by_demons, lambda u: u, u)
+        warped = warp(moving[..., None], u)[..., 0]
+        counted = None
+        if weights is not None:
+            counted = jnp.concatenate([weights[..., :1], warp(weights[..., 1:], u)], -1)
+            counted = jnp.stack([counted, counted[..., ::-1]])
+        ways = jnp.stack([fixed, warped]), jnp.stack([warped, fixed]), counted
+        there, back, *found = jax.lax.map(lambda way: network(*way), ways)
+        return compose(u, 0.5 * (there[0] + back[1])), jax.tree.map(lambda x: x[0], found)
+
+    # A loop: the network is compiled once.
+    u, found = jax.lax.scan(look, jnp.zeros((*fixed.shape, 3)), jnp.array([False, True]))
+    u = _each(demons.unfolded, u)
+    return u, _each(partial(demons.coarse_inverse, steps=8), u), *jax.tree.map(lambda x: x[0], found)
+
+
+def _each(function, *arrays):
+    """vmap of a function whose loop ends by itself; which would go over its state once more, so one alone is spared."""
+    if len(arrays[0]) > 1:
+        return jax.vmap(function)(*arrays)
+    return function(*(None if x is None else x[0] for x in arrays))[None]
