@@ -12,8 +12,8 @@ from drivenmorph_jax.warp import compose, warp
 def refined(network, fixed, moving, steps, weights=None):
     """phi = psi_1 o D o psi_2: psi_1 by the network both ways, D by Demons after it, psi_2 by the network after that.
 
-    Both ways: the mean of u(F, M) and of the inverse that comes with u(M, F). The network has learned to find what is
-    large and what is small; on what Demons leaves it finds more than further iterations of Demons would.
+    Both ways: the mean of u(F, M) and of the inverse that comes with u(M, F). On what Demons leaves the network finds
+    more than further iterations would (docs/method.md has the numbers).
 
     Args:
       network: function (fixed, moving, weights) -> (u, u_inverse, what else it found), u (B, D, H, W, 3) in voxels.
