@@ -119,7 +119,7 @@ def restore(manager, params, opt_state):
 
 
 def _restore_step(manager, step, params, opt_state):
-    path = manager.directory / str(step)
+    path = _own(Path(manager.directory) / str(step))
     checksums = _about(path)["checksums"]
     _check(path, params)
     args = ocp.args.Composite(params=ocp.args.StandardRestore(params), data=ocp.args.JsonRestore(),
@@ -221,10 +221,23 @@ def _newest(folder):
     for place in (folder / "best", folder / "latest", folder):
         steps = [int(path.name) for path in place.glob("*") if path.name.isdigit()] if place.is_dir() else []
         if steps:
-            return place / str(max(steps))
+            return _own(place / str(max(steps)))
     if (folder / "params").is_dir():
-        return folder
+        return _own(folder)
     raise InputError(f"{folder} holds no checkpoint: give the --workdir of a training, or its best or latest")
+
+
+def _own(path):
+    """The path of a checkpoint that is all there. TensorStore follows links: a stranger's checkpoint could take other
+    files in as parameters, which are shared with what is trained from them (flax issue 5487).
+
+    Raises InputError where it holds anything but files and folders.
+    """
+    for part in path.rglob("*"):
+        if part.is_symlink() or not (part.is_file() or part.is_dir()):
+            raise InputError(f"{part} is a link or no file, which a checkpoint must not hold: if you trust it, copy "
+                             "what it leads to in its place (cp -rL)")
+    return path
 
 
 def _stored(path):

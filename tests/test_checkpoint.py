@@ -80,6 +80,26 @@ def test_where_all_are_damaged_that_is_said(two, tmp_path):
         checkpoint.restore(manager, *shapes(state(2)))
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_checkpoint_takes_nothing_in_from_outside(two, tmp_path, kind):
+    folder = tmp_path / "latest"
+    shutil.copytree(two, folder)
+    chunk = max((path for path in (folder / "2" / "params").rglob("*") if path.is_file()), key=os.path.getsize)
+    (tmp_path / "secret").write_bytes(chunk.read_bytes())
+    chunk.unlink()
+    if kind == "link":
+        chunk.symlink_to(tmp_path / "secret")
+    else:
+        os.mkfifo(chunk)
+    params, opt_state = shapes(state(2))
+    with checkpoint.manager(folder) as manager:
+        for read in (lambda: checkpoint.restore(manager, params, opt_state),
+                     lambda: checkpoint.read_params(folder, params), lambda: checkpoint.read_into(folder, state(1)[0]),
+                     lambda: checkpoint.read_about(folder)):
+            with pytest.raises(InputError, match="is a link or no file"):
+                read()
+
+
 def test_a_full_disk_is_one_sentence_and_the_older_checkpoint_survives(tmp_path):
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
     if done.returncode:
