@@ -13,6 +13,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Compiled programs end with the module that they were compiled for: each takes memory, and mappings of it, of
+    which Linux gives a process 65,530; the compiler aborts where there are no more."""
+    yield
+    import jax
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
     """(workdir, summary) of one run of `configs/smoke.py`."""
