@@ -43,6 +43,16 @@ def draw(path, rows):
     figure.savefig(path, dpi=100)
 
 
+def tell(rows):
+    """First and last of what counts, and its growth by least squares."""
+    warm = [row for row in rows if row["seconds"] > WARM]
+    for key in ("MiB", "files", "threads"):
+        if len(warm) > 1:
+            slope = np.polyfit([row["seconds"] / 3600 for row in warm], [row[key] for row in warm], 1)[0]
+            print(f"{key}: {warm[0][key]:.0f} after {WARM // 60} minutes, {warm[-1][key]:.0f} at the end, "
+                  f"{slope:+.1f} an hour", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=3)
@@ -64,17 +74,12 @@ def main():
               "{threads} threads".format(**rows[-1]), flush=True)
         draw(out / "soak.png", rows)
         if rows[-1]["seconds"] > 3600 * flags.hours:
-            os.kill(os.getpid(), signal.SIGTERM)
+            tell(rows)
+            os.kill(os.getpid(), signal.SIGTERM)  # which ends a validation at once
         return scores
 
     training.validate = round_
     training.train_and_evaluate(config, out / "training")
-    warm = [row for row in rows if row["seconds"] > WARM]
-    for key in ("MiB", "files", "threads"):
-        if len(warm) > 1:
-            slope = np.polyfit([row["seconds"] / 3600 for row in warm], [row[key] for row in warm], 1)[0]
-            print(f"{key}: {warm[0][key]:.0f} after {WARM // 60} minutes, {warm[-1][key]:.0f} at the end, "
-                  f"{slope:+.1f} an hour")
 
 
 if __name__ == "__main__":
