@@ -100,7 +100,8 @@ def restore(manager, params, opt_state):
     """(step, params, opt_state, data) of the newest checkpoint that is whole; the two given as ShapeDtypeStructs with
     shardings. A damaged one is named and removed. None where there is no checkpoint.
 
-    Raises InputError where the checkpoint belongs to another model, and Damaged where all of them are damaged.
+    Raises InputError where the checkpoint belongs to another model or holds a link, and Damaged where all of them are
+    damaged.
     """
     damaged = None
     for step in sorted(manager.all_steps(), reverse=True):
