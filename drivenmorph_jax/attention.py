@@ -8,6 +8,7 @@ from itertools import product
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 
@@ -17,8 +18,7 @@ def neighbourhood_attention(queries, keys, values, radius):
     alpha(x, delta) = softmax over |delta|_inf <= r of q(x) . k(x + delta)
     a(x) = sum_delta alpha v(x + delta);   e(x) = sum_delta alpha delta, averaged over the heads
 
-    The keys and values are repeated at the edge. Shifts are visited one after the other with a running softmax, so
-    memory holds one shifted map at a time, not (2r+1)^3.
+    The keys and values are repeated at the edge.
 
     Args:
       queries, keys: (B, D, H, W, heads, C); values: (B, D, H, W, heads, V).
@@ -27,6 +27,72 @@ def neighbourhood_attention(queries, keys, values, radius):
     Returns:
       a (B, D, H, W, heads, V) and the expected offset e (B, D, H, W, 3) in voxels.
     """
+    attend = _at_once if jax.default_backend() == "gpu" else _one_by_one
+    attended, offset = attend(*(x.astype(jnp.float32) for x in (queries, keys, values)), radius)
+    return attended.astype(values.dtype), offset
+
+
+def _at_once(queries, keys, values, radius):
+    """All shifts side by side, for GPU, where the hundreds of small kernels of a loop take longer to start than to run.
+    What is gathered lies in no memory, but is summed as it comes: in the backward pass too, which is written out."""
+    pad = [(0, 0)] + [(radius, radius)] * 3 + [(0, 0)] * 2
+    return _side_by_side(queries, *(jnp.pad(x, pad, mode="edge") for x in (keys, values)))
+
+
+@jax.custom_vjp
+def _side_by_side(queries, keys, values):
+    return _side_by_side_forward(queries, keys, values)[0]
+
+
+def _shifts(queries, keys):
+    """Of the padded keys against the queries (K, 3), and the same from the voxel itself."""
+    size = keys.shape[1] - queries.shape[1] + 1
+    shifts = np.array(list(product(range(size), repeat=3)))
+    return shifts, shifts - size // 2
+
+
+def _near(x, space, shifts, own=False):
+    """x (B, D, H, W, ...) at p + shift for each voxel p of a grid of `space`: (B, *space, K, ...), zero where outside.
+
+    With `own` every shift has an x of its own: x (B, D, H, W, K, ...).
+    """
+    index, inside = 0, True
+    for axis, n in enumerate(x.shape[1:4]):
+        place = jnp.arange(space[axis]).reshape([-1 if k == axis else 1 for k in range(4)]) + shifts[:, axis]
+        index, inside = index * n + place, inside & (place >= 0) & (place < n)
+    if own:
+        index = index * len(shifts) + jnp.arange(len(shifts))
+    flat = x.reshape(len(x), -1, *x.shape[4 + own:])
+    return jnp.take(flat, jnp.where(inside, index, flat.shape[1]), axis=1, mode="fill", fill_value=0)
+
+
+def _side_by_side_forward(queries, keys, values):
+    (places, shifts), space = _shifts(queries, keys), queries.shape[1:4]
+    alpha = jax.nn.softmax((queries[..., None, :, :] * _near(keys, space, places)).sum(-1), axis=-2)
+    attended = (alpha[..., None] * _near(values, space, places)).sum(-3)
+    return (attended, (alpha.mean(-1)[..., None] * shifts).sum(-2)), (queries, keys, values, alpha)
+
+
+def _side_by_side_backward(residuals, cotangents):
+    queries, keys, values, alpha = residuals
+    (g, g_offset), (places, shifts), space = cotangents, _shifts(queries, keys), queries.shape[1:4]
+    g_alpha = (g[..., None, :, :] * _near(values, space, places)).sum(-1)
+    g_alpha += (g_offset[..., None, :] * shifts).sum(-1, keepdims=True) / alpha.shape[-1]
+    g_logits = alpha * (g_alpha - (alpha * g_alpha).sum(-2, keepdims=True))
+
+    def adjoint(weight, x):
+        back = keys.shape[1:4], -places
+        return (_near(weight, *back, own=True)[..., None] * _near(x, *back)).sum(-3)
+
+    g_queries = (g_logits[..., None] * _near(keys, space, places)).sum(-3)
+    return g_queries, adjoint(g_logits, queries), adjoint(alpha, g)
+
+
+_side_by_side.defvjp(_side_by_side_forward, _side_by_side_backward)
+
+
+def _one_by_one(queries, keys, values, radius):
+    """One shift after the other with a running softmax: memory holds one shifted map at a time, not (2r+1)^3."""
     b, *space, heads, channels = queries.shape
     # Heads and channels share one axis: sums over a short trailing one do not vectorise on CPU, and fill a fiftieth of
     # what they take on TPU. A product with these 0/1 matrices sums over each head's channels, and spreads a head's
@@ -37,7 +103,7 @@ def neighbourhood_attention(queries, keys, values, radius):
         return weight @ jnp.kron(jnp.eye(heads), jnp.ones((1, size)))
 
     pad = [(0, 0)] + [(radius, radius)] * 3 + [(0, 0)]
-    q, k, v = (x.reshape(b, *space, -1).astype(jnp.float32) for x in (queries, keys, values))
+    q, k, v = (x.reshape(b, *space, -1) for x in (queries, keys, values))
     # exp needs no running maximum: no logit is above this bound, nor further below it than twice its size.
     bound = jax.lax.stop_gradient(jnp.sqrt((q * q @ sum_heads).max() * (k * k @ sum_heads).max()))
     k, v = jnp.pad(k, pad, mode="edge"), jnp.pad(v, pad, mode="edge")
@@ -59,7 +125,7 @@ def neighbourhood_attention(queries, keys, values, radius):
     (total, attended, moved), _ = jax.lax.scan(visit, start, jnp.array(list(product(reach, repeat=2))))
     attended = attended / spread(total, values.shape[-1])
     moved = (moved / spread(total, 3)) @ jnp.tile(jnp.eye(3), (heads, 1)) / heads
-    return attended.reshape(values.shape).astype(values.dtype), moved
+    return attended.reshape(values.shape), moved
 
 
 def window_attention(queries, keys, values, window):

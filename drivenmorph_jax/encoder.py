@@ -131,7 +131,14 @@ class Conv(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (3, 3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return conv3d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
+        x = _apart(x.astype(self.dtype))
+        return _apart(conv3d(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype))
+
+
+def _apart(x):
+    """x, itself and its cotangent written to memory: XLA on GPU would compute what leads to them within the transposes
+    of `_blocked`, thrice for its slices, or within the sum for the bias, of which each is fast only alone."""
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "gpu" else x
 
 
 def instance_norm(x):

@@ -51,17 +51,12 @@ def feature_force(d, slope, max_step, weights=None, floor=1e-6):
     weights = jnp.ones_like(d) if weights is None else weights
     pairs = list(itertools.combinations_with_replacement(range(dims), 2))
 
-    # One channel at a time: sums over a short trailing axis do not vectorise, and all gradients at once are n more
-    # feature maps to write and read. Floor: read d, slope and weights once.
-    @jax.checkpoint
-    def add(sums, channel):
-        d, slope, w = channel
-        x = [difference(slope[..., None], axis, dims)[..., 0] for axis in range(dims)]
-        products = [(x[i], x[j]) for i, j in pairs] + [(x[i], d) for i in range(dims)] + [(d, d)]
-        return tuple(total + w * p * q for total, (p, q) in zip(sums, products, strict=True)), None
+    def products(d, slope, w):
+        x = [difference(slope, axis, dims) for axis in range(dims)]
+        factors = [(x[i], x[j]) for i, j in pairs] + [(x[i], d) for i in range(dims)] + [(d, d)]
+        return [w * p * q for p, q in factors]
 
-    channels = tuple(jnp.moveaxis(x, -1, 0) for x in (d, slope, weights))
-    sums, _ = jax.lax.scan(add, (jnp.zeros(d.shape[:-1], d.dtype),) * (len(pairs) + dims + 1), channels)
+    sums = (_at_once if jax.default_backend() == "gpu" else _one_by_one)(products, (d, slope, weights))
     damping = sums[-1] / (4 * max_step**2) + floor
     matrix = {(i, j): total + damping * (i == j) for (i, j), total in zip(pairs, sums, strict=False)}
     # Unit trace, so that no product of entries leaves float32's range.
@@ -69,6 +64,23 @@ def feature_force(d, slope, max_step, weights=None, floor=1e-6):
     matrix = {ij: scale * entry for ij, entry in matrix.items()}
     p = _solve(matrix, [scale * entry for entry in sums[len(pairs):-1]], scale * damping)
     return clip_length(jnp.stack(p, -1), max_step)
+
+
+def _one_by_one(products, arrays):
+    """Sums over channels (*space, C) -> (*space): short trailing axes do not vectorise on CPU, and the products of all
+    channels are many more maps to write and read. Floor: read the arrays once."""
+    @jax.checkpoint
+    def add(sums, channel):
+        return [total + product[..., 0] for total, product in zip(sums, products(*channel), strict=True)], None
+
+    channels = tuple(jnp.moveaxis(x, -1, 0)[..., None] for x in arrays)
+    count = len(jax.eval_shape(products, *arrays))
+    return jax.lax.scan(add, [jnp.zeros_like(arrays[0][..., 0])] * count, channels)[0]
+
+
+def _at_once(products, arrays):
+    """The same in a few kernels: on GPU those of a loop take longer to start than to run."""
+    return jax.checkpoint(lambda *arrays: [product.sum(-1) for product in products(*arrays)])(*arrays)
 
 
 def _solve(matrix, right, least):

@@ -200,8 +200,10 @@ class Level(nn.Module):
 
         if c.remat:
             update = nn.remat(update, prevent_cse=False)
-        # A loop, compiled once. The check, by which parameters are made, traces it a second time.
+        # A loop, compiled once; on GPU none, where what it keeps for its backward pass would be copied once more. The
+        # check, by which parameters are made, traces it a second time.
         loop = nn.scan(update, variable_broadcast="params", split_rngs={"params": False}, length=c.updates[i],
+                       unroll=c.updates[i] if jax.default_backend() == "gpu" else 1,
                        check_constancy_invariants=self.is_initializing())
         updates, before = (), (u, u_inverse)
         (u, u_inverse, v), made = loop(self, (u, u_inverse, v), None)

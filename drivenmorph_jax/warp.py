@@ -76,13 +76,23 @@ def _corners(shape, low, fraction, i):
         yield index, [first, *weights], [2.0 * side - 1 for side in (i, *sides)]
 
 
-# Both passes are loops over the two sides of axis 0, because a loop is the only thing that XLA on CPU does not fuse its
-# inputs into: it would compute whatever made `image` and `u` eight times over, once a corner. The backward pass is
-# written out since the transposed one scatters for every corner and reads the image again for every axis.
+def _sides(side, state):
+    """side(1, side(0, state)): what a pass does for both sides of axis 0.
+
+    A loop, because that is the only thing that XLA on CPU does not fuse its inputs into: it would compute whatever made
+    `image` and `u` eight times over, once a corner. On GPU both sides in one kernel are read and written once.
+    """
+    if jax.default_backend() == "gpu":
+        return side(1, side(0, state))
+    return jax.lax.fori_loop(0, 2, side, state)
+
+
+# The backward pass is written out since the transposed one scatters for every corner and reads the image again for
+# every axis.
 @jax.custom_vjp
 def _warp(image, u):
     flat = image.reshape(-1, image.shape[-1])
-    if image.shape[-1] == 1:
+    if image.shape[-1] == 1 and jax.default_backend() != "gpu":
         return _warp_one(flat[:, 0], image.shape[:-1], u)[..., None]
 
     def side(i, out):
@@ -91,7 +101,7 @@ def _warp(image, u):
             out += math.prod(weights).astype(image.dtype)[..., None] * jnp.take(flat, index, axis=0, mode="clip")
         return out
 
-    return jax.lax.fori_loop(0, 2, side, jnp.zeros((*u.shape[:-1], image.shape[-1]), image.dtype))
+    return _sides(side, jnp.zeros((*u.shape[:-1], image.shape[-1]), image.dtype))
 
 
 def _warp_one(flat, shape, u):
@@ -121,13 +131,14 @@ def _warp_backward(residuals, g):
             along = (jnp.take(flat, index, axis=0, mode="clip") * g).sum(-1).astype(u.dtype)
             g_u = tuple(total + sign * math.prod(weights[:axis] + weights[axis + 1:]) * along
                         for axis, (total, sign) in enumerate(zip(g_u, signs, strict=True)))
-            g_flat = g_flat.at[index].add(math.prod(weights).astype(g.dtype)[..., None] * g, mode="drop")
+            g_flat = g_flat.at[index].add(math.prod(weights)[..., None] * g, mode="drop")
         return g_flat, g_u
 
     zero = (jnp.zeros(u.shape[:-1], u.dtype),) * u.shape[-1]
-    g_flat, g_u = jax.lax.fori_loop(0, 2, side, (jnp.zeros_like(flat), zero))
+    # Added up in float32: bfloat16 would lose what is small, and GPUs add it at half the rate.
+    g_flat, g_u = _sides(side, (jnp.zeros(flat.shape, jnp.float32), zero))
     _, _, inside = _cell(image.shape[:-1], u)
-    return g_flat.reshape(image.shape), jnp.stack([jnp.where(m, x, 0) for m, x in zip(inside, g_u, strict=True)], -1)
+    return g_flat.reshape(image.shape).astype(image.dtype), jnp.stack([jnp.where(m, x, 0) for m, x in zip(inside, g_u, strict=True)], -1)
 
 
 _warp.defvjp(_warp_forward, _warp_backward)
