@@ -9,8 +9,13 @@ from drivenmorph_jax import demons
 from drivenmorph_jax.warp import compose, warp
 
 
+LEFT = 2  # times that the network is asked for what is left
+SIGMA = 0.5  # voxels
+
+
 def refined(network, fixed, moving, steps, weights=None):
-    """phi = psi_1 o D o psi_2: psi_1 by the network both ways, D by Demons after it, psi_2 by the network after that.
+    """phi = G * (psi o D o psi_1 o psi_2): psi by the network both ways, D by Demons after it, psi_1 and psi_2 by the
+    network on what is left, G a Gaussian of half a voxel.
 
     Both ways: the mean of u(F, M) and of the inverse that comes with u(M, F). On what Demons leaves the network finds
     more than further iterations would (docs/method.md has the numbers).
@@ -30,21 +35,21 @@ def refined(network, fixed, moving, steps, weights=None):
             return demons.refine(fixed[..., None], moving[..., None], u, steps, weights)
         return _each(one, fixed, moving, u, weights)
 
-    def look(u, further):
-        """The network both ways, where `u` leads and after Demons, but for the first time."""
-        u = jax.lax.cond(further, by_demons, lambda u: u, u)
-        warped = warp(moving[..., None], u)[..., 0]
-        counted = None
+    def look(u, number):
+        """Both ways first, numbers 0 and 1, then what is left."""
+        along = jnp.where(number < 2, 0, u)
+        warped, counted = warp(moving[..., None], along)[..., 0], None
         if weights is not None:
-            counted = jnp.concatenate([weights[..., :1], warp(weights[..., 1:], u)], -1)
-            counted = jnp.stack([counted, counted[..., ::-1]])
-        ways = jnp.stack([fixed, warped]), jnp.stack([warped, fixed]), counted
-        there, back, *found = jax.lax.map(lambda way: network(*way), ways)
-        return compose(u, 0.5 * (there[0] + back[1])), jax.tree.map(lambda x: x[0], found)
+            counted = jnp.concatenate([weights[..., :1], warp(weights[..., 1:], along)], -1)
+        swapped = warped, fixed, None if weights is None else counted[..., ::-1]
+        way = jax.tree.map(lambda x, y: jnp.where(number == 1, y, x), (fixed, warped, counted), swapped)
+        there, back, *found = network(*way)
+        return jax.lax.switch(jnp.minimum(number, 2), [
+            lambda: there, lambda: by_demons(0.5 * (u + back)), lambda: compose(u, there)]), found
 
     # A loop: the network is compiled once.
-    u, found = jax.lax.scan(look, jnp.zeros((*fixed.shape, 3)), jnp.array([False, True]))
-    u = _each(demons.unfolded, u)
+    u, found = jax.lax.scan(look, jnp.zeros((*fixed.shape, 3)), jnp.arange(2 + LEFT))
+    u = _each(demons.unfolded, demons.gaussian_smooth(u, SIGMA))
     return u, _each(partial(demons.coarse_inverse, steps=8), u), *jax.tree.map(lambda x: x[0], found)
 
 

@@ -32,13 +32,13 @@ def warp(image, u, reach=None):
     Returns:
       (..., X, Y, Z, C). Its derivative with respect to u is zero along an axis on which the sample lies outside.
     """
-    return _sampled(image, u, jax.default_backend() == "tpu", reach is not None and reach <= 1)
+    return _sampled(image, u, jax.default_backend(), reach is not None and reach <= 1)
 
 
 # Compiled, since a loop outside a compiled function is compiled again at every call, and kept.
-@partial(jax.jit, static_argnames=("on_tpu", "near"), inline=True)
-def _sampled(image, u, on_tpu, near):
-    return _batched(partial(_on_tpu, near=near) if on_tpu else _warp, u)(image, u)
+@partial(jax.jit, static_argnames=("backend", "near"), inline=True)
+def _sampled(image, u, backend, near):
+    return _batched(partial(_on_tpu, near=near) if backend == "tpu" else _warp, u)(image, u)
 
 
 def _batched(f, u):

@@ -29,13 +29,31 @@ def brute_force(q, k, v, radius):
     return attended, offset
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("radius, shape", [(1, (2, 4, 3, 5, 2, 3)), (2, (1, 4, 5, 4, 1, 4))])
-def test_neighbourhood_attention_is_its_definition(radius, shape):
+def test_neighbourhood_attention_is_its_definition(monkeypatch, backend, radius, shape):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     q, k, v = heads_of(*shape), heads_of(*shape), heads_of(*shape[:-1], 2)
     attended, offset = neighbourhood_attention(q, k, v, radius)
     expected, expected_offset = brute_force(*(np.asarray(x) for x in (q, k, v)), radius)
     np.testing.assert_allclose(attended, expected, atol=1e-5)
     np.testing.assert_allclose(offset, expected_offset, atol=1e-5)
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_derivative_of_what_a_gpu_computes_is_that_of_the_others(monkeypatch, radius):
+    arrays = heads_of(2, 4, 3, 5, 2, 3), heads_of(2, 4, 3, 5, 2, 3), heads_of(2, 4, 3, 5, 2, 4)
+
+    def value_and_gradients():
+        value, pull = jax.vjp(lambda *arrays: neighbourhood_attention(*arrays, radius), *arrays)
+        return value, pull(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), value))
+
+    wanted = value_and_gradients()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = value_and_gradients()
+    assert "while" not in str(jax.make_jaxpr(value_and_gradients)())
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_gradient_of_neighbourhood_attention_along_a_direction():

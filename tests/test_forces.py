@@ -33,6 +33,21 @@ def test_force_is_the_damped_gauss_newton_step(floor):
     np.testing.assert_allclose(forces.feature_force(d, slope, step, w, floor), expected, atol=2e-5)
 
 
+def test_what_a_gpu_computes_is_what_the_others_do_and_so_is_its_derivative(monkeypatch):
+    d, slope, w = np.random.default_rng(1).normal(size=(3, *SHAPE, 5)).astype(np.float32)
+    w, g = np.abs(w), np.cos(gradients(d)[..., 0, :])
+
+    def value_and_gradients():
+        value, pull = jax.vjp(lambda d, slope, w: forces.feature_force(d, slope, 1.5, w), d, slope, w)
+        return value, *pull(g)
+
+    wanted = value_and_gradients()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "scan" not in str(jax.make_jaxpr(value_and_gradients)())
+    for a, b in zip(value_and_gradients(), wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_one_channel_is_the_classical_esm_force():
     fixed, moving, step = normal(*SHAPE, 1), normal(*SHAPE, 1), 2.0
     gradient = gradients((fixed + moving) / 2)[..., 0, :]

@@ -71,6 +71,30 @@ def test_what_a_tpu_computes_is_what_the_others_do_and_so_is_its_derivative(monk
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_a_gpu_computes_is_what_the_others_do_and_so_is_its_derivative(monkeypatch, channels):
+    image, g = RNG.normal(size=(2, 2, 6, 5, 7, channels)).astype(np.float32)
+    u = RNG.normal(size=(2, 6, 5, 7, 3), scale=2).astype(np.float32)
+
+    def value_and_gradients():
+        value, pull = jax.vjp(warp, image, u)
+        return value, *pull(g)
+
+    wanted = value_and_gradients()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "while" not in str(jax.make_jaxpr(value_and_gradients)())
+    for a, b in zip(value_and_gradients(), wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_gradient_of_a_bfloat16_image_is_added_up_in_float32():
+    # In bfloat16 the sum of ones stands still at 256.
+    image, u = jnp.ones((8, 8, 8, 2), jnp.bfloat16), -100 * jnp.ones((8, 8, 8, 3))
+    gradient = jax.grad(lambda image: warp(image, u).astype(jnp.float32).sum())(image)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient[0, 0, 0], 512)
+
+
 def test_warp_maps_over_leading_axes():
     image = RNG.normal(size=(2, 5, 6, 7, 2)).astype(np.float32)
     u = RNG.normal(size=(2, 5, 6, 7, 3)).astype(np.float32)
