@@ -19,8 +19,7 @@ def main():
     parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
     parser.add_argument("--refine_steps", type=int, default=0, metavar="N",
                         help="carry the network's result further: the network both ways, N iterations of Demons by "
-                             "local correlation, and the network both ways on what they leave; default: 0, the network "
-                             "once")
+                             "local correlation, and the network twice on what is left; default: 0, the network once")
     parser.add_argument("--l2r", metavar="DIR",
                         help="folder for the fields as Learn2Reg has them, disp_<fixed>_<moving>.nii.gz, in voxels")
     parser.add_argument("--rivals", metavar="NAMES", default="",

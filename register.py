@@ -33,9 +33,10 @@ def main():
     parser.add_argument("--initial_affine", metavar="FILE",
                         help="ITK affine (.tfm, .txt, .mat) from fixed to moving, taken in place of one that is found")
     parser.add_argument("--refine_steps", type=int, metavar="N",
-                        help="iterations of Demons by local correlation between two looks of the network, each both "
-                             "ways; 0: the network alone, once, in a quarter of the time. After --method demons they "
-                             "come at the end, by MIND after --force mind. Default: 10, 0 after Demons")
+                        help="iterations of Demons by local correlation after the network, both ways, before it looks "
+                             "twice at what is left; 0: the network alone, once, in a quarter of the time. After "
+                             "--method demons they come at the end, by MIND after --force mind. Default: 10, 0 after "
+                             "Demons")
     parser.add_argument("--moving_labels", metavar="FILE", help="label map of the moving image, to be warped with it")
     parser.add_argument("--fixed_labels", metavar="FILE",
                         help="label map of the fixed image; with --moving_labels, Dice is reported")

@@ -10,12 +10,12 @@ from drivenmorph_jax.warp import compose, warp
 
 
 LEFT = 2  # times that the network is asked for what is left
-SIGMA = 0.5  # voxels
+SIGMA = 0.7  # voxels
 
 
 def refined(network, fixed, moving, steps, weights=None):
     """phi = G * (psi o D o psi_1 o psi_2): psi by the network both ways, D by Demons after it, psi_1 and psi_2 by the
-    network on what is left, G a Gaussian of half a voxel.
+    network on what is left, G a Gaussian of .7 voxels.
 
     Both ways: the mean of u(F, M) and of the inverse that comes with u(M, F). On what Demons leaves the network finds
     more than further iterations would (docs/method.md has the numbers).

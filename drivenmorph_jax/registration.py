@@ -130,8 +130,8 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         "auto", other where their values correlate by less than `SAME` once they are affinely aligned.
       affine: True to find one first; False where world coordinates agree already; else an ITK file of an affine, or a
         (4, 4) from the fixed to the moving world in RAS mm, to be taken as it is.
-      refine_steps: iterations of Demons, on the working grid, after which the network looks again, see
-        `refinement.py`; 0: the network alone. After Demons they follow by local correlation, or MIND after MIND. By
+      refine_steps: iterations of Demons, on the working grid, after which the network looks at what is left,
+        see `refinement.py`; 0: the network alone. After Demons they follow by local correlation, or MIND after MIND. By
         default those of `REFINE_STEPS`.
       fixed_labels, moving_labels: label maps on the grids of their images.
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or sick: no force is taken
