@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from drivenmorph_jax import demons
 from drivenmorph_jax.warp import compose, warp
 
-
 LEFT = 2  # times that the network is asked for what is left
 SIGMA = 0.7  # voxels
 
