@@ -138,7 +138,8 @@ def _warp_backward(residuals, g):
     # Added up in float32: bfloat16 would lose what is small, and GPUs add it at half the rate.
     g_flat, g_u = _sides(side, (jnp.zeros(flat.shape, jnp.float32), zero))
     _, _, inside = _cell(image.shape[:-1], u)
-    return g_flat.reshape(image.shape).astype(image.dtype), jnp.stack([jnp.where(m, x, 0) for m, x in zip(inside, g_u, strict=True)], -1)
+    g_u = jnp.stack([jnp.where(m, x, 0) for m, x in zip(inside, g_u, strict=True)], -1)
+    return g_flat.reshape(image.shape).astype(image.dtype), g_u
 
 
 _warp.defvjp(_warp_forward, _warp_backward)
