@@ -43,7 +43,8 @@ def test_markdown_tables_become_html():
 
 
 def test_the_page_of_a_run_is_one_file(smoke):
-    text = (smoke[0] / "evaluation" / "report.html").read_text()
+    # Without what encodes its pictures, in which any four letters come up some day.
+    text = re.sub(r"[\w+/=]{200,}", "", (smoke[0] / "evaluation" / "report.html").read_text())
     assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
     assert text.count('class="viewer"') == 3 and "Driving force" in text and text.count("<table>") == 3
 
