@@ -44,3 +44,24 @@ def brains(tmp_path_factory):
         for ending, voxels in (("t1", 1000 * subject.image), ("seg", subject.labels)):
             nib.save(nib.Nifti1Image(voxels[::-1].astype(np.int16), affine), folder / f"{subject.id}_{ending}.nii.gz")
     return folder
+
+
+@pytest.fixture
+def computed_on(monkeypatch):
+    """(backend, f, arrays, g, atol) -> the text of the program there: what that backend would compute, f(*arrays) and
+    the derivative along g, is what this one does."""
+    def check(backend, f, arrays, g, atol):
+        import jax
+        import numpy as np
+
+        def value_and_gradients():
+            value, pull = jax.vjp(f, *arrays)
+            return value, *pull(g)
+
+        wanted = value_and_gradients()
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        for a, b in zip(*map(jax.tree.leaves, (value_and_gradients(), wanted)), strict=True):
+            np.testing.assert_allclose(a, b, atol=atol)
+        return str(jax.make_jaxpr(value_and_gradients)())
+
+    return check
