@@ -43,7 +43,7 @@ def main():
 
     def dice(result):
         moved = metrics.warp_labels(labels["moving"], result.transform.displacement)
-        return metrics.mean_dice(labels["fixed"] * outside, moved * outside)
+        return metrics.mean_dice(labels["fixed"] * outside, moved * outside, moving_labels=labels["moving"])
 
     healthy = found()
     print(f"healthy: Dice {dice(healthy):.4f}\n\n| lesion in | mask | Dice | change | far (mm) | J <= 0 (%) |\n"

@@ -128,7 +128,7 @@ def validate(predict, params, dataset, space=1):
             rows.append({"val_lncc": float(_similarity(fixed.image, moving.image, u))})
             continue
         moved = metrics.warp_labels(moving.labels, u)
-        rows.append({"val_dice": metrics.mean_dice(fixed.labels, moved, dataset.exclude),
+        rows.append({"val_dice": metrics.mean_dice(fixed.labels, moved, dataset.exclude, moving.labels),
                      "val_fold_pct": metrics.fold_pct(metrics.jacobian(u), metrics.brain(fixed.image))})
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
@@ -268,9 +268,9 @@ def _scored(pair, fields, control, seconds, dataset):
                                   dataset.exclude, u_true=u_true)
     dice = {}
     if "dice" in scores:
-        before, after = (metrics.dice(fixed.labels, labels, dataset.exclude)
+        before, after = (metrics.dice(fixed.labels, labels, dataset.exclude, moving.labels)
                          for labels in (moving.labels, metrics.warp_labels(moving.labels, u)))
-        dice = {str(label): [before.get(label), value] for label, value in after.items()}
+        dice = {str(label): [before[label], value] for label, value in after.items()}
     own, other = (explanation.by_name(*found) for found in ((u, force, levels), (control[0], *control[2:])))
     return {"scores": {"fixed": fixed.id, "moving": moving.id, **scores, "seconds": seconds}, "dice": dice,
             "force": explanation.of_pair(own, own, brain), "control": explanation.of_pair(other, own, brain)}
@@ -282,8 +282,7 @@ def _by_label(found):
     for one in found:
         for label, values in one["dice"].items():
             for side, value in zip(sides, values, strict=True):
-                if value is not None:
-                    side.setdefault(int(label), []).append(value)
+                side.setdefault(int(label), []).append(value)
     return sides
 
 

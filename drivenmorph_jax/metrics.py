@@ -14,11 +14,11 @@ from surface_distance import lookup_tables
 
 DEFINITIONS = {
     "dice": "2|A n B|/(|A|+|B|) per label, moving labels warped with nearest neighbour; a label absent from"
-            " either image is left out; mean over labels, then over pairs.",
+            " either image is left out, one that warping has lost counts as 0; mean over labels, then over pairs.",
     "dice_initial": "The same Dice before the deformation (after the affine).",
     "hd95": "95th percentile of the surface distances (weighted by surfel area) of each direction, the "
             "larger of the two, in mm, as the package surface-distance and Learn2Reg compute it; labels as "
-            "for Dice.",
+            "for Dice, without those that warping has lost.",
     "sdlogj": "Standard deviation of log J inside the fixed brain; J = det(I + grad u) by central "
               "differences in voxels, clipped at 1e-9, 2 voxels cropped at each side of the grid.",
     "sdlogj_l2r": "Learn2Reg's form, standard deviation of log(clip(J + 3, 1e-9, 1e9)) inside the fixed "
@@ -56,28 +56,31 @@ def warp_labels(labels, u):
     return labels.reshape(-1)[index]
 
 
-def dice(fixed_labels, moved_labels, exclude=(0,)):
-    """Dice overlap 2|A n B| / (|A| + |B|) of every label that both maps hold.
+def dice(fixed_labels, moved_labels, exclude=(0,), moving_labels=None):
+    """Dice overlap 2|A n B| / (|A| + |B|) of every label that both images hold.
 
     Args:
       fixed_labels, moved_labels: arrays of one shape, whole numbers >= 0.
       exclude: labels to leave out.
+      moving_labels: the moving image's map before it was moved, of any shape: a label that it holds and the moved map
+        has lost has a Dice of 0. Without it, the labels of `moved_labels` itself.
 
     Returns:
       {label: Dice}.
     """
     fixed, moved = _whole(fixed_labels).ravel(), _whole(moved_labels).ravel()
-    size = int(max(fixed.max(), moved.max())) + 1
-    in_fixed, in_moved = np.bincount(fixed, minlength=size), np.bincount(moved, minlength=size)
+    moving = moved if moving_labels is None else _whole(moving_labels).ravel()
+    size = int(max(fixed.max(), moved.max(), moving.max())) + 1
+    in_fixed, in_moved, in_moving = (np.bincount(x, minlength=size) for x in (fixed, moved, moving))
     in_both = np.bincount(fixed[fixed == moved], minlength=size)
-    present = np.flatnonzero((in_fixed > 0) & (in_moved > 0))
+    present = np.flatnonzero((in_fixed > 0) & (in_moving > 0))
     return {int(label): float(2 * in_both[label] / (in_fixed[label] + in_moved[label]))
             for label in present if label not in exclude}
 
 
-def mean_dice(fixed_labels, moved_labels, exclude=(0,)):
-    """Mean of `dice` over labels; nan where the maps have no label in common."""
-    return _mean(dice(fixed_labels, moved_labels, exclude).values())
+def mean_dice(fixed_labels, moved_labels, exclude=(0,), moving_labels=None):
+    """Mean of `dice` over labels; nan where the images have no label in common."""
+    return _mean(dice(fixed_labels, moved_labels, exclude, moving_labels).values())
 
 
 def hd95(fixed_labels, moved_labels, spacing_mm, exclude=(0,)):
@@ -274,7 +277,7 @@ def pair_metrics(u, u_inv, fixed_labels, moving_labels, spacing, mask=None, excl
     row = {}
     if fixed_labels is not None and moving_labels is not None:
         moved_labels = warp_labels(moving_labels, u)
-        row["dice"] = mean_dice(fixed_labels, moved_labels, exclude)
+        row["dice"] = mean_dice(fixed_labels, moved_labels, exclude, moving_labels)
         row["dice_initial"] = mean_dice(fixed_labels, moving_labels, exclude)
         if hausdorff:
             row["hd95"] = _mean(hd95(fixed_labels, moved_labels, spacing, exclude).values())

@@ -219,7 +219,7 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             features, settings = demons.FORCES[force]
             features, driven = demons.weighted((features(f[..., None]), features(m[..., None])), weights,
                                                settings["force"])
-            u = demons.demons(*features, **settings | {"force": driven}).u
+            u = demons.registered(f[..., None], m[..., None], force, weights)
             return u, None, resize(driven(*features, settings["max_step"])[0], shape)
 
         if method == "drivenmorph":
@@ -276,8 +276,8 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
         }
         if fixed_labels is not None and moving_labels is not None:
             start = nifti.resample(moving_labels, fixed.data.shape, fixed.affine, transform, order=0)
-            summary["dice_before"] = metrics.mean_dice(fixed_labels.data, start)
-            summary["dice_after"] = metrics.mean_dice(fixed_labels.data, warped_labels)
+            summary |= {f"dice_{when}": metrics.mean_dice(fixed_labels.data, labels, moving_labels=moving_labels.data)
+                        for when, labels in (("before", start), ("after", warped_labels))}
 
     alike = None
     if contrast == "other":
