@@ -37,8 +37,7 @@ def methods():
         return predict(params, fixed[None], moving[None])[0][0]
 
     def classical(name, fixed, moving):
-        features, settings = demons.FORCES[name]
-        return demons.demons(features(fixed[..., None]), features(moving[..., None]), **settings).u
+        return demons.registered(fixed[..., None], moving[..., None], name)
 
     def fields(fixed, moving):
         by_network, by_lncc = partial(network, alone), partial(classical, "lncc")

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from benchmarks.demons import arguments, pairs, score
 from drivenmorph_jax import demons, metrics, sharding
-from drivenmorph_jax.forces import mind
 from drivenmorph_jax.warp import compose
 
 LOG = demons.INTENSITY | {"update": "log", "sigma_diffusion": 1.0}
@@ -29,12 +28,12 @@ def main():
     rows = []
     for fixed, moving in tqdm(pairs(flags.data, flags.split, flags.pairs), unit="pair"):
         f, m = (jnp.asarray(subject.image)[..., None] for subject in (fixed, moving))
-        found = {name: demons.demons(mind(f), mind(image), **demons.INTENSITY).u
+        found = {name: demons.registered(f, image, "mind")
                  for name, image in (("MIND", m), ("MIND, inverted", jnp.where(m > 0, 1 - m, 0)))}
         there, back = demons.demons(f, m, **LOG).u, demons.demons(m, f, **LOG).u
         found["log domain"] = there
-        for name, settings in (("ESM", demons.INTENSITY), ("LNCC", demons.LNCC)):
-            found[name] = demons.demons(f, m, **settings).u
+        for name, force in (("ESM", "intensity"), ("LNCC", "lncc")):
+            found[name] = demons.registered(f, m, force)
             found[f"{name} refined"] = demons.refine(f, m, found[name], REFINE_STEPS)
         row = {}
         for name, u in found.items():

@@ -27,7 +27,7 @@ def neighbourhood_attention(queries, keys, values, radius):
     Returns:
       a (B, D, H, W, heads, V) and the expected offset e (B, D, H, W, 3) in voxels.
     """
-    attend = _at_once if jax.default_backend() == "gpu" else _one_by_one
+    attend = {"gpu": _at_once, "tpu": _along_planes}.get(jax.default_backend(), _one_by_one)
     attended, offset = attend(*(x.astype(jnp.float32) for x in (queries, keys, values)), radius)
     return attended.astype(values.dtype), offset
 
@@ -94,9 +94,8 @@ _side_by_side.defvjp(_side_by_side_forward, _side_by_side_backward)
 def _one_by_one(queries, keys, values, radius):
     """One shift after the other with a running softmax: memory holds one shifted map at a time, not (2r+1)^3."""
     b, *space, heads, channels = queries.shape
-    # Heads and channels share one axis: sums over a short trailing one do not vectorise on CPU, and fill a fiftieth of
-    # what they take on TPU. A product with these 0/1 matrices sums over each head's channels, and spreads a head's
-    # weight over `size` of them.
+    # Heads and channels share one axis: sums over a short trailing one do not vectorise on CPU. A product with these
+    # 0/1 matrices sums over each head's channels, and spreads a head's weight over `size` of them.
     sum_heads = jnp.kron(jnp.eye(heads), jnp.ones((channels, 1)))
 
     def spread(weight, size):
@@ -126,6 +125,45 @@ def _one_by_one(queries, keys, values, radius):
     attended = attended / spread(total, values.shape[-1])
     moved = (moved / spread(total, 3)) @ jnp.tile(jnp.eye(3), (heads, 1)) / heads
     return attended.reshape(values.shape), moved
+
+
+def _along_planes(queries, keys, values, radius):
+    """The same for TPU, whose memory keeps 128 values of the last axis side by side, used or not: that axis is a padded
+    plane of voxels, within which a shift is a slice, and all shifts within the plane are summed in one pass."""
+    space, r = queries.shape[1:4], radius
+    wide = [n + 2 * r for n in space[1:]]
+    reach = r * wide[1] + r
+
+    def planes(x, first, mode, more):
+        """(B, D, H, W, heads, C) -> (B, heads, C, D, voxels of a plane), `first` planes and `more` voxels about it."""
+        x = jnp.pad(jnp.moveaxis(x, (4, 5), (1, 2)), [(0, 0)] * 3 + [(first, first), (r, r), (r, r)], mode=mode)
+        return jnp.pad(x.reshape(*x.shape[:4], -1), [(0, 0)] * 4 + [(more, more)])
+
+    def voxels(x):
+        return x.reshape(*x.shape[:-1], *wide)[..., r:r + space[1], r:r + space[2]]
+
+    q, k, v = planes(queries, 0, "constant", 0), planes(keys, r, "edge", reach), planes(values, r, "edge", reach)
+    # As in `_one_by_one`.
+    bound = jax.lax.stop_gradient(jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max()))
+
+    @jax.checkpoint
+    def visit(carry, shift):
+        near_k, near_v = (jax.lax.dynamic_slice_in_dim(x, shift + r, space[0], 3) for x in (k, v))
+        total, attended, *moved = carry
+        before = total
+        for y, z in product(range(-r, r + 1), repeat=2):
+            at = reach + y * wide[1] + z
+            weight = jnp.exp((q * jax.lax.slice_in_dim(near_k, at, at + q.shape[-1], axis=4)).sum(2) - bound)
+            total, moved[1], moved[2] = total + weight, moved[1] + y * weight, moved[2] + z * weight
+            attended += weight[:, :, None] * jax.lax.slice_in_dim(near_v, at, at + q.shape[-1], axis=4)
+        moved[0] += shift.astype(jnp.float32) * (total - before)
+        return (total, attended, *moved), None
+
+    zero = jnp.zeros_like(q[:, :, 0])
+    start = zero, jnp.zeros((*q.shape[:2], values.shape[-1], *q.shape[3:])), zero, zero, zero
+    (total, attended, *moved), _ = jax.lax.scan(visit, start, jnp.arange(-r, r + 1))
+    moved = jnp.stack([voxels((x / total).mean(1)) for x in moved], -1)
+    return jnp.moveaxis(voxels(attended / total[:, :, None]), (1, 2), (4, 5)), moved
 
 
 def window_attention(queries, keys, values, window):

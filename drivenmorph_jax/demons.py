@@ -80,7 +80,7 @@ INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2
 FORCES = {  # name: what makes the features of an image, and the settings of `demons`
     "lncc": (lambda x: x, LNCC),
     "intensity": (lambda x: x, INTENSITY),
-    "mind": (mind, INTENSITY),
+    "mind": (jax.jit(mind), INTENSITY),
 }
 MULTIPLE = 8  # of sides: three levels halve them twice, and the field is half as fine
 
@@ -222,6 +222,34 @@ def _at_end(field, space, update):
     return field, exponential(field) if update == "log" else field
 
 
+def registered(fixed, moving, force="lncc", weights=None):
+    """Register two images from nothing by a name of `FORCES`: `demons` with its settings; for "lncc" more than that.
+
+    Local correlation ends in one optimum or another, by where it starts, and their errors differ. So it goes on from
+    each of the `FORCES` at a quarter of the resolution, to half of it, both from F to M and from M to F; the mean of
+    these six displacements, of the inverse of those from M to F, is carried on to the end, and `unfolded`.
+
+    Args:
+      fixed, moving: (*space, 1), values of about 0 to 1, sides multiples of `MULTIPLE`.
+      weights: as in `refine`.
+
+    Returns:
+      The displacement (*space, n), in voxels.
+    """
+    if force != "lncc":
+        return _by(force, fixed, moving, weights)
+
+    def start(name, fixed, moving, weights):
+        u = _by(name, fixed, moving, weights, iterations=(100, 0, 0))
+        return _by("lncc", fixed, moving, weights, u, iterations=(50, 0))
+
+    swapped = moving, fixed, None if weights is None else weights[::-1]
+    there = sum(start(name, fixed, moving, weights) for name in FORCES)
+    # They are no finer than that, and nor is the mean.
+    back = sum(coarse_inverse(start(name, *swapped), stride=4, steps=0) for name in FORCES)
+    return unfolded(_by("lncc", fixed, moving, weights, (there + back) / (2 * len(FORCES)), iterations=(20, 20)))
+
+
 def refine(fixed, moving, u, steps, weights=None, force="lncc"):
     """Carry a registration further: up to `steps` iterations of `demons` at full resolution.
 
@@ -234,9 +262,13 @@ def refine(fixed, moving, u, steps, weights=None, force="lncc"):
     Returns:
       The displacement (*space, n), `unfolded`.
     """
-    features, settings = FORCES[force]
+    return unfolded(_by(force, fixed, moving, weights, u, iterations=(steps,)))
+
+
+def _by(name, fixed, moving, weights=None, u=None, **changes):
+    features, settings = FORCES[name]
     images, driven = weighted((features(fixed), features(moving)), weights, settings["force"])
-    return unfolded(demons(*images, **settings | {"force": driven, "iterations": (steps,)}, initial=u).u)
+    return demons(*images, **settings | {"force": driven} | changes, initial=u).u
 
 
 def weighted(features, weights, force):

@@ -43,12 +43,11 @@ def network(fixed, moving, out, checkpoint, refine_steps="0"):
 def demons(fixed, moving, out, force="lncc"):
     """The classical algorithm of the project; `force` as `register.py` has it."""
     from drivenmorph_jax import nifti, sharding
-    from drivenmorph_jax.demons import FORCES, MULTIPLE, demons
+    from drivenmorph_jax.demons import MULTIPLE, registered
 
     sharding.start()
-    features, settings = FORCES[force]
     f, m = (nifti.canonical(nifti.load_image(path)) for path in (fixed, moving))
-    _write(out, f, demons(*(features(x[..., None]) for x in _padded(f, m, MULTIPLE)), **settings).u)
+    _write(out, f, registered(*(x[..., None] for x in _padded(f, m, MULTIPLE)), force))
 
 
 def itk_demons(fixed, moving, out):

@@ -226,29 +226,45 @@ def _rows(image, u):
 
     def part(x):
         first, u = x
-        rows = jnp.take(table, _row(image.shape, u, first), axis=0, mode="clip")
-        return _combined(rows, image.shape, u, first)[0]
+        return _combined(_gathered(table, image.shape, u, first), image.shape, u, first)[0]
 
     return jax.lax.map(part, (jnp.arange(len(u)), u[:, None]))
 
 
+def _gathered(table, shape, u, first):
+    return jnp.take(table, _row(shape, u, first), axis=0, mode="clip")
+
+
 def _rows_forward(image, u):
-    return _rows(image, u), (image, u)
+    """With the slopes of the samples along every axis, so that the backward pass has nothing to gather."""
+    table, axes = _table(image), np.eye(u.shape[-1], dtype=u.dtype)
+
+    def part(x):
+        first, u = x
+        value, slope = jax.linearize(
+            partial(_combined, _gathered(table, image.shape, u, first), image.shape, first=first), u)
+        return value[0], [slope(jnp.broadcast_to(axis, u.shape))[0] for axis in axes]
+
+    out, slopes = jax.lax.map(part, (jnp.arange(len(u)), u[:, None]))
+    return out, (image, u, slopes)
 
 
 def _rows_backward(residuals, g):
-    image, u = residuals
-    table, adjoint = jax.vjp(_table, image)
+    image, u, slopes = residuals
+    table = jax.eval_shape(_table, image)
 
     def part(g_table, x):
         first, u, g = x
         index = _row(image.shape, u, first)
-        rows = jnp.take(table, index, axis=0, mode="clip")
-        g_rows, g_u = jax.vjp(lambda rows, u: _combined(rows, image.shape, u, first), rows, u)[1](g)
-        return g_table.at[index].add(g_rows, mode="drop"), g_u[0]
+        spread = jax.linear_transpose(lambda rows: _combined(rows, image.shape, u, first),
+                                      jax.ShapeDtypeStruct((*index.shape, LANES), table.dtype))
+        return g_table.at[index].add(spread(g)[0].astype(jnp.float32), mode="drop"), None
 
-    g_table, g_u = jax.lax.scan(part, jnp.zeros_like(table), (jnp.arange(len(u)), u[:, None], g[:, None]))
-    return *adjoint(g_table), g_u
+    # Added up in float32, as in `_warp_backward`.
+    g_table, _ = jax.lax.scan(part, jnp.zeros(table.shape), (jnp.arange(len(u)), u[:, None], g[:, None]))
+    g_table = g_table.astype(table.dtype)
+    g_u = jnp.stack([(slope * g).sum(-1).astype(u.dtype) for slope in slopes], -1)
+    return *jax.linear_transpose(_table, image)(g_table), g_u
 
 
 _rows.defvjp(_rows_forward, _rows_backward)

@@ -149,6 +149,23 @@ def test_a_level_of_no_iterations_is_left_out():
     assert found.u.shape == (*fixed.shape[:-1], 3) and np.any(found.u)
 
 
+def test_local_correlation_from_several_starts_finds_a_known_deformation():
+    fixed, moving, true, brain = pair((48, 56, 48))
+    u = demons.registered(fixed, moving)
+    assert np.linalg.norm((u - true)[brain], axis=-1).mean() < 0.4 * np.linalg.norm(true[brain], axis=-1).mean()
+    assert np.asarray(jacobian_determinant(u))[brain].min() > 0
+    everywhere = np.ones_like(fixed)
+    np.testing.assert_allclose(demons.registered(fixed, moving, weights=(everywhere, everywhere)), u, atol=1e-3)
+
+
+@pytest.mark.parametrize("force", ["intensity", "mind"])
+def test_one_force_by_name_is_demons_with_its_settings(force):
+    fixed, moving, *_ = pair()
+    features, settings = demons.FORCES[force]
+    np.testing.assert_array_equal(demons.registered(fixed, moving, force),
+                                  demons.demons(features(fixed), features(moving), **settings).u)
+
+
 def test_refinement_improves_half_a_registration():
     fixed, moving, true, brain = pair()
     start = jnp.asarray(0.5 * true)

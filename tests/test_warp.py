@@ -60,6 +60,8 @@ def test_what_a_tpu_computes_is_what_the_others_do_and_so_is_its_derivative(comp
     g = RNG.normal(size=image.shape).astype(np.float32)
     text = computed_on("tpu", lambda image, u: warp(image, u, reach), (image, u), g, 1e-4)
     assert ("gather" in text, "scatter" in text) == (reach is None,) * 2
+    # One for as many channels as a row holds, and none in the backward pass.
+    assert text.count(" gather[") == (0 if reach else -(-channels // (128 >> dims)))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -70,8 +72,10 @@ def test_what_a_gpu_computes_is_what_the_others_do_and_so_is_its_derivative(comp
     assert "while" not in text and "scan" not in text
 
 
-def test_gradient_of_a_bfloat16_image_is_added_up_in_float32():
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_gradient_of_a_bfloat16_image_is_added_up_in_float32(monkeypatch, backend):
     # In bfloat16 the sum of ones stands still at 256.
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     image, u = jnp.ones((8, 8, 8, 2), jnp.bfloat16), -100 * jnp.ones((8, 8, 8, 3))
     gradient = jax.grad(lambda image: warp(image, u).astype(jnp.float32).sum())(image)
     assert gradient.dtype == jnp.bfloat16
