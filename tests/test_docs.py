@@ -14,7 +14,7 @@ def test_the_demons_document_runs(brains, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (DOCS / "demons.md").read_text()
     blocks, names = re.findall(r"```python\n(.*?)```", text, re.DOTALL), {}
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(compile(block, "docs/demons.md", "exec"), names)
     figures = re.findall(r"!\[.*?\]\((\w+\.png)\)", text)
