@@ -91,8 +91,9 @@ def test_simpleitk_makes_the_same_warped_image_from_the_displacement_file(result
 
 def test_dice_in_the_summary_is_that_of_the_files(result, pair):
     out, summary = result
-    fixed, warped = (np.asarray(nib.load(path).dataobj).astype(int) for path in (pair[2], out / "warped_labels.nii.gz"))
-    labels = np.intersect1d(fixed[fixed > 0], warped)
+    fixed, moving, warped = (np.asarray(nib.load(path).dataobj).astype(int)
+                             for path in (*pair[2:], out / "warped_labels.nii.gz"))
+    labels = np.intersect1d(fixed[fixed > 0], moving)
     dice = [2 * ((fixed == k) & (warped == k)).sum() / ((fixed == k).sum() + (warped == k).sum()) for k in labels]
     assert summary["dice_after"] == pytest.approx(np.mean(dice), abs=1e-6)
 
