@@ -52,7 +52,6 @@ def computed_on(monkeypatch):
     the derivative along g, is what this one does."""
     def check(backend, f, arrays, g, atol):
         import jax
-        import numpy as np
 
         def value_and_gradients():
             value, pull = jax.vjp(f, *arrays)
