@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def identity_grid(shape):
@@ -50,6 +51,26 @@ def resize_field(u, shape):
     """
     scale = jnp.array([new / old for new, old in zip(shape, spatial_shape(u), strict=True)], u.dtype)
     return resize(u, shape) * scale
+
+
+def coarsen_field(u, shape):
+    """The field on the coarser grid `shape` whose `resize_field` to u's grid is nearest to u, in least squares.
+
+    It is that of which u was made, where there is one. `resize_field` itself would smooth: at half the resolution by
+    (1/8, 3/4, 1/8) along every axis, a voxel and more where u is rough.
+
+    Args:
+      u: (..., D, H, W, 3) displacement in voxels of its own grid; the result is in voxels of the other.
+    """
+    fine = spatial_shape(u)
+
+    def matrix(fine, coarse):
+        x = np.clip((np.arange(fine) + 0.5) * coarse / fine - 0.5, 0, coarse - 1)
+        return jnp.asarray(np.linalg.pinv(np.maximum(0, 1 - np.abs(x[:, None] - np.arange(coarse)))))
+
+    # The pseudoinverse of linear resampling, which goes along one axis after the other, does so too.
+    scale = jnp.array([new / old for new, old in zip(shape, fine, strict=True)], u.dtype)
+    return along_axes([matrix(*sides) for sides in zip(fine, shape, strict=True)], u) * scale
 
 
 def average_pool(x, factor=2, dims=3):

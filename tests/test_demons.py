@@ -176,6 +176,21 @@ def test_refinement_improves_half_a_registration():
     assert np.asarray(jacobian_determinant(u))[brain].min() > 0
 
 
+def test_a_start_is_gone_on_from_as_it_is():
+    # It was smoothed on its way to the coarser grid of the field: up to 1.5 voxels were lost of a brain's.
+    u = resize_field(normal(8, 12, 10, 3), (16, 24, 20))
+    flat = jnp.full((16, 24, 20, 1), 0.5)
+    found = registered(flat, flat, "symmetric", iterations=(1,), sigma_diffusion=0.0, initial=u)
+    np.testing.assert_allclose(found.u, u, atol=1e-4)
+
+
+@pytest.mark.parametrize("force", demons.FORCES)
+def test_a_converged_registration_is_not_refined(force):
+    fixed, moving, true, _ = pair()
+    once = demons.refine(fixed, moving, jnp.asarray(0.5 * true), 200, force=force)
+    np.testing.assert_array_equal(demons.refine(fixed, moving, once, 20, force=force), once)
+
+
 def test_mind_descriptors_register_an_inverted_image_as_well():
     fixed, moving, true, brain = pair()
     found = [registered(forces.mind(fixed), forces.mind(x), "symmetric").u for x in (moving, 1 - moving)]

@@ -45,6 +45,18 @@ def test_a_resized_field_is_the_same_motion_in_millimetres(shape):
     np.testing.assert_allclose(out[inside], field(shape, ratio)[inside], atol=1e-5)
 
 
+@pytest.mark.parametrize("coarse, fine", [((5, 6, 4), (10, 12, 8)), ((5, 6), (20, 24)), ((7, 15, 6), (17, 31, 13))])
+def test_coarsening_gives_back_what_was_refined_and_else_what_is_nearest(coarse, fine):
+    field = RNG.normal(size=(2, *coarse, len(coarse))).astype(np.float32)
+    np.testing.assert_allclose(grid.coarsen_field(grid.resize_field(field, fine), coarse), field, atol=1e-5)
+
+    def rest(field):
+        return ((grid.resize_field(field, fine) - u) ** 2).sum()
+
+    u = RNG.normal(size=(2, *fine, len(fine))).astype(np.float32)
+    np.testing.assert_allclose(jax.grad(rest)(grid.coarsen_field(u, coarse)), 0, atol=1e-4)
+
+
 def test_along_axes_filters_each_axis():
     x = RNG.normal(size=(2, 6, 7, 8, 3)).astype(np.float32)
     kernel = np.array([0.25, 0.5, 0.25])
