@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drivenmorph_jax.fusion import alone
 from drivenmorph_jax.grid import identity_grid
 
 
@@ -65,55 +66,32 @@ def _cell(shape, u, first=0):
     return low, fraction, inside
 
 
-def _corners(shape, low, fraction, i):
-    """The corners on side i of axis 0: flat index, weights along the axes, signs of the weights' derivatives."""
-    first = jnp.where(i == 1, fraction[0], 1 - fraction[0])
-    for sides in itertools.product((0, 1), repeat=len(shape) - 1):
-        index = low[0] + i
-        for n, x, side in zip(shape[1:], low[1:], sides, strict=True):
-            index = index * n + x + side
-        weights = [f if side else 1 - f for f, side in zip(fraction[1:], sides, strict=True)]
-        yield index, [first, *weights], [2.0 * side - 1 for side in (i, *sides)]
-
-
-def _sides(side, state):
-    """side(1, side(0, state)): what a pass does for both sides of axis 0.
-
-    A loop, because that is the only thing that XLA on CPU does not fuse its inputs into: it would compute whatever made
-    `image` and `u` eight times over, once a corner. On GPU both sides in one kernel are read and written once.
-    """
-    if jax.default_backend() == "gpu":
-        return side(1, side(0, state))
-    return jax.lax.fori_loop(0, 2, side, state)
+def _corner(shape, low, fraction, k):
+    """Corner k of the cell: its flat index, its weights along the axes, the signs of the weights' derivatives."""
+    sides, index = [k >> axis & 1 for axis in reversed(range(len(shape)))], 0
+    for n, x, side in zip(shape, low, sides, strict=True):
+        index = index * n + x + side
+    weights = [jnp.where(side == 1, f, 1 - f) for f, side in zip(fraction, sides, strict=True)]
+    return index, weights, [2.0 * side - 1 for side in sides]
 
 
 # The backward pass is written out since the transposed one scatters for every corner and reads the image again for
 # every axis.
 @jax.custom_vjp
 def _warp(image, u):
-    flat = image.reshape(-1, image.shape[-1])
+    return alone(_gathered_corners, image, u)
+
+
+def _gathered_corners(image, u):
+    flat, out = image.reshape(-1, image.shape[-1]), 0
     if image.shape[-1] == 1 and jax.default_backend() != "gpu":
-        return _warp_one(flat[:, 0], image.shape[:-1], u)[..., None]
-
-    def side(i, out):
-        low, fraction, _ = _cell(image.shape[:-1], u)
-        for index, weights, _ in _corners(image.shape[:-1], low, fraction, i):
-            out += math.prod(weights).astype(image.dtype)[..., None] * jnp.take(flat, index, axis=0, mode="clip")
-        return out
-
-    return _sides(side, jnp.zeros((*u.shape[:-1], image.shape[-1]), image.dtype))
-
-
-def _warp_one(flat, shape, u):
-    """One channel: rows of one value are slow to gather, so one flat array, and all corners in one pass."""
-    def once(state):
-        low, fraction, _ = _cell(shape, u)
-        return state[0] + 1, sum(math.prod(weights).astype(flat.dtype) * flat.at[index].get(mode="clip")
-                                 for i in (0, 1) for index, weights, _ in _corners(shape, low, fraction, i))
-
-    # One trip, but the compiler must not know it: it would drop the loop and fuse the gathers into all that reads them.
-    trips = 1 + jnp.isnan(u.ravel()[0]).astype(jnp.int32)
-    return jax.lax.while_loop(lambda state: state[0] < trips, once, (0, jnp.zeros(u.shape[:-1], flat.dtype)))[1]
+        flat = flat[:, 0]  # rows of one value are slow to gather
+    low, fraction, _ = _cell(image.shape[:-1], u)
+    for k in range(2**u.shape[-1]):
+        index, weights, _ = _corner(image.shape[:-1], low, fraction, k)
+        weight = math.prod(weights).astype(image.dtype)
+        out += weight.reshape(*weight.shape, *(1,) * (flat.ndim - 1)) * jnp.take(flat, index, axis=0, mode="clip")
+    return out.reshape(*u.shape[:-1], image.shape[-1])
 
 
 def _warp_forward(image, u):
@@ -121,23 +99,29 @@ def _warp_forward(image, u):
 
 
 def _warp_backward(residuals, g):
-    image, u = residuals
+    return alone(_scattered_corners, *residuals, g)
+
+
+def _scattered_corners(image, u, g):
     flat = image.reshape(-1, image.shape[-1])
+    low, fraction, inside = _cell(image.shape[:-1], u)
 
-    def side(i, carry):
-        g_flat, g_u = carry
-        low, fraction, _ = _cell(image.shape[:-1], u)
-        for index, weights, signs in _corners(image.shape[:-1], low, fraction, i):
-            along = (jnp.take(flat, index, axis=0, mode="clip") * g).sum(-1).astype(u.dtype)
-            g_u = tuple(total + sign * math.prod(weights[:axis] + weights[axis + 1:]) * along
-                        for axis, (total, sign) in enumerate(zip(g_u, signs, strict=True)))
-            g_flat = g_flat.at[index].add(math.prod(weights)[..., None] * g, mode="drop")
-        return g_flat, g_u
+    def add(k, state):
+        g_flat, g_u = state
+        index, weights, signs = _corner(image.shape[:-1], low, fraction, k)
+        along = (jnp.take(flat, index, axis=0, mode="clip") * g).sum(-1).astype(u.dtype)
+        g_u = tuple(total + sign * math.prod(weights[:axis] + weights[axis + 1:]) * along
+                    for axis, (total, sign) in enumerate(zip(g_u, signs, strict=True)))
+        return g_flat.at[index].add(math.prod(weights)[..., None] * g, mode="drop"), g_u
 
-    zero = (jnp.zeros(u.shape[:-1], u.dtype),) * u.shape[-1]
     # Added up in float32: bfloat16 would lose what is small, and GPUs add it at half the rate.
-    g_flat, g_u = _sides(side, (jnp.zeros(flat.shape, jnp.float32), zero))
-    _, _, inside = _cell(image.shape[:-1], u)
+    state = jnp.zeros(flat.shape, jnp.float32), (jnp.zeros(u.shape[:-1], u.dtype),) * u.shape[-1]
+    if jax.default_backend() == "cpu":  # in a loop, since what each corner adds is as large as the result
+        state = jax.lax.fori_loop(0, 2**u.shape[-1], add, state)
+    else:
+        for k in range(2**u.shape[-1]):
+            state = add(k, state)
+    g_flat, g_u = state
     g_u = jnp.stack([jnp.where(m, x, 0) for m, x in zip(inside, g_u, strict=True)], -1)
     return g_flat.reshape(image.shape).astype(image.dtype), g_u
 
