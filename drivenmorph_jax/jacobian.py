@@ -16,11 +16,12 @@ def jacobian_determinant(u):
     """
     dims = u.shape[-1]
     rows = [jnp.moveaxis(difference(u, axis, dims), -1, 0) for axis in range(dims)]
-    return _determinant([[x + (i == j) for j, x in enumerate(row)] for i, row in enumerate(rows)])
+    return determinant([[x + (i == j) for j, x in enumerate(row)] for i, row in enumerate(rows)])
 
 
-def _determinant(rows):
+def determinant(rows):
+    """The determinant of a square matrix of arrays, a list of rows, by cofactors: at every voxel at once."""
     if len(rows) == 1:
         return rows[0][0]
-    minors = (_determinant([row[:j] + row[j + 1:] for row in rows[1:]]) for j in range(len(rows)))
+    minors = (determinant([row[:j] + row[j + 1:] for row in rows[1:]]) for j in range(len(rows)))
     return sum((-1) ** j * x * minor for j, (x, minor) in enumerate(zip(rows[0], minors, strict=True)))

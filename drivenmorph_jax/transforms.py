@@ -21,10 +21,11 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from drivenmorph_jax import nifti
+from drivenmorph_jax import demons, nifti
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import replacing
 from drivenmorph_jax.integrate import inverse
+from drivenmorph_jax.jacobian import determinant
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 INTENTS = {"LPS": 1007, "RAS": 1006}  # vector; displacement vector
@@ -172,20 +173,33 @@ def total_displacement(shape, affine, u, work_affine, transform):
     """T d(x) - x, from fixed to moving, at every voxel of the fixed grid: (X, Y, Z, 3), RAS mm.
 
     (shape, affine) is the fixed grid; u (D, H, W, 3), in voxels of the grid with affine `work_affine`, is
-    sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world.
+    sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world. It is `unfolded`.
     """
     deform = _deformation(u, work_affine)
-    return _displacement(shape, affine, lambda x: _map(transform, deform(x)))
+    return unfolded(_displacement(shape, affine, lambda x: _map(transform, deform(x))), affine, transform)
 
 
 def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform):
     """d^-1(T^-1 y) - y, from moving to fixed, at every voxel of the moving grid: (X, Y, Z, 3), RAS mm.
 
     (shape, affine) is the moving grid; u_inverse (D, H, W, 3) lies on the same working grid as u, and
-    `transform` is the same T.
+    `transform` is the same T. It is `unfolded`.
     """
     deform, back = _deformation(u_inverse, work_affine), np.linalg.inv(transform)
-    return _displacement(shape, affine, lambda y: deform(_map(back, y)))
+    return unfolded(_displacement(shape, affine, lambda y: deform(_map(back, y))), affine, back)
+
+
+def unfolded(displacement, affine, transform):
+    """A displacement (X, Y, Z, 3) in RAS mm with Jacobian determinants above 0, as `demons.unfolded` makes it.
+
+    On a grid coarser than the one it was found on, samples of a field that folds nowhere can fold: a difference over
+    two voxels bridges what turns within them. Where they do not, or where the affine part, `transform` (4, 4), is a
+    reflection, the displacement is returned as it is.
+    """
+    if np.linalg.det(transform) < 0 or jacobian_determinant_of_displacement(displacement, affine).min() > 0:
+        return displacement
+    linear = affine[:3, :3].astype(np.float32)
+    return np.asarray(demons.unfolded(displacement @ np.linalg.inv(linear).T)) @ linear.T
 
 
 def force_on_grid(shape, affine, force, work_affine):
@@ -246,13 +260,14 @@ def jacobian_determinant_of_displacement(displacement, affine):
 
     `displacement` (X, Y, Z, 3) in RAS mm on a grid with `affine`, oblique or sheared as it may be.
     """
-    to_voxel = np.linalg.inv(affine)[:3, :3]
+    to_voxel = np.linalg.inv(affine)[:3, :3].T.astype(np.float32)
     depth, step = len(displacement), 16  # a slab at a time: nine derivatives of a whole head fill memory
     out = np.empty(displacement.shape[:3], np.float32)
     for start in range(0, depth, step):
         stop, first, last = min(start + step, depth), max(start - 1, 0), min(start + step + 1, depth)
-        gradient = np.stack(np.gradient(displacement[first:last], axis=(0, 1, 2)), axis=-1)
-        out[start:stop] = np.linalg.det(np.eye(3) + gradient[start - first:stop - first] @ to_voxel)
+        gradient = np.gradient(displacement[first:last] @ to_voxel, axis=(0, 1, 2))
+        out[start:stop] = determinant([[g[start - first:stop - first, ..., j] + (i == j) for j in range(3)]
+                                       for i, g in enumerate(gradient)])
     return out
 
 

@@ -225,3 +225,20 @@ def test_files_that_are_no_affine(tmp_path):
     refused(lambda: transforms.read_affine(tmp_path / "singular.tfm"), "singular.tfm")
     refused(lambda: transforms.write_affine(tmp_path / "a.nii", T), "a.nii", ".tfm")
     refused(lambda: transforms.write_affine(tmp_path / "none" / "a.tfm", T), "a.tfm", "cannot be written")
+
+
+def test_a_coarse_grids_samples_of_a_field_that_folds_nowhere_do_not_fold_either():
+    # two shears, one after the other: J = 1 everywhere
+    x, y, _ = np.indices((60, 60, 60))
+    wave = 2 * np.pi / 20
+    u = np.stack([5 * np.sin(wave * y), 5 * np.sin(wave * (x + 5 * np.sin(wave * y))), 0 * x], -1).astype(np.float32)
+    assert transforms.jacobian_determinant_of_displacement(u, np.eye(4)).min() > 0.4
+    shape, affine = (15, 15, 15), np.diag([4.0, 4, 4, 1])
+    turned = np.diag([-1.0, 1, 1, 1])
+    for total in (transforms.total_displacement, transforms.total_inverse_displacement):
+        got = total(shape, affine, u, np.eye(4), np.eye(4))
+        assert transforms.jacobian_determinant_of_displacement(u[::4, ::4, ::4], affine).min() < -0.3
+        assert transforms.jacobian_determinant_of_displacement(got, affine).min() > 0
+        np.testing.assert_array_equal(transforms.unfolded(u, np.eye(4), np.eye(4)), u)
+        assert transforms.jacobian_determinant_of_displacement(
+            total(shape, affine, 0 * u, np.eye(4), turned), affine).max() == pytest.approx(-1)
