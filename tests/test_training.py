@@ -294,7 +294,7 @@ def start(devices, code, *arguments):
 
 def finish(process):
     """What it printed."""
-    out, error = process.communicate(timeout=300)
+    out, error = process.communicate(timeout=900)  # compilers may have to share the cores
     assert process.returncode == 0, error[-2000:]
     return out
 
