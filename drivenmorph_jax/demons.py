@@ -229,17 +229,17 @@ def registered(fixed, moving, force="lncc", weights=None):
 
     Local correlation ends in one optimum or another, by where it starts, and their errors differ. So it goes on from
     each of the `FORCES` at a quarter of the resolution, to half of it, both from F to M and from M to F; the mean of
-    these six displacements, of the inverse of those from M to F, is carried on to the end, and `unfolded`.
+    these six displacements, of the inverse of those from M to F, is carried on to the end.
 
     Args:
       fixed, moving: (*space, 1), values of about 0 to 1, sides multiples of `MULTIPLE`.
       weights: as in `refine`.
 
     Returns:
-      The displacement (*space, n), in voxels.
+      The displacement (*space, n), in voxels, `unfolded`.
     """
     if force != "lncc":
-        return _by(force, fixed, moving, weights).u
+        return unfolded(_by(force, fixed, moving, weights).u)
 
     def start(name, fixed, moving, weights):
         u = _by(name, fixed, moving, weights, iterations=(100, 0, 0)).u
