@@ -14,7 +14,7 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 $(INSTALLED): requirements.txt requirements-test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
