@@ -99,7 +99,7 @@ UPDATE_STEPS = 2
 # Iterations over which the energy is averaged before it is compared.
 PATIENCE = 5
 # What 5 more iterations must gain at least for `refine` to have anything to refine: on real brains, what has converged
-# gains .1 to .2 % of local correlation's energy, .6 to 1.2 % of a squared difference's, what has not 2 and 20 %.
+# gains .1 to .2 % of local correlation's energy, .6 to 1.2 % of a squared difference's, what has not .4 and 20 %.
 SETTLED = {"lncc": 3e-3, "intensity": 2e-2, "mind": 2e-2}
 
 

@@ -23,11 +23,15 @@ from drivenmorph_jax.files import alone_in
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def one_level():
-    """The smoke run with a network that compiles in a third of the time."""
+# One level with both attentions, which compiles sooner than the two of `configs/smoke.py`.
+ONE_LEVEL = {"channels": (4,), "strides": (2,), "updates": (1,), "cross_radius": (1,), "self_radius": (0,),
+             "self_window": (4,)}
+
+
+def one_level(**changes):
+    """The smoke run of a network of one level."""
     config = get_config()
-    config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(0,), self_radius=(0,),
-                        self_window=(0,))
+    config.model.update(ONE_LEVEL | changes)
     return config
 
 
@@ -143,10 +147,8 @@ def test_a_step_that_the_compiler_refuses_is_one_sentence(tmp_path, monkeypatch)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
                                          "HLO temporaries (20.31G) exceeds available HBM (15.75G).")
     monkeypatch.setattr(sharding, "device_memory", refuse)
-    config = one_level()
-    config.model.update(remat=True, dtype="bfloat16")  # nothing else is left to try
     with pytest.raises(InputError, match="bfloat16 takes 20.3 GiB of each device, more than 15.0: set a --config.data"):
-        training.train_and_evaluate(config, tmp_path, memory=15 * 2**30)
+        training.train_and_evaluate(one_level(), tmp_path, memory=15 * 2**30)
 
 
 def test_a_program_orders_its_operations_for_little_memory():
@@ -257,10 +259,10 @@ def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):
 
 def test_a_model_with_a_finer_level_begins_with_the_parameters_of_a_coarser_one(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "evaluate", lambda *_, **__: None)
-    for name, strides, channels in (("coarse", (1,), (4,)), ("fine", (1, 2), (2, 4))):
-        config, none = one_level(), (0,) * len(strides)
-        config.model.update(strides=strides, channels=channels, updates=(1,) * len(strides), cross_radius=none,
-                            self_radius=none, self_window=none)
+    finer = {"channels": (2, 4), "strides": (1, 2), "updates": (1, 1), "cross_radius": (0, 1), "self_radius": (0, 0),
+             "self_window": (0, 4)}
+    for name, changes in (("coarse", {"strides": (1,)}), ("fine", finer)):
+        config = one_level(**changes)
         config.steps, config.learning_rate = 1, 0.0
         config.init = str(tmp_path / "coarse") if name == "fine" else None
         training.train_and_evaluate(config, tmp_path / name)
@@ -311,7 +313,7 @@ def finish(process):
     return out
 
 
-DEVICES = """
+DEVICES = f"ONE_LEVEL = {ONE_LEVEL}" + """
 import jax, numpy as np
 from ml_collections import FrozenConfigDict
 from scipy.ndimage import gaussian_filter
@@ -319,7 +321,7 @@ from configs.smoke import get_config
 from drivenmorph_jax import sharding, training
 from drivenmorph_jax.model import DrivenMorph
 config = get_config()
-config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(1,), self_radius=(0,), self_window=(4,))
+config.model.update(ONE_LEVEL)
 config.warmup_steps = 0
 model, optimizer = DrivenMorph(FrozenConfigDict(config.model)), training.make_optimizer(config)
 rng = np.random.default_rng(0)
@@ -379,7 +381,7 @@ def test_a_volume_on_two_devices_is_registered_as_on_one():
     finish(start(2, PREDICT))
 
 
-PROCESS = """
+PROCESS = f"ONE_LEVEL = {ONE_LEVEL}" + """
 import sys
 from configs.smoke import get_config
 from drivenmorph_jax import sharding, training
@@ -387,7 +389,7 @@ workdir, steps, coordinator, processes, process = sys.argv[1:]
 if coordinator:
     sharding.start(True, coordinator_address=coordinator, num_processes=int(processes), process_id=int(process))
 config = get_config()
-config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(1,), self_radius=(0,), self_window=(4,))
+config.model.update(ONE_LEVEL)
 config.batch_size, config.steps = 8, int(steps)
 config.warmup_steps, config.learning_rate = 1000, 1.0  # the same rate at a step, wherever the run ends
 training.evaluate = lambda *_, **__: None
