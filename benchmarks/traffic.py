@@ -32,20 +32,30 @@ def size(shapes):
     return total
 
 
+def values(shapes):
+    """How many values an array has, wherever it lies."""
+    return math.prod(next(arrays(shapes))[1])
+
+
 def rows(shapes, table):
     """Bytes moved where as many rows of the table are looked at as `shapes` has: the tile that holds each."""
-    value, lengths, tile, _ = next(arrays(table))
-    of = next(arrays(shapes))[1]
-    return math.prod(of) // max(1, min(lengths[-1], math.prod(of))) * value * math.prod(tile)
+    value, lengths, tile, fast = next(arrays(table))
+    return 0 if fast else values(shapes) // max(1, min(lengths[-1], values(shapes))) * value * math.prod(tile)
 
 
 def traffic(text):
     """Bytes that a compiled program moves, from its text, every trip of its loops counted.
 
     An operation reads its operands and writes its results once, padding included, but for those in the fast memory.
-    Slices of a whole count as slices. A gather reads the tile of every row that it takes, and a scatter reads and
-    writes those of its updates: so does XLA count; hardware that fetches less of a tile does better.
+    Slices of a whole count as slices, within a fused operation too. A gather reads the tile of every row that it takes,
+    and a scatter reads and writes those of its updates: so does XLA count; hardware that fetches less of a tile does
+    better.
     """
+    return sum(amount for amount, _ in moves(text))
+
+
+def moves(text):
+    """(bytes, the instruction as text) of every operation that moves any: of all trips of the loop that it is in."""
     computations, types, entry = {}, {}, None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
@@ -56,42 +66,79 @@ def traffic(text):
             types[name] = shapes
             lines.append((name, shapes, kind, rest))
 
-    def called(rest, key):
+    def called(rest, key="(?:to_apply|calls)"):
         found = re.search(rf"{key}=%([\w.-]+)", rest)
         return found and found[1]
+
+    def operands(rest):
+        return [x for x in re.findall(r"%([\w.-]+)", rest.split("), ")[0]) if x in types]
 
     def largest_constant(computation):
         """How often a loop with this condition runs: its bound is the only number there."""
         numbers = [0]
         for _, _, kind, rest in computations[computation]:
             numbers += [int(n) for n in re.findall(r"^(\d+)\)", rest) if kind == "constant"]
-            if inner := called(rest, "calls"):
+            if inner := called(rest):
                 numbers.append(largest_constant(inner))
         return max(numbers)
 
-    def walk(computation, trips):
+    def read(computation, name):
+        """Of this array by the operations of a fused one, where they take slices of it; else infinity."""
         total = 0
+        for user, shapes, kind, rest in computations[computation]:
+            for place, operand in enumerate(operands(rest)):
+                if operand != name:
+                    continue
+                if kind == "dynamic-slice":
+                    total += size(shapes)
+                elif kind == "bitcast":
+                    total += read(computation, user)
+                elif kind == "fusion":
+                    total += read(called(rest), parameter(called(rest), place))
+                elif kind != "dynamic-update-slice" or place:
+                    return math.inf
+        return total
+
+    def parameter(computation, place):
+        return next(name for name, _, kind, rest in computations[computation]
+                    if kind == "parameter" and rest.startswith(f"{place})"))
+
+    def written(computation, shapes):
+        """By a fused operation with these results, of which some are updates of a part, in place."""
+        made = {name: (kind, rest) for name, _, kind, rest in computations[computation]}
+        root, kind, rest = next(reversed([(name, kind, rest) for name, (kind, rest) in made.items()]))
+        total = 0
+        for result, name in zip(ARRAY.finditer(shapes), operands(rest) if kind == "tuple" else [root], strict=False):
+            while made.get(name, [""])[0] == "bitcast":
+                name = operands(made[name][1])[0]
+            kind, rest = made.get(name, ("", ""))
+            part = types[operands(rest)[1]] if kind == "dynamic-update-slice" else result[0]
+            total += min(size(result[0]), size(part))
+        return total
+
+    def walk(computation, trips):
         for name, shapes, kind, rest in computations[computation]:
             if kind == "while":
-                total += walk(called(rest, "body"), trips * max(1, largest_constant(called(rest, "condition"))))
+                yield from walk(called(rest, "body"), trips * max(1, largest_constant(called(rest, "condition"))))
             elif kind in ("call", "async-start"):
-                inner = called(rest, "(?:to_apply|calls)")
-                total += walk(inner, trips) if inner else 0
+                yield from walk(called(rest), trips) if called(rest) else ()
             elif kind not in FREE:
-                what = name + kind
-                of = [types[x] for x in re.findall(r"%([\w.-]+)", rest.split("), ")[0]) if x in types]
-                result, operands = size(shapes), [size(x) for x in of]
-                if "dynamic-update-slice" in what:
-                    amount = 2 * sum(x for x in operands if 4 * x < result)
-                elif "dynamic-slice" in what:
-                    amount = 2 * result
-                elif "gather" in what and "all-gather" not in what:
-                    amount = rows(shapes, max(of, key=size)) + result
+                what, of = name + kind, operands(rest)
+                result, sizes = size(shapes), [size(types[x]) for x in of]
+                if "gather" in what and "all-gather" not in what:
+                    amount = rows(shapes, max((types[x] for x in of), key=values)) + result
                 elif "scatter" in what and "reduce-scatter" not in what:
-                    amount = 2 * rows(max((x for x in of if size(x) < result), key=size, default="f32[0]"), shapes)
+                    updates = [types[x] for x in of if values(types[x]) < values(shapes)]
+                    amount = 2 * rows(max(updates, key=values, default="f32[0]"), shapes)
+                elif kind == "fusion" and (inner := called(rest)) in computations:
+                    amount = written(inner, shapes) + sum(
+                        min(whole, read(inner, parameter(inner, place))) for place, whole in enumerate(sizes))
+                elif kind == "dynamic-update-slice":
+                    amount = 2 * sizes[1]
+                elif kind == "dynamic-slice":
+                    amount = 2 * result
                 else:
-                    amount = result + sum(operands)
-                total += trips * amount
-        return total
+                    amount = result + sum(sizes)
+                yield trips * amount, f"{name} = {shapes} {kind}({rest}"
 
     return walk(entry, 1)

@@ -4,6 +4,7 @@ Both functions take heads as an axis of their own, (B, D, H, W, heads, C / heads
 scaling of the logits to the caller.
 """
 
+from functools import partial
 from itertools import product
 
 import jax
@@ -137,33 +138,85 @@ def _along_planes(queries, keys, values, radius):
     def planes(x, first, mode, more):
         """(B, D, H, W, heads, C) -> (B, heads, C, D, voxels of a plane), `first` planes and `more` voxels about it."""
         x = jnp.pad(jnp.moveaxis(x, (4, 5), (1, 2)), [(0, 0)] * 3 + [(first, first), (r, r), (r, r)], mode=mode)
-        return jnp.pad(x.reshape(*x.shape[:4], -1), [(0, 0)] * 4 + [(more, more)])
+        return _padded(x.reshape(*x.shape[:4], -1), more)
 
     def voxels(x):
         return x.reshape(*x.shape[:-1], *wide)[..., r:r + space[1], r:r + space[2]]
 
-    q, k, v = planes(queries, 0, "constant", 0), planes(keys, r, "edge", reach), planes(values, r, "edge", reach)
-    # As in `_one_by_one`.
-    bound = jax.lax.stop_gradient(jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max()))
+    total, attended, moved = _planes(planes(queries, 0, "constant", 0), planes(keys, r, "edge", reach),
+                                     planes(values, r, "edge", reach), radius, wide[1])
+    moved = jnp.stack([voxels((x / total).mean(1)) for x in moved], -1)
+    return jnp.moveaxis(voxels(attended / total[:, :, None]), (1, 2), (4, 5)), moved
 
-    @jax.checkpoint
+
+def _padded(x, voxels):
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(voxels, voxels)])
+
+
+def _from(x, start, like):
+    return jax.lax.slice_in_dim(x, start, start + like.shape[-1], axis=-1)
+
+
+def _shifts_in_plane(radius, row):
+    """(Where the slice of a plane padded by the reach starts, its shift y, its shift z): `row` voxels to a row."""
+    return [((radius + y) * row + radius + z, y, z) for y, z in product(range(-radius, radius + 1), repeat=2)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _planes(q, k, v, radius, row):
+    """The sums over all shifts of exp(q . k), of that times v, and times each component of the shift."""
+    return _planes_forward(q, k, v, radius, row)[0]
+
+
+def _planes_forward(q, k, v, radius, row):
+    # As in `_one_by_one`.
+    bound = jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max())
+
     def visit(carry, shift):
-        near_k, near_v = (jax.lax.dynamic_slice_in_dim(x, shift + r, space[0], 3) for x in (k, v))
+        near_k, near_v = (jax.lax.dynamic_slice_in_dim(x, shift + radius, q.shape[3], 3) for x in (k, v))
         total, attended, *moved = carry
         before = total
-        for y, z in product(range(-r, r + 1), repeat=2):
-            at = reach + y * wide[1] + z
-            weight = jnp.exp((q * jax.lax.slice_in_dim(near_k, at, at + q.shape[-1], axis=4)).sum(2) - bound)
+        for start, y, z in _shifts_in_plane(radius, row):
+            weight = jnp.exp((q * _from(near_k, start, q)).sum(2) - bound)
             total, moved[1], moved[2] = total + weight, moved[1] + y * weight, moved[2] + z * weight
-            attended += weight[:, :, None] * jax.lax.slice_in_dim(near_v, at, at + q.shape[-1], axis=4)
+            attended += weight[:, :, None] * _from(near_v, start, q)
         moved[0] += shift.astype(jnp.float32) * (total - before)
         return (total, attended, *moved), None
 
     zero = jnp.zeros_like(q[:, :, 0])
-    start = zero, jnp.zeros((*q.shape[:2], values.shape[-1], *q.shape[3:])), zero, zero, zero
-    (total, attended, *moved), _ = jax.lax.scan(visit, start, jnp.arange(-r, r + 1))
-    moved = jnp.stack([voxels((x / total).mean(1)) for x in moved], -1)
-    return jnp.moveaxis(voxels(attended / total[:, :, None]), (1, 2), (4, 5)), moved
+    start = zero, jnp.zeros((*q.shape[:2], v.shape[2], *q.shape[3:])), zero, zero, zero
+    (total, attended, *moved), _ = jax.lax.scan(visit, start, jnp.arange(-radius, radius + 1))
+    return (total, attended, moved), (q, k, v, bound)
+
+
+def _planes_backward(radius, row, residuals, cotangents):
+    """Written out so that the keys and values too get theirs as sums of slices: autodiff's are sums of padded arrays,
+    each of which the compiler writes to memory, four times the traffic."""
+    (q, k, v, bound), (g_total, g_attended, g_moved) = residuals, cotangents
+    more = k.shape[-1] - q.shape[-1]  # twice the reach
+    wide_q, wide_g = _padded(q, more), _padded(g_attended, more)
+
+    def visit(carry, shift):
+        g_q, g_k, g_v = carry
+        near_k, near_v, near_g_k, near_g_v = (
+            jax.lax.dynamic_slice_in_dim(x, shift + radius, q.shape[3], 3) for x in (k, v, g_k, g_v))
+        for start, y, z in _shifts_in_plane(radius, row):
+            weight = jnp.exp((q * _from(near_k, start, q)).sum(2) - bound)
+            of_weight = (g_attended * _from(near_v, start, q)).sum(2)
+            of_weight += g_total + shift.astype(jnp.float32) * g_moved[0] + y * g_moved[1] + z * g_moved[2]
+            of_logit = weight * of_weight
+            g_q += of_logit[:, :, None] * _from(near_k, start, q)
+            near_g_k += _from(_padded(of_logit, more), more - start, k)[:, :, None] * _from(wide_q, more - start, k)
+            near_g_v += _from(_padded(weight, more), more - start, k)[:, :, None] * _from(wide_g, more - start, k)
+        g_k, g_v = (jax.lax.dynamic_update_slice_in_dim(x, part, shift + radius, 3)
+                    for x, part in ((g_k, near_g_k), (g_v, near_g_v)))
+        return (g_q, g_k, g_v), None
+
+    start = tuple(jnp.zeros_like(x) for x in (q, k, v))
+    return jax.lax.scan(visit, start, jnp.arange(-radius, radius + 1))[0]
+
+
+_planes.defvjp(_planes_forward, _planes_backward)
 
 
 def window_attention(queries, keys, values, window):

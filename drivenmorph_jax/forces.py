@@ -25,7 +25,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.grid import average_pool, box_sum, difference
+from drivenmorph_jax.grid import average_pool, box_sum, difference, difference_adjoint
 
 
 def feature_force(d, slope, max_step, weights=None, floor=1e-6):
@@ -49,6 +49,20 @@ def feature_force(d, slope, max_step, weights=None, floor=1e-6):
         along = w * d / (w * sum(x * x for x in slopes) + w * d * d / (4 * max_step**2) + floor)
         return clip_length(jnp.concatenate([along * x for x in slopes], -1), max_step)
     weights = jnp.ones_like(d) if weights is None else weights
+    return clip_length(_damped_step(d, slope, weights, 1 / (4 * max_step**2), floor), max_step)
+
+
+# The backward pass is written out: that of the solve is one more solve with the same matrix, and what it needs of every
+# channel is read once.
+@jax.custom_vjp
+def _damped_step(d, slope, weights, share, floor):
+    """The p that solves (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k, lambda^2 = share sum_k w_k d_k^2 +
+    floor."""
+    return _damped_step_forward(d, slope, weights, share, floor)[0]
+
+
+def _damped_step_forward(d, slope, weights, share, floor):
+    dims = d.ndim - 1
     pairs = list(itertools.combinations_with_replacement(range(dims), 2))
 
     def products(d, slope, w):
@@ -57,19 +71,46 @@ def feature_force(d, slope, max_step, weights=None, floor=1e-6):
         return [w * p * q for p, q in factors]
 
     sums = (_at_once if jax.default_backend() == "gpu" else _one_by_one)(products, (d, slope, weights))
-    damping = sums[-1] / (4 * max_step**2) + floor
+    damping = share * sums[-1] + floor
     matrix = {(i, j): total + damping * (i == j) for (i, j), total in zip(pairs, sums, strict=False)}
     # Unit trace, so that no product of entries leaves float32's range.
     scale = 1 / sum(matrix[i, i] for i in range(dims))
     matrix = {ij: scale * entry for ij, entry in matrix.items()}
     p = _solve(matrix, [scale * entry for entry in sums[len(pairs):-1]], scale * damping)
-    return clip_length(jnp.stack(p, -1), max_step)
+    return jnp.stack(p, -1), (d, slope, weights, share, floor, p, matrix, scale, damping)
+
+
+def _damped_step_backward(residuals, g):
+    """With q the solution of the same system for the cotangent g, the cotangents of every channel are those of
+    q . (sum_k w_k J_k (d_k - J_k . p) - lambda^2 p) at fixed p and q."""
+    d, slope, weights, share, floor, p, matrix, scale, damping = residuals
+    dims = len(p)
+    q = _solve(matrix, [scale * x for x in jnp.moveaxis(g, -1, 0)], scale * damping)
+    both = sum(x * y for x, y in zip(p, q, strict=True))
+
+    def channel(d, slope, w):
+        x = [difference(slope, axis, dims) for axis in range(dims)]
+        left = d - sum(p[axis][..., None] * x[axis] for axis in range(dims))
+        along = sum(q[axis][..., None] * x[axis] for axis in range(dims))
+        bend = share * both[..., None] * d
+        of_slope = sum(difference_adjoint(w * (left * q[axis][..., None] - along * p[axis][..., None]), axis, dims)
+                       for axis in range(dims))
+        return w * (along - 2 * bend), of_slope, along * left - bend * d
+
+    if jax.default_backend() == "cpu":
+        channels = (jnp.moveaxis(x, -1, 0)[..., None] for x in (d, slope, weights))
+        of_channels = (jnp.moveaxis(x[..., 0], 0, -1) for x in jax.lax.map(lambda x: channel(*x), tuple(channels)))
+    else:
+        of_channels = channel(d, slope, weights)
+    return *of_channels, -(both * (damping - floor) / share).sum(), -both.sum()
+
+
+_damped_step.defvjp(_damped_step_forward, _damped_step_backward)
 
 
 def _one_by_one(products, arrays):
     """Sums over channels (*space, C) -> (*space): short trailing axes do not vectorise on CPU, and the products of all
     channels are many more maps to write and read. Floor: read the arrays once."""
-    @jax.checkpoint
     def add(sums, channel):
         return [total + product[..., 0] for total, product in zip(sums, products(*channel), strict=True)], None
 
@@ -80,7 +121,7 @@ def _one_by_one(products, arrays):
 
 def _at_once(products, arrays):
     """The same in a few kernels: on GPU those of a loop take longer to start than to run."""
-    return jax.checkpoint(lambda *arrays: [product.sum(-1) for product in products(*arrays)])(*arrays)
+    return [product.sum(-1) for product in products(*arrays)]
 
 
 def _solve(matrix, right, least):

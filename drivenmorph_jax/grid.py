@@ -93,11 +93,33 @@ def difference(x, axis, dims=3):
 
     (x(p + e) - x(p - e)) / 2 inside, as `numpy.gradient`.
     """
-    axis -= dims + 1
+    ends, scale = _border(x, axis - dims - 1)
+    return (_between(x, axis - dims - 1) + ends * x) * scale
+
+
+def difference_adjoint(y, axis, dims=3):
+    """The transpose of `difference` as a linear map: what a cotangent (..., D, H, W, C) of its result is for x."""
+    ends, scale = _border(y, axis - dims - 1)
+    return ends * (scale * y) - _between(scale * y, axis - dims - 1)
+
+
+def _between(x, axis):
+    """x(p + e) - x(p - e), zero beyond the border: minus its own transpose. By shifts that fill with zeros, since XLA
+    can make these one with what reads them, which it cannot the parts of a border."""
+    def shifted(step):
+        step = [step * (k == axis % x.ndim) for k in range(x.ndim)]
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), [(k, -k, 0) for k in step])
+
+    return shifted(-1) - shifted(1)
+
+
+def _border(x, axis):
+    """Along one axis: -1 at the first voxel and 1 at the last, which stand in for neighbours that they lack; and what
+    makes a derivative of the difference, 1 there and 1/2 between."""
     n = x.shape[axis]
-    part = partial(jax.lax.slice_in_dim, x, axis=axis)
-    inside = 0.5 * (part(2, n) - part(0, n - 2))
-    return jnp.concatenate([part(1, 2) - part(0, 1), inside, part(n - 1, n) - part(n - 2, n - 1)], axis=axis)
+    ends = np.zeros([n if k == axis % x.ndim else 1 for k in range(x.ndim)], x.dtype)
+    ends.flat[0], ends.flat[-1] = -1, 1
+    return ends, 0.5 + 0.5 * abs(ends)
 
 
 def box_sum(x, radius, axes):

@@ -22,7 +22,7 @@ from drivenmorph_jax.encoder import Conv, Encoder
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.grid import average_pool, resize_field
 from drivenmorph_jax.integrate import exponential
-from drivenmorph_jax.warp import compose, warp
+from drivenmorph_jax.warp import SAMPLED, compose, warp
 
 # Squarings of the flow of one update: with the bound L = 2 voxels of the level, 1 of its field, the first step moves a
 # quarter of one.
@@ -199,7 +199,7 @@ class Level(nn.Module):
             return (u, u_inverse, v), (force, demons_force, attention_force, delta, u, u_inverse)
 
         if c.remat:
-            update = nn.remat(update, prevent_cse=False)
+            update = nn.remat(update, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(SAMPLED))
         # A loop, compiled once; on GPU none, where what it keeps for its backward pass would be copied once more. The
         # check, by which parameters are made, traces it a second time.
         loop = nn.scan(update, variable_broadcast="params", split_rngs={"params": False}, length=c.updates[i],

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from drivenmorph_jax.fusion import alone
 from drivenmorph_jax.grid import identity_grid
@@ -136,19 +137,53 @@ def _on_tpu(image, u, near):
     return jnp.concatenate([_rows(image[..., k:k + at_once], u) for k in range(0, image.shape[-1], at_once)], -1)
 
 
-# Kept for the backward pass, it would be 27 weights a voxel.
-@jax.checkpoint
+SHIFTS = -1, 0, 1
+
+
+@jax.custom_vjp
 def _shifted(image, u):
-    """out(x) = sum over k in {-1, 0, 1}^n of image(x + k) prod_a max(0, 1 - |u_a(x) - k_a|), for |u_a| <= 1: no gather,
-    and its adjoint is no scatter."""
-    space, shifts = image.shape[:-1], (-1, 0, 1)
-    padded = jnp.pad(image, [(1, 1)] * len(space) + [(0, 0)], mode="edge")
-    hats = [[jnp.maximum(0, 1 - jnp.abs(u[..., axis] - k)) for k in shifts] for axis in range(len(space))]
-    return sum(math.prod(hats[axis][k + 1] for axis, k in enumerate(shift)).astype(image.dtype)[..., None]
+    """out(x) = sum over k in {-1, 0, 1}^n of image(x + k) prod_a max(0, 1 - |u_a(x) - k_a|), for |u_a| <= 1: no
+    gather, and its adjoint is no scatter."""
+    padded, weights, space = _edge_padded(image), _hats(u), image.shape[:-1]
+    return sum(math.prod(weights[axis][k] for axis, k in enumerate(shift)).astype(image.dtype)[..., None]
                * padded[tuple(slice(1 + k, 1 + k + n) for k, n in zip(shift, space, strict=True))]
-               for shift in itertools.product(shifts, repeat=len(space)))
+               for shift in itertools.product(SHIFTS, repeat=len(space)))
 
 
+def _edge_padded(image):
+    return jnp.pad(image, [(1, 1)] * (image.ndim - 1) + [(0, 0)], mode="edge")
+
+
+def _hats(u):
+    """[{k: weight of the shift k}] of each axis."""
+    return [{k: jnp.maximum(0, 1 - jnp.abs(u[..., axis] - k)) for k in SHIFTS} for axis in range(u.shape[-1])]
+
+
+def _shifted_forward(image, u):
+    return _shifted(image, u), (image, u)
+
+
+def _shifted_backward(residuals, g):
+    """The image gets a sum of slices as well. Autodiff's would be one of padded arrays, each of which the compiler for
+    TPU writes to memory, at twice the traffic."""
+    image, u = residuals
+    space = image.shape[:-1]
+    wide = jax.tree.map(lambda x: jnp.pad(x, [(2, 2)] * len(space) + [(0, 0)] * (x.ndim - len(space))), (_hats(u), g))
+
+    def back(shift):
+        (weights, g), part = wide, tuple(slice(1 - k, 3 - k + n) for k, n in zip(shift, space, strict=True))
+        weight = math.prod(weights[axis][k] for axis, k in enumerate(shift))
+        return weight[part].astype(g.dtype)[..., None] * g[part]
+
+    g_padded = sum(map(back, itertools.product(SHIFTS, repeat=len(space))))
+    g_image, = jax.linear_transpose(_edge_padded, image)(g_padded)
+    return g_image, jax.vjp(lambda u: _shifted.__wrapped__(image, u), u)[1](g)[0]
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+SAMPLED = "sampled"  # the name of what a TPU gathered: too dear to gather again where activations are computed again
 LANES = 128  # values that lie side by side in a TPU's memory: up to here one gather costs the same
 
 
@@ -184,52 +219,63 @@ def _row(shape, u, first):
     return index * -(-shape[-2] // block) + last // block
 
 
-def _combined(rows, shape, u, first):
-    """Rows (..., LANES) that the samples gathered -> their values (..., C)."""
-    channels, block, dims = shape[-1], _block(shape), u.shape[-1]
+def _combined(rows, shape, channels, u, first):
+    """Rows (..., LANES) that the samples gathered -> their values (..., C), each the sum of its parts."""
+    block, dims = _block(shape), u.shape[-1]
     low, fraction, inside = _cell(shape[:-1], u, first)
     # As in `_warp`: the derivative is that of u wherever the sample is inside, where `clip` halves it at the edge.
     fixed = jax.lax.stop_gradient
     fraction = [fixed(f) + jnp.where(m, x - fixed(x), 0)
                 for f, m, x in zip(fraction, inside, jnp.moveaxis(u, -1, 0), strict=True)]
     fraction[-1] += low[-1] % block
-    place = np.arange(LANES) // channels
+    place = np.arange(LANES) // shape[-1]
     places = [*(place // (2 * block) >> bit & 1 for bit in reversed(range(dims - 1))), place % (2 * block)]
     weights = math.prod(jnp.maximum(0, 1 - jnp.abs(f[..., None] - k)) for f, k in zip(fraction, places, strict=True))
     weights *= place < block << dims
     # A product with a 0/1 matrix sums the lanes of each channel.
-    mine = np.arange(LANES)[:, None] % channels == np.arange(channels)
+    mine = np.arange(LANES)[:, None] % shape[-1] % channels == np.arange(channels)
     return jnp.matmul(weights.astype(rows.dtype) * rows, mine.astype(rows.dtype), precision="highest")
+
+
+def _parts(image):
+    """A float32 image as three of bfloat16 that add up to it, side by side (..., 3 C), since a tile of those is half as
+    large; any other as it is. `reduce_precision`, since XLA would take a conversion back and forth for none."""
+    if image.dtype != jnp.float32 or 3 * image.shape[-1] << image.ndim - 1 > LANES:
+        return image
+    parts = []
+    for _ in range(3):
+        parts.append(jax.lax.reduce_precision(image, 8, 7))
+        image -= parts[-1]
+    return jnp.concatenate(parts, -1).astype(jnp.bfloat16)
 
 
 # A slice of u at a time: what its samples gather is LANES values for each.
 @jax.custom_vjp
 def _rows(image, u):
     """As `_warp`, with all corners of a cell in one row, so that a sample is one gather of one row."""
-    table = _table(image)
+    return _rows_by(lambda values, u: values(u)[0], image, u)
+
+
+def _rows_by(f, image, u):
+    """f(values of the samples as a function of u, u) for each slice of u."""
+    parts = _parts(image)
+    table = _table(parts)
 
     def part(x):
         first, u = x
-        return _combined(_gathered(table, image.shape, u, first), image.shape, u, first)[0]
+        rows = jnp.take(table, _row(parts.shape, u, first), axis=0, mode="clip").astype(image.dtype)
+        return f(lambda u: _combined(rows, parts.shape, image.shape[-1], u, first), u)
 
     return jax.lax.map(part, (jnp.arange(len(u)), u[:, None]))
 
 
-def _gathered(table, shape, u, first):
-    return jnp.take(table, _row(shape, u, first), axis=0, mode="clip")
-
-
 def _rows_forward(image, u):
     """With the slopes of the samples along every axis, so that the backward pass has nothing to gather."""
-    table, axes = _table(image), np.eye(u.shape[-1], dtype=u.dtype)
+    def both(values, u):
+        value, slope = jax.linearize(values, u)
+        return value[0], [slope(jnp.broadcast_to(axis, u.shape))[0] for axis in np.eye(u.shape[-1], dtype=u.dtype)]
 
-    def part(x):
-        first, u = x
-        value, slope = jax.linearize(
-            partial(_combined, _gathered(table, image.shape, u, first), image.shape, first=first), u)
-        return value[0], [slope(jnp.broadcast_to(axis, u.shape))[0] for axis in axes]
-
-    out, slopes = jax.lax.map(part, (jnp.arange(len(u)), u[:, None]))
+    out, slopes = checkpoint_name(_rows_by(both, image, u), SAMPLED)
     return out, (image, u, slopes)
 
 
@@ -240,7 +286,7 @@ def _rows_backward(residuals, g):
     def part(g_table, x):
         first, u, g = x
         index = _row(image.shape, u, first)
-        spread = jax.linear_transpose(lambda rows: _combined(rows, image.shape, u, first),
+        spread = jax.linear_transpose(lambda rows: _combined(rows, image.shape, image.shape[-1], u, first),
                                       jax.ShapeDtypeStruct((*index.shape, LANES), table.dtype))
         return g_table.at[index].add(spread(g)[0].astype(jnp.float32), mode="drop"), None
 

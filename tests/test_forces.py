@@ -41,6 +41,26 @@ def test_what_a_gpu_computes_is_what_the_others_do_and_so_is_its_derivative(comp
     assert "while" not in text and "scan" not in text
 
 
+@pytest.mark.parametrize("space", [(5, 6), (4, 5, 6)])
+def test_the_derivative_is_that_of_a_general_solver(space):
+    rng, dims = np.random.default_rng(2), len(space)
+    d, slope, w = rng.normal(size=(3, *space, 4)).astype(np.float32)
+    g = rng.normal(size=(*space, dims)).astype(np.float32)
+
+    def solved(d, slope, w, step, floor):
+        jacobian = jnp.stack(jnp.gradient(slope, axis=tuple(range(dims))), -1)
+        damping = (w * d**2).sum(-1) / (4 * step**2) + floor
+        matrix = jnp.einsum("...k,...ki,...kj->...ij", w, jacobian, jacobian) + damping[..., None, None] * jnp.eye(dims)
+        right = jnp.einsum("...k,...k,...ki->...i", w, d, jacobian)
+        return jnp.linalg.solve(matrix, right[..., None])[..., 0]
+
+    arguments = d, slope, np.abs(w), 1.5, 1e-2
+    expected = jax.vjp(solved, *arguments)[1](g)
+    for got, wanted in zip(jax.vjp(forces.feature_force, *arguments[:2], 1.5, arguments[2], 1e-2)[1](g),
+                           (*expected[:2], expected[3], expected[2], expected[4]), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+
+
 def test_one_channel_is_the_classical_esm_force():
     fixed, moving, step = normal(*SHAPE, 1), normal(*SHAPE, 1), 2.0
     gradient = gradients((fixed + moving) / 2)[..., 0, :]
@@ -126,8 +146,9 @@ def test_a_slice_repeated_has_the_force_of_the_slice(channels):
 
 
 def test_a_channel_twice_is_the_channel_once():
-    fixed, moving = normal(*SHAPE, 1), normal(*SHAPE, 1)
-    once, twice = (forces.feature_force(np.repeat(fixed - moving, n, -1), np.repeat(fixed, n, -1), 2.0, floor=0.0)
+    fixed, d = np.random.default_rng(3).normal(size=(2, *SHAPE, 1)).astype(np.float32)
+    d += 0.1 * np.sign(d)  # without damping the matrix of one channel has no inverse
+    once, twice = (forces.feature_force(np.repeat(d, n, -1), np.repeat(fixed, n, -1), 2.0, floor=0.0)
                    for n in (1, 2))
     np.testing.assert_allclose(twice, once, atol=1e-3)
 

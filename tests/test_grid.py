@@ -15,6 +15,20 @@ def test_identity_grid_holds_coordinates():
     np.testing.assert_array_equal(x[2, 1, 4], [2, 1, 4])
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_adjoint_of_the_difference_is_its_transpose(axis):
+    x, y = np.random.default_rng(0).normal(size=(2, 4, 5, 6, 2)).astype(np.float32)
+    adjoint = grid.difference_adjoint(y, axis)
+    np.testing.assert_allclose((x * adjoint).sum(), (np.gradient(x, axis=axis) * y).sum(), rtol=1e-4)
+    # Where y is one at a voxel, its derivative's weights.
+    unit = np.zeros((4, 5, 6, 2), np.float32)
+    unit[0, 2, 5, 1] = 1
+    matrix = np.gradient(np.eye(unit.shape[axis], dtype=np.float32), axis=0)
+    expected = np.zeros_like(unit)
+    expected[tuple(slice(None) if k == axis else n for k, n in enumerate((0, 2, 5, 1)))] = matrix[(0, 2, 5)[axis]]
+    np.testing.assert_allclose(grid.difference_adjoint(unit, axis), expected)
+
+
 def test_difference_is_numpy_gradient():
     x = RNG.normal(size=(5, 6, 7, 2)).astype(np.float32)
     for axis in range(3):

@@ -189,6 +189,18 @@ def test_rematerialised_the_memory_of_a_gradient_does_not_grow_with_the_updates(
     assert needed(remat=True, updates=(8,)) < 1.5 * needed(remat=True, updates=(2,))
 
 
+def test_rematerialised_on_a_tpu_nothing_is_gathered_again(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+    def gathers(**changes):
+        net, (fixed, moving) = model.DrivenMorph(settings(**ONE_LEVEL | changes)), images()
+        params = jax.eval_shape(lambda: initial(net))
+        return str(jax.make_jaxpr(jax.grad(lambda params: (net.apply(params, fixed, moving).u ** 2).mean()))(params)
+                   ).count(" gather[")
+
+    assert gathers(remat=True) == gathers() > 0
+
+
 def test_bfloat16_leaves_fields_float32_and_near():
     net, params, fixed, moving = made(0.02)
     exact = apply(net, params, fixed, moving)

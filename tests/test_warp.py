@@ -64,6 +64,13 @@ def test_what_a_tpu_computes_is_what_the_others_do_and_so_is_its_derivative(comp
     assert text.count(" gather[") == (0 if reach else -(-channels // (128 >> dims)))
 
 
+def test_on_a_tpu_values_keep_the_precision_of_float32(monkeypatch):
+    # Gathered in bfloat16, as three parts.
+    image = np.random.default_rng(0).normal(size=(6, 5, 7, 3), scale=50).astype(np.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    np.testing.assert_allclose(jax.jit(warp)(image, np.zeros((6, 5, 7, 3), np.float32)), image, rtol=2e-7)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_a_gpu_computes_is_what_the_others_do_and_so_is_its_derivative(computed_on, channels):
     image, g = RNG.normal(size=(2, 2, 6, 5, 7, channels)).astype(np.float32)
