@@ -121,16 +121,19 @@ _planes.defvjp(_planes_forward, _planes_backward)
 
 
 class Conv(nn.Module):
-    """`conv3d` with a bias; parameters float32, computed in `dtype`."""
+    """`conv3d` with a bias; parameters float32, computed in `dtype`; of the features only the first, where `used` says
+    how many."""
     features: int
     dtype: jnp.dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
     stride: int = 1
+    used: int | None = None
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (3, 3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel, bias = kernel[..., :self.used], bias[:self.used]
         x = _apart(x.astype(self.dtype))
         return _apart(conv3d(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype))
 

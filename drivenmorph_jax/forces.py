@@ -25,6 +25,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from drivenmorph_jax.fusion import alone
 from drivenmorph_jax.grid import average_pool, box_sum, difference, difference_adjoint
 
 
@@ -88,14 +89,18 @@ def _damped_step_backward(residuals, g):
     q = _solve(matrix, [scale * x for x in jnp.moveaxis(g, -1, 0)], scale * damping)
     both = sum(x * y for x, y in zip(p, q, strict=True))
 
-    def channel(d, slope, w):
+    def products(d, slope, w):
         x = [difference(slope, axis, dims) for axis in range(dims)]
         left = d - sum(p[axis][..., None] * x[axis] for axis in range(dims))
         along = sum(q[axis][..., None] * x[axis] for axis in range(dims))
         bend = share * both[..., None] * d
-        of_slope = sum(difference_adjoint(w * (left * q[axis][..., None] - along * p[axis][..., None]), axis, dims)
-                       for axis in range(dims))
-        return w * (along - 2 * bend), of_slope, along * left - bend * d
+        of_jacobian = [w * (left * q[axis][..., None] - along * p[axis][..., None]) for axis in range(dims)]
+        return w * (along - 2 * bend), of_jacobian, along * left - bend * d
+
+    def channel(d, slope, w):
+        # Alone, since XLA on CPU would compute these again for every neighbour that a difference takes.
+        of_d, of_jacobian, of_w = alone(products, d, slope, w)
+        return of_d, sum(difference_adjoint(x, axis, dims) for axis, x in enumerate(of_jacobian)), of_w
 
     if jax.default_backend() == "cpu":
         channels = (jnp.moveaxis(x, -1, 0)[..., None] for x in (d, slope, weights))
@@ -146,13 +151,20 @@ def _solve(matrix, right, least):
 
 def clip_length(p, max_step):
     """p min(1, L / |p|): vectors (..., n) no longer than L; only rounding makes this act on a Demons force."""
-    square = (p * p).sum(-1, keepdims=True)
-    return p * jnp.minimum(1, max_step * jax.lax.rsqrt(jnp.maximum(square, 1e-12)))
+    return _scaled(p, lambda square: jnp.minimum(1, max_step * jax.lax.rsqrt(jnp.maximum(square, 1e-12))))
 
 
 def squash(p, max_step):
     """p / sqrt(1 + |p|^2 / L^2): the same direction, shorter than L, and smooth."""
-    return p * jax.lax.rsqrt(1 + (p * p).sum(-1, keepdims=True) / max_step**2)
+    return _scaled(p, lambda square: jax.lax.rsqrt(1 + square / max_step**2))
+
+
+def _scaled(p, factor):
+    """p factor(|p|^2), one component after the other: a sum over so short an axis is slow on CPU, and there would be one
+    in the derivative of the product as well."""
+    components = jnp.moveaxis(p, -1, 0)
+    scale = factor(sum(x * x for x in components))
+    return jnp.stack([x * scale for x in components], -1)
 
 
 def thirion_force(fixed, warped, max_step):

@@ -131,12 +131,14 @@ class DifferenceStream(nn.Module):
         tokens = nn.leaky_relu(Conv(fixed.shape[-1], self.dtype, name="tokens")(d))
         if self.self_radius or self.self_window:
             tokens = SelfAttention(self.heads, self.self_radius, self.self_window, self.dtype)(tokens)
-        head = Conv(fixed.shape[-1] + 1, self.dtype, nn.initializers.normal(1e-2), name="head")(tokens)
-        head = head.astype(jnp.float32)
-        weights = jax.nn.softplus(head[..., :-1])
+        channels = fixed.shape[-1]
+        # The last feature is the gate of the offset, which a level without attention has for nothing.
+        head = Conv(channels + 1, self.dtype, nn.initializers.normal(1e-2), name="head",
+                    used=channels + bool(self.cross_radius))(tokens).astype(jnp.float32)
+        weights = jax.nn.softplus(head[..., :channels])
         force = partial(forces.feature_force, max_step=self.max_step, floor=FLOOR)
         demons_force = jax.vmap(lambda d, slope, w: force(d, slope, weights=w))(d, 0.5 * (fixed + attended), weights)
-        attention_force = jax.nn.sigmoid(head[..., -1:]) * offset
+        attention_force = jax.nn.sigmoid(head[..., channels:]) * offset if self.cross_radius else offset
         return forces.squash(demons_force + attention_force, self.max_step), demons_force, attention_force
 
 
