@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from drivenmorph_jax.fusion import alone
+
 
 def neighbourhood_attention(queries, keys, values, radius):
     """Attention of every voxel over the (2r+1)^3 voxels around it.
@@ -28,7 +30,7 @@ def neighbourhood_attention(queries, keys, values, radius):
     Returns:
       a (B, D, H, W, heads, V) and the expected offset e (B, D, H, W, 3) in voxels.
     """
-    attend = {"gpu": _at_once, "tpu": _along_planes}.get(jax.default_backend(), _one_by_one)
+    attend = _at_once if jax.default_backend() == "gpu" else _along_planes
     attended, offset = attend(*(x.astype(jnp.float32) for x in (queries, keys, values)), radius)
     return attended.astype(values.dtype), offset
 
@@ -92,45 +94,12 @@ def _side_by_side_backward(residuals, cotangents):
 _side_by_side.defvjp(_side_by_side_forward, _side_by_side_backward)
 
 
-def _one_by_one(queries, keys, values, radius):
-    """One shift after the other with a running softmax: memory holds one shifted map at a time, not (2r+1)^3."""
-    b, *space, heads, channels = queries.shape
-    # Heads and channels share one axis: sums over a short trailing one do not vectorise on CPU. A product with these
-    # 0/1 matrices sums over each head's channels, and spreads a head's weight over `size` of them.
-    sum_heads = jnp.kron(jnp.eye(heads), jnp.ones((channels, 1)))
-
-    def spread(weight, size):
-        return weight @ jnp.kron(jnp.eye(heads), jnp.ones((1, size)))
-
-    pad = [(0, 0)] + [(radius, radius)] * 3 + [(0, 0)]
-    q, k, v = (x.reshape(b, *space, -1) for x in (queries, keys, values))
-    # exp needs no running maximum: no logit is above this bound, nor further below it than twice its size.
-    bound = jax.lax.stop_gradient(jnp.sqrt((q * q @ sum_heads).max() * (k * k @ sum_heads).max()))
-    k, v = jnp.pad(k, pad, mode="edge"), jnp.pad(v, pad, mode="edge")
-    reach = range(-radius, radius + 1)
-
-    # All shifts along the last axis at once: the sums are read and written once for them.
-    @jax.checkpoint
-    def visit(carry, shift):
-        rows = [jax.lax.dynamic_slice(x, (0, *(shift + radius), 0, 0), (b, *space[:2], *x.shape[-2:])) for x in (k, v)]
-        for last in reach:
-            near_k, near_v = (jax.lax.slice_in_dim(x, last + radius, last + radius + space[2], axis=3) for x in rows)
-            weight = jnp.exp((q * near_k) @ sum_heads - bound)
-            offset = jnp.append(shift, last).astype(jnp.float32)
-            terms = weight, spread(weight, values.shape[-1]) * near_v, spread(weight, 3) * jnp.tile(offset, heads)
-            carry = tuple(map(jnp.add, carry, terms))
-        return carry, None
-
-    start = tuple(jnp.zeros((b, *space, heads * size)) for size in (1, values.shape[-1], 3))
-    (total, attended, moved), _ = jax.lax.scan(visit, start, jnp.array(list(product(reach, repeat=2))))
-    attended = attended / spread(total, values.shape[-1])
-    moved = (moved / spread(total, 3)) @ jnp.tile(jnp.eye(3), (heads, 1)) / heads
-    return attended.reshape(values.shape), moved
-
-
 def _along_planes(queries, keys, values, radius):
-    """The same for TPU, whose memory keeps 128 values of the last axis side by side, used or not: that axis is a padded
-    plane of voxels, within which a shift is a slice, and all shifts within the plane are summed in one pass."""
+    """One plane of shifts after the other, so that memory holds (2r+1)^2 maps of weights and not (2r+1)^3.
+
+    The last axis is a padded plane of voxels, within which a shift is a slice, and channels come before it: sums over a
+    short last axis do not vectorise on CPU, and a TPU keeps 128 values of that axis side by side, used or not.
+    """
     space, r = queries.shape[1:4], radius
     wide = [n + 2 * r for n in space[1:]]
     reach = r * wide[1] + r
@@ -157,11 +126,18 @@ def _from(x, start, like):
     return jax.lax.slice_in_dim(x, start, start + like.shape[-1], axis=-1)
 
 
+def _dot(x, y):
+    """Over the channels, of which each is a term: XLA on CPU is far slower at a reduction of them."""
+    return sum(x[:, :, c] * y[:, :, c] for c in range(x.shape[2]))
+
+
 def _shifts_in_plane(radius, row):
     """(Where the slice of a plane padded by the reach starts, its shift y, its shift z): `row` voxels to a row."""
     return [((radius + y) * row + radius + z, y, z) for y, z in product(range(-radius, radius + 1), repeat=2)]
 
 
+# The backward pass is written out so that the keys and values, too, get theirs as sums of slices: autodiff's are sums
+# of padded arrays, each of which a TPU writes to memory. In both, weights are made alone: once for all channels.
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _planes(q, k, v, radius, row):
     """The sums over all shifts of exp(q . k), of that times v, and times each component of the shift."""
@@ -169,19 +145,25 @@ def _planes(q, k, v, radius, row):
 
 
 def _planes_forward(q, k, v, radius, row):
-    # As in `_one_by_one`.
-    bound = jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max())
+    # exp needs no running maximum: no logit is above this bound, nor further below it than twice its size.
+    bound, shifts = jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max()), _shifts_in_plane(radius, row)
+
+    def weigh(q, near_k):
+        return [jnp.exp(_dot(q, _from(near_k, start, q)) - bound) for start, *_ in shifts]
+
+    def gather(attended, weights, near_v):
+        return sum((w[:, :, None] * _from(near_v, start, q) for w, (start, *_) in zip(weights, shifts, strict=True)),
+                   attended)
 
     def visit(carry, shift):
-        near_k, near_v = (jax.lax.dynamic_slice_in_dim(x, shift + radius, q.shape[3], 3) for x in (k, v))
-        total, attended, *moved = carry
-        before = total
-        for start, y, z in _shifts_in_plane(radius, row):
-            weight = jnp.exp((q * _from(near_k, start, q)).sum(2) - bound)
-            total, moved[1], moved[2] = total + weight, moved[1] + y * weight, moved[2] + z * weight
-            attended += weight[:, :, None] * _from(near_v, start, q)
-        moved[0] += shift.astype(jnp.float32) * (total - before)
-        return (total, attended, *moved), None
+        (total, attended, *moved), near = carry, partial(jax.lax.dynamic_slice_in_dim, start_index=shift + radius,
+                                                         slice_size=q.shape[3], axis=3)
+        weights = alone(weigh, q, near(k))
+        here = sum(weights)
+        moved = (moved[0] + shift.astype(jnp.float32) * here,
+                 moved[1] + sum(y * w for w, (_, y, _) in zip(weights, shifts, strict=True)),
+                 moved[2] + sum(z * w for w, (_, _, z) in zip(weights, shifts, strict=True)))
+        return (total + here, alone(gather, attended, weights, near(v)), *moved), None
 
     zero = jnp.zeros_like(q[:, :, 0])
     start = zero, jnp.zeros((*q.shape[:2], v.shape[2], *q.shape[3:])), zero, zero, zero
@@ -190,26 +172,36 @@ def _planes_forward(q, k, v, radius, row):
 
 
 def _planes_backward(radius, row, residuals, cotangents):
-    """Written out so that the keys and values too get theirs as sums of slices: autodiff's are sums of padded arrays,
-    each of which the compiler writes to memory, four times the traffic."""
     (q, k, v, bound), (g_total, g_attended, g_moved) = residuals, cotangents
-    more = k.shape[-1] - q.shape[-1]  # twice the reach
+    more, shifts = k.shape[-1] - q.shape[-1], _shifts_in_plane(radius, row)  # twice the reach
     wide_q, wide_g = _padded(q, more), _padded(g_attended, more)
 
+    def weigh(q, near_k, near_v, g_attended, g_total, g_moved, shift):
+        """The weights and the cotangents of their logits, padded."""
+        weights, of_logits = [], []
+        for start, y, z in shifts:
+            weight = jnp.exp(_dot(q, _from(near_k, start, q)) - bound)
+            of_weight = _dot(g_attended, _from(near_v, start, q)) + g_total
+            of_weight += shift.astype(jnp.float32) * g_moved[0] + y * g_moved[1] + z * g_moved[2]
+            weights.append(_padded(weight, more))
+            of_logits.append(_padded(weight * of_weight, more))
+        return weights, of_logits
+
+    def of_queries(g_q, of_logits, near_k):
+        return sum((_from(x, more, q)[:, :, None] * _from(near_k, start, q)
+                    for x, (start, *_) in zip(of_logits, shifts, strict=True)), g_q)
+
+    def back(near_g, maps, wide):
+        return sum((_from(x, more - start, k)[:, :, None] * _from(wide, more - start, k)
+                    for x, (start, *_) in zip(maps, shifts, strict=True)), near_g)
+
     def visit(carry, shift):
-        g_q, g_k, g_v = carry
-        near_k, near_v, near_g_k, near_g_v = (
-            jax.lax.dynamic_slice_in_dim(x, shift + radius, q.shape[3], 3) for x in (k, v, g_k, g_v))
-        for start, y, z in _shifts_in_plane(radius, row):
-            weight = jnp.exp((q * _from(near_k, start, q)).sum(2) - bound)
-            of_weight = (g_attended * _from(near_v, start, q)).sum(2)
-            of_weight += g_total + shift.astype(jnp.float32) * g_moved[0] + y * g_moved[1] + z * g_moved[2]
-            of_logit = weight * of_weight
-            g_q += of_logit[:, :, None] * _from(near_k, start, q)
-            near_g_k += _from(_padded(of_logit, more), more - start, k)[:, :, None] * _from(wide_q, more - start, k)
-            near_g_v += _from(_padded(weight, more), more - start, k)[:, :, None] * _from(wide_g, more - start, k)
-        g_k, g_v = (jax.lax.dynamic_update_slice_in_dim(x, part, shift + radius, 3)
-                    for x, part in ((g_k, near_g_k), (g_v, near_g_v)))
+        (g_q, g_k, g_v), at = carry, shift + radius
+        near = partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=q.shape[3], axis=3)
+        weights, of_logits = alone(weigh, q, near(k), near(v), g_attended, g_total, g_moved, shift)
+        g_q = alone(of_queries, g_q, of_logits, near(k))
+        g_k, g_v = (jax.lax.dynamic_update_slice_in_dim(x, alone(back, near(x), maps, wide), at, 3)
+                    for x, maps, wide in ((g_k, of_logits, wide_q), (g_v, weights, wide_g)))
         return (g_q, g_k, g_v), None
 
     start = tuple(jnp.zeros_like(x) for x in (q, k, v))

@@ -160,8 +160,8 @@ def squash(p, max_step):
 
 
 def _scaled(p, factor):
-    """p factor(|p|^2), one component after the other: a sum over so short an axis is slow on CPU, and there would be one
-    in the derivative of the product as well."""
+    """p factor(|p|^2), one component after the other: a sum over so short an axis is slow on CPU, and there would be
+    one in the derivative of the product as well."""
     components = jnp.moveaxis(p, -1, 0)
     scale = factor(sum(x * x for x in components))
     return jnp.stack([x * scale for x in components], -1)
