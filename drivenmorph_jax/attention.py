@@ -114,8 +114,8 @@ def _along_planes(queries, keys, values, radius):
 
     total, attended, moved = _planes(planes(queries, 0, "constant", 0), planes(keys, r, "edge", reach),
                                      planes(values, r, "edge", reach), radius, wide[1])
-    moved = jnp.stack([voxels((x / total).mean(1)) for x in moved], -1)
-    return jnp.moveaxis(voxels(attended / total[:, :, None]), (1, 2), (4, 5)), moved
+    moved = jnp.stack([voxels((x / total).mean((1, 2))) for x in moved], -1)
+    return jnp.moveaxis(voxels(attended / total), (1, 2), (4, 5)), moved
 
 
 def _padded(x, voxels):
@@ -126,9 +126,13 @@ def _from(x, start, like):
     return jax.lax.slice_in_dim(x, start, start + like.shape[-1], axis=-1)
 
 
-def _dot(x, y):
-    """Over the channels, of which each is a term: XLA on CPU is far slower at a reduction of them."""
-    return sum(x[:, :, c] * y[:, :, c] for c in range(x.shape[2]))
+def _dot(x, y, start):
+    """Of x (B, heads, C, D, P) and the slice of y that begins at voxel `start`: (B, heads, 1, D, P). Each channel is a
+    term, since XLA on CPU is far slower at a reduction; `slice`, not an index: it is traced in a third of the time."""
+    *space, voxels = x.shape[:2] + (1,) + x.shape[3:]
+    return sum(jax.lax.slice_in_dim(x, c, c + 1, axis=2)
+               * jax.lax.slice(y, (0, 0, c, 0, start), (*space[:2], c + 1, space[3], start + voxels))
+               for c in range(x.shape[2]))
 
 
 def _shifts_in_plane(radius, row):
@@ -149,11 +153,10 @@ def _planes_forward(q, k, v, radius, row):
     bound, shifts = jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max()), _shifts_in_plane(radius, row)
 
     def weigh(q, near_k):
-        return [jnp.exp(_dot(q, _from(near_k, start, q)) - bound) for start, *_ in shifts]
+        return [jnp.exp(_dot(q, near_k, start) - bound) for start, *_ in shifts]
 
     def gather(attended, weights, near_v):
-        return sum((w[:, :, None] * _from(near_v, start, q) for w, (start, *_) in zip(weights, shifts, strict=True)),
-                   attended)
+        return sum((w * _from(near_v, start, q) for w, (start, *_) in zip(weights, shifts, strict=True)), attended)
 
     def visit(carry, shift):
         (total, attended, *moved), near = carry, partial(jax.lax.dynamic_slice_in_dim, start_index=shift + radius,
@@ -165,7 +168,7 @@ def _planes_forward(q, k, v, radius, row):
                  moved[2] + sum(z * w for w, (_, _, z) in zip(weights, shifts, strict=True)))
         return (total + here, alone(gather, attended, weights, near(v)), *moved), None
 
-    zero = jnp.zeros_like(q[:, :, 0])
+    zero = jnp.zeros_like(q[:, :, :1])
     start = zero, jnp.zeros((*q.shape[:2], v.shape[2], *q.shape[3:])), zero, zero, zero
     (total, attended, *moved), _ = jax.lax.scan(visit, start, jnp.arange(-radius, radius + 1))
     return (total, attended, moved), (q, k, v, bound)
@@ -180,19 +183,19 @@ def _planes_backward(radius, row, residuals, cotangents):
         """The weights and the cotangents of their logits, padded."""
         weights, of_logits = [], []
         for start, y, z in shifts:
-            weight = jnp.exp(_dot(q, _from(near_k, start, q)) - bound)
-            of_weight = _dot(g_attended, _from(near_v, start, q)) + g_total
+            weight = jnp.exp(_dot(q, near_k, start) - bound)
+            of_weight = _dot(g_attended, near_v, start) + g_total
             of_weight += shift.astype(jnp.float32) * g_moved[0] + y * g_moved[1] + z * g_moved[2]
             weights.append(_padded(weight, more))
             of_logits.append(_padded(weight * of_weight, more))
         return weights, of_logits
 
     def of_queries(g_q, of_logits, near_k):
-        return sum((_from(x, more, q)[:, :, None] * _from(near_k, start, q)
+        return sum((_from(x, more, q) * _from(near_k, start, q)
                     for x, (start, *_) in zip(of_logits, shifts, strict=True)), g_q)
 
     def back(near_g, maps, wide):
-        return sum((_from(x, more - start, k)[:, :, None] * _from(wide, more - start, k)
+        return sum((_from(x, more - start, k) * _from(wide, more - start, k)
                     for x, (start, *_) in zip(maps, shifts, strict=True)), near_g)
 
     def visit(carry, shift):
