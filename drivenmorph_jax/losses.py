@@ -1,5 +1,7 @@
 """What training minimises: similarity both ways, smooth velocities, and a force that points where it should."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from drivenmorph_jax.warp import compose, warp
 SIMILARITIES = ("lncc", "mse")
 
 
+@partial(jax.jit, static_argnames="window")  # traced once for all updates of a level
 def lncc(a, b, window, weight=None):
     """Mean squared local correlation coefficient of (B, D, H, W, 1) images over boxes of `window`^3 voxels, in [0, 1].
 
@@ -96,9 +99,9 @@ def total_loss(config, registration, batch):
         stride = fixed.shape[1] // space[0]
         # The last partial transform of the finest level is the result itself, scored above.
         if update is not updates[-1]:
-            partial = dissimilarity(warp(average_pool(moving, stride), update.u), average_pool(fixed, stride),
+            score = dissimilarity(warp(average_pool(moving, stride), update.u), average_pool(fixed, stride),
                                     config.similarity, config.window)
-            parts["level"] += partial / (len(updates) - 1)
+            parts["level"] += score / (len(updates) - 1)
         remaining = remaining_displacement(update.u_inverse_before, resize_field(u, space))
         parts["force"] += force_alignment(update.force, remaining) / len(updates)
     if "fixed_labels" in batch:
