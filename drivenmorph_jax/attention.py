@@ -169,7 +169,7 @@ def _planes_forward(q, k, v, radius, row):
         return (total + here, alone(gather, attended, weights, near(v)), *moved), None
 
     zero = jnp.zeros_like(q[:, :, :1])
-    start = zero, jnp.zeros((*q.shape[:2], v.shape[2], *q.shape[3:])), zero, zero, zero
+    start = zero, jnp.zeros((*q.shape[:2], v.shape[2], *q.shape[3:]), v.dtype), zero, zero, zero
     (total, attended, *moved), _ = jax.lax.scan(visit, start, jnp.arange(-radius, radius + 1))
     return (total, attended, moved), (q, k, v, bound)
 
