@@ -106,7 +106,7 @@ def moves(text):
     def written(computation, shapes):
         """By a fused operation with these results, of which some are updates of a part, in place."""
         made = {name: (kind, rest) for name, _, kind, rest in computations[computation]}
-        root, kind, rest = next(reversed([(name, kind, rest) for name, (kind, rest) in made.items()]))
+        root, _, kind, rest = computations[computation][-1]
         total = 0
         for result, name in zip(ARRAY.finditer(shapes), operands(rest) if kind == "tuple" else [root], strict=False):
             while made.get(name, [""])[0] == "bitcast":

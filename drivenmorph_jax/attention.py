@@ -150,7 +150,8 @@ def _planes(q, k, v, radius, row):
 
 def _planes_forward(q, k, v, radius, row):
     # exp needs no running maximum: no logit is above this bound, nor further below it than twice its size.
-    bound, shifts = jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max()), _shifts_in_plane(radius, row)
+    bound = jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max())
+    shifts = _shifts_in_plane(radius, row)
 
     def weigh(q, near_k):
         return [jnp.exp(_dot(q, near_k, start) - bound) for start, *_ in shifts]
@@ -159,8 +160,8 @@ def _planes_forward(q, k, v, radius, row):
         return sum((w * _from(near_v, start, q) for w, (start, *_) in zip(weights, shifts, strict=True)), attended)
 
     def visit(carry, shift):
-        (total, attended, *moved), near = carry, partial(jax.lax.dynamic_slice_in_dim, start_index=shift + radius,
-                                                         slice_size=q.shape[3], axis=3)
+        total, attended, *moved = carry
+        near = partial(jax.lax.dynamic_slice_in_dim, start_index=shift + radius, slice_size=q.shape[3], axis=3)
         weights = alone(weigh, q, near(k))
         here = sum(weights)
         moved = (moved[0] + shift.astype(jnp.float32) * here,
@@ -176,7 +177,8 @@ def _planes_forward(q, k, v, radius, row):
 
 def _planes_backward(radius, row, residuals, cotangents):
     (q, k, v, bound), (g_total, g_attended, g_moved) = residuals, cotangents
-    more, shifts = k.shape[-1] - q.shape[-1], _shifts_in_plane(radius, row)  # twice the reach
+    shifts = _shifts_in_plane(radius, row)
+    more = k.shape[-1] - q.shape[-1]  # twice the reach
     wide_q, wide_g = _padded(q, more), _padded(g_attended, more)
 
     def weigh(q, near_k, near_v, g_attended, g_total, g_moved, shift):

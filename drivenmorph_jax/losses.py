@@ -100,7 +100,7 @@ def total_loss(config, registration, batch):
         # The last partial transform of the finest level is the result itself, scored above.
         if update is not updates[-1]:
             score = dissimilarity(warp(average_pool(moving, stride), update.u), average_pool(fixed, stride),
-                                    config.similarity, config.window)
+                                  config.similarity, config.window)
             parts["level"] += score / (len(updates) - 1)
         remaining = remaining_displacement(update.u_inverse_before, resize_field(u, space))
         parts["force"] += force_alignment(update.force, remaining) / len(updates)
