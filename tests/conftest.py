@@ -10,7 +10,7 @@ import pytest
 # these when it is imported, which happens only in the tests.
 CACHE = Path(tempfile.gettempdir()) / f"drivenmorph-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false")
 
 
 @pytest.fixture(scope="module", autouse=True)
