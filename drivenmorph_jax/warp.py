@@ -52,12 +52,12 @@ def _batched(f, u):
 def _cell(shape, u, first=0):
     """Lower corner, fraction within the cell, and whether the sample is inside: a triple of (X, Y, Z) each.
 
-    `first` is the coordinate along the first axis at which u begins.
+    `first` is the coordinate along the second axis at which u begins.
     """
     low, fraction, inside = [], [], []
     for axis, n in enumerate(shape):
         x = jax.lax.broadcasted_iota(jnp.float32, u.shape[:-1], axis) + u[..., axis]
-        if axis == 0:
+        if axis == 1:
             x += first
         clamped = jnp.clip(x, 0, n - 1)
         corner = jnp.clip(jnp.floor(clamped), 0, n - 2)
@@ -249,15 +249,21 @@ def _parts(image):
     return jnp.concatenate(parts, -1).astype(jnp.bfloat16)
 
 
-# A slice of u at a time: what its samples gather is LANES values for each.
+# A slice of u at a time: what its samples gather is LANES values for each. Along the second axis, since the first may
+# be split over devices, and each of them would be sent all of u for every slice.
 @jax.custom_vjp
 def _rows(image, u):
     """As `_warp`, with all corners of a cell in one row, so that a sample is one gather of one row."""
-    return _rows_by(lambda values, u: values(u)[0], image, u)
+    return _rows_by(lambda values, u: values(u), image, u)
+
+
+def _slices(x):
+    """(X, Y, ...) -> (Y, X, 1, ...)."""
+    return jnp.moveaxis(x, 1, 0)[:, :, None]
 
 
 def _rows_by(f, image, u):
-    """f(values of the samples as a function of u, u) for each slice of u."""
+    """f(values of the samples as a function of u, u) for each slice of u, put together again."""
     parts = _parts(image)
     table = _table(parts)
 
@@ -266,14 +272,15 @@ def _rows_by(f, image, u):
         rows = jnp.take(table, _row(parts.shape, u, first), axis=0, mode="clip").astype(image.dtype)
         return f(lambda u: _combined(rows, parts.shape, image.shape[-1], u, first), u)
 
-    return jax.lax.map(part, (jnp.arange(len(u)), u[:, None]))
+    found = jax.lax.map(part, (jnp.arange(u.shape[1]), _slices(u)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), found)
 
 
 def _rows_forward(image, u):
     """With the slopes of the samples along every axis, so that the backward pass has nothing to gather."""
     def both(values, u):
         value, slope = jax.linearize(values, u)
-        return value[0], [slope(jnp.broadcast_to(axis, u.shape))[0] for axis in np.eye(u.shape[-1], dtype=u.dtype)]
+        return value, [slope(jnp.broadcast_to(axis, u.shape)) for axis in np.eye(u.shape[-1], dtype=u.dtype)]
 
     out, slopes = checkpoint_name(_rows_by(both, image, u), SAMPLED)
     return out, (image, u, slopes)
@@ -291,7 +298,7 @@ def _rows_backward(residuals, g):
         return g_table.at[index].add(spread(g)[0].astype(jnp.float32), mode="drop"), None
 
     # Added up in float32, as in `_warp_backward`.
-    g_table, _ = jax.lax.scan(part, jnp.zeros(table.shape), (jnp.arange(len(u)), u[:, None], g[:, None]))
+    g_table, _ = jax.lax.scan(part, jnp.zeros(table.shape), (jnp.arange(u.shape[1]), _slices(u), _slices(g)))
     g_table = g_table.astype(table.dtype)
     g_u = jnp.stack([(slope * g).sum(-1).astype(u.dtype) for slope in slopes], -1)
     return *jax.linear_transpose(_table, image)(g_table), g_u

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 from scipy.ndimage import gaussian_filter, map_coordinates
+from test_training import finish, start
 
 from drivenmorph_jax.warp import compose, warp, warp_nearest
 
@@ -62,6 +63,32 @@ def test_what_a_tpu_computes_is_what_the_others_do_and_so_is_its_derivative(comp
     assert ("gather" in text, "scatter" in text) == (reach is None,) * 2
     # One for as many channels as a row holds, and none in the backward pass.
     assert text.count(" gather[") == (0 if reach else -(-channels // (128 >> dims)))
+
+
+SPLIT = """
+import math, re
+from unittest import mock
+import jax, numpy as np
+from drivenmorph_jax import sharding
+from drivenmorph_jax.warp import warp
+mesh = sharding.device_mesh(4)
+split = sharding.split_batch(mesh)
+image, u, g = (jax.random.normal(jax.random.key(i), (1, 8, 96, 8, c)) for i, c in enumerate((1, 3, 1)))
+def gradient(image, u, g):
+    return jax.vjp(warp, image, u)[1](g)
+wanted = gradient(image, u, g)
+with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+    compiled = jax.jit(gradient, in_shardings=split, out_shardings=(split, split)).lower(image, u, g).compile()
+for a, b in zip(compiled(*(jax.device_put(x, split) for x in (image, u, g))), wanted):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+sent = re.findall(r"\\[([\\d,]+)\\]\\S* all-(?:gather|reduce)\\(", compiled.as_text())
+print(u.size, *(math.prod(map(int, lengths.split(","))) for lengths in sent))
+"""
+
+
+def test_on_tpus_that_share_a_volume_a_slice_of_it_is_sent_at_a_time():
+    whole, *sent = map(int, finish(start(4, SPLIT)).split())
+    assert sent and max(sent) < whole / 2
 
 
 def test_on_a_tpu_values_keep_the_precision_of_float32(monkeypatch):
