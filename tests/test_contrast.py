@@ -84,16 +84,15 @@ def inverted(brains, tmp_path_factory):
             {"fixed_labels": brains / "sub-000_seg.nii.gz", "moving_labels": brains / "sub-001_seg.nii.gz"})
 
 
-# Of a barely trained network, which compiles soon; test_weights.py has the shipped one on a real pair.
-@pytest.mark.parametrize("method", ["demons", "drivenmorph"])
-def test_an_inverted_image_registers_nearly_as_well_and_nobody_has_to_say_it(inverted, smoke, method, capsys):
+# The network's part is small here, with voxels of 5 mm; on real brains it is nearly all, see test_weights.py.
+@pytest.mark.parametrize(("settings", "part"), [({"method": "demons"}, 0.8), ({}, 0.7)])
+def test_an_inverted_image_registers_nearly_as_well_and_nobody_has_to_say_it(inverted, settings, part, capsys):
     fixed, plain, negative, labels = inverted
-    settings = {"method": method, "checkpoint": smoke[0], "affine": False, **labels}
-    one, other = (register(fixed, x, **settings).summary for x in (plain, negative))
+    one, other = (register(fixed, x, affine=False, **labels, **settings).summary for x in (plain, negative))
     assert (one["contrast"], other["contrast"]) == ("same", "other")
     assert "of different contrast" in capsys.readouterr().out
     gain = one["dice_after"] - one["dice_before"]
-    assert other["dice_after"] > other["dice_before"] + 0.8 * gain and other["fold_pct"] < 0.01
-    if method == "demons":
-        kept = register(fixed, negative, contrast="same", quiet=True, **settings).summary
+    assert other["dice_after"] > other["dice_before"] + part * gain and other["fold_pct"] < 0.01
+    if settings:
+        kept = register(fixed, negative, affine=False, contrast="same", quiet=True, **labels, **settings).summary
         assert kept["contrast"] == "same" and kept["dice_after"] < other["dice_after"]
