@@ -2,7 +2,7 @@
 
 import argparse
 
-from drivenmorph_jax import errors
+from drivenmorph_jax.cli.program import run
 
 
 def main():
@@ -31,8 +31,8 @@ def main():
                         help="image on whose grid the result lies; default: the fixed one; with --inverse the moving")
     flags = parser.parse_args()
 
-    from drivenmorph_jax import sharding
-    from drivenmorph_jax.registration import apply_files
+    from drivenmorph_jax.registration.apply import apply_files
+    from drivenmorph_jax.runtime import sharding
     sharding.start()
     for path in apply_files(flags.transform, flags.out, flags.moving, flags.points, flags.interpolation, flags.inverse,
                             flags.reference):
@@ -40,4 +40,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

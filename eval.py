@@ -2,7 +2,7 @@
 
 import argparse
 
-from drivenmorph_jax import errors
+from drivenmorph_jax.cli.program import run
 
 
 def main():
@@ -30,13 +30,13 @@ def main():
     if flags.refine_steps < 0:
         parser.error("--refine_steps must be 0 or more")
 
-    from drivenmorph_jax import sharding
-    from drivenmorph_jax.checkpoint import SHIPPED
-    from drivenmorph_jax.evaluation import evaluate_checkpoint
+    from drivenmorph_jax.evaluation.evaluate import evaluate_checkpoint
+    from drivenmorph_jax.runtime import sharding
+    from drivenmorph_jax.runtime.checkpoint import SHIPPED
     sharding.start()
     evaluate_checkpoint(flags.checkpoint or SHIPPED, flags.out, flags.data, flags.split, settings, flags.refine_steps,
                         flags.l2r, [name for name in flags.rivals.split(",") if name])
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

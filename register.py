@@ -2,7 +2,7 @@
 
 import argparse
 
-from drivenmorph_jax import errors
+from drivenmorph_jax.cli.program import run, size
 
 
 def main():
@@ -44,7 +44,7 @@ def main():
                         help="label map on the fixed image, above 0 where tissue is missing or sick: no force is taken "
                              "from there, and the field goes on smoothly inside")
     parser.add_argument("--moving_mask", metavar="FILE", help="the same on the moving image")
-    parser.add_argument("--memory", metavar="SIZE", type=errors.size,
+    parser.add_argument("--memory", metavar="SIZE", type=size,
                         help="such as 4GB: the network takes half or a quarter of the resolution where it would need "
                              "more")
     parser.add_argument("--formats", nargs="+", default=["itk"], choices=["itk", "ras", "h5", "l2r"],
@@ -60,10 +60,10 @@ def main():
     if flags.no_affine and flags.initial_affine:
         parser.error("--no-affine and --initial_affine exclude each other")
 
-    from drivenmorph_jax import sharding
-    from drivenmorph_jax.checkpoint import SHIPPED
     from drivenmorph_jax.files import check_folder
-    from drivenmorph_jax.registration import register
+    from drivenmorph_jax.registration.register import register
+    from drivenmorph_jax.runtime import sharding
+    from drivenmorph_jax.runtime.checkpoint import SHIPPED
     sharding.start()
     check_folder(flags.out)
     result = register(flags.fixed, flags.moving, checkpoint=flags.checkpoint or SHIPPED, method=flags.method,
@@ -84,4 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from drivenmorph_jax import errors
+from drivenmorph_jax.cli.program import run, size
 
 
 def main():
@@ -15,7 +15,7 @@ def main():
                         help="folder for checkpoints, logs and scores; made where it is missing")
     parser.add_argument("--skip_bad", action="store_true",
                         help="leave out subjects whose files cannot be read, in place of refusing the folder")
-    parser.add_argument("--memory", metavar="SIZE", type=errors.size,
+    parser.add_argument("--memory", metavar="SIZE", type=size,
                         help="such as 16GB: what a step may take of each device; where it would take more, levels are "
                              "computed again in the backward pass, and if need be in bfloat16")
     parser.add_argument("--deterministic", action="store_true",
@@ -32,8 +32,9 @@ def main():
         parser.error("--coordinator, --processes and --process belong together, and to --distributed")
 
     # Imported late, so that --help answers at once.
-    from drivenmorph_jax import configuration, report, sharding
-    from drivenmorph_jax.training import train_and_evaluate
+    from drivenmorph_jax.evaluation.tables import markdown_table
+    from drivenmorph_jax.runtime import configuration, sharding
+    from drivenmorph_jax.training.loop import train_and_evaluate
     sharding.start(flags.distributed, flags.deterministic, coordinator_address=flags.coordinator,
                    num_processes=flags.processes, process_id=flags.process)
     config = configuration.override(configuration.load(flags.config), settings)
@@ -41,9 +42,9 @@ def main():
         config.data.skip_bad = True
     summary = train_and_evaluate(config, flags.workdir, flags.memory)
     if summary is not None:
-        print(report.markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
+        print(markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
         print(f"Checkpoints, logs and figures: {flags.workdir}; the report: {flags.workdir}/evaluation/report.html")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -19,8 +19,18 @@ from flax import linen as nn
 
 from configs.default import get_config as default
 from configs.malf import get_config as malf
-from drivenmorph_jax import data, errors, forces, model, sharding, training
-from drivenmorph_jax.encoder import Conv, Encoder
+from drivenmorph_jax import data
+from drivenmorph_jax.cli.program import run
+from drivenmorph_jax.demons.forces import squash
+from drivenmorph_jax.network import model as model_module
+from drivenmorph_jax.network.attention import CrossAttention, SelfAttention
+from drivenmorph_jax.network.convolution import Conv
+from drivenmorph_jax.network.difference import DifferenceStream
+from drivenmorph_jax.network.encoder import Encoder
+from drivenmorph_jax.network.model import DrivenMorph
+from drivenmorph_jax.network.settings import checked
+from drivenmorph_jax.runtime import sharding
+from drivenmorph_jax.training.loop import train_and_evaluate
 
 
 def unshared_encoder(*settings, name):
@@ -29,23 +39,23 @@ def unshared_encoder(*settings, name):
     return lambda image: Encoder(*settings, name=next(names))(image)
 
 
-class ConvolutionHead(model.DifferenceStream):
+class ConvolutionHead(DifferenceStream):
     """In place of `DifferenceStream`: a convolution makes the force from the attended difference."""
 
     @nn.compact
     def __call__(self, fixed, moving):
         offset, attended = jnp.zeros((*fixed.shape[:-1], 3)), moving
         if self.cross_radius:
-            attended, offset = model.CrossAttention(self.cross_radius, self.heads, self.dtype)(fixed, moving)
+            attended, offset = CrossAttention(self.cross_radius, self.heads, self.dtype)(fixed, moving)
         tokens = nn.leaky_relu(Conv(fixed.shape[-1], self.dtype, name="tokens")(fixed - attended))
         if self.self_radius or self.self_window:
-            tokens = model.SelfAttention(self.heads, self.self_radius, self.self_window, self.dtype)(tokens)
+            tokens = SelfAttention(self.heads, self.self_radius, self.self_window, self.dtype)(tokens)
         head = Conv(4, self.dtype, nn.initializers.normal(1e-2), name="head")(tokens).astype(jnp.float32)
         force, attention_force = head[..., :3], jax.nn.sigmoid(head[..., 3:]) * offset
-        return forces.squash(force + attention_force, self.max_step), force, attention_force
+        return squash(force + attention_force, self.max_step), force, attention_force
 
 
-ROWS = {  # settings of the configuration, and parts of `drivenmorph_jax.model`, in place of its own
+ROWS = {  # settings of the configuration, and parts of `drivenmorph_jax.network.model`, in place of its own
     "as it is": ({}, {}),
     "an encoder for each image": ({}, {"Encoder": unshared_encoder}),
     "no cross-attention": ({"model.cross_radius": (0, 0, 0)}, {}),
@@ -86,12 +96,12 @@ def main():
         config.update_from_flattened_dict(changes | ROWS[row][0])
         with contextlib.ExitStack() as stack:
             for name, part in ROWS[row][1].items():
-                stack.enter_context(mock.patch.object(model, name, part))
-            summary = training.train_and_evaluate(config, out / row.replace(" ", "-"))
+                stack.enter_context(mock.patch.object(model_module, name, part))
+            summary = train_and_evaluate(config, out / row.replace(" ", "-"))
             if summary is None:  # SIGTERM
                 return
             image = jnp.zeros((1, 48, 48, 48, 1))
-            network = model.DrivenMorph(model.checked(config.model))
+            network = DrivenMorph(checked(config.model))
             shapes = jax.eval_shape(network.init, jax.random.key(0), image, image)
         parameters = sum(x.size for x in jax.tree.leaves(shapes))
         table.append("| {} | {:.4f} | {:.4f} | {:.2f} | {} |".format(
@@ -101,4 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -15,10 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.demons import arguments, pairs, score
-from drivenmorph_jax import checkpoint, demons, sharding
-from drivenmorph_jax.contrast import SAME, correlation, matched, recoloured
-from drivenmorph_jax.evaluation import load_checkpoint, make_predict
-from drivenmorph_jax.registration import REFINE_STEPS
+from drivenmorph_jax import demons
+from drivenmorph_jax.images.contrast import SAME, correlation, matched, recoloured
+from drivenmorph_jax.network.inference import load_checkpoint, make_predict
+from drivenmorph_jax.registration.register import REFINE_STEPS
+from drivenmorph_jax.runtime import sharding
+from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 CONTRASTS = {
     "same": lambda image, key: image,
@@ -30,7 +32,7 @@ CONTRASTS = {
 
 def methods():
     """A function (fixed, moving) -> {name: u} of images (D, H, W)."""
-    config, params, _ = load_checkpoint(checkpoint.SHIPPED)
+    config, params, _ = load_checkpoint(SHIPPED)
     alone, refined = (make_predict(config, steps) for steps in (0, REFINE_STEPS["drivenmorph"]))
 
     def network(predict, fixed, moving):

@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from drivenmorph_jax import data, errors, metrics, rivals
+from drivenmorph_jax import data
 from drivenmorph_jax.data.folder import IMAGE
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import metrics, rivals
 
 REFINED = "drivenmorph refined"
 
@@ -38,10 +40,11 @@ def iteration(force, shape=(160, 192, 160)):
 
     from benchmarks.fields import seconds
     from drivenmorph_jax import demons
+    from drivenmorph_jax.fields.smooth import gaussian_smooth
 
     copied = jnp.zeros((*shape, 16))
     rate = 2 * copied.nbytes / seconds(lambda x: x + 1, copied)
-    fixed, moving = (demons.gaussian_smooth(jax.random.uniform(jax.random.key(k), (*shape, 1)), 1.0) for k in (0, 1))
+    fixed, moving = (gaussian_smooth(jax.random.uniform(jax.random.key(k), (*shape, 1)), 1.0) for k in (0, 1))
     settings = demons.INTENSITY if force == "intensity" else demons.LNCC
     settings = settings | {"update": "compositional", "tolerance": 0.0}
 
@@ -85,7 +88,7 @@ def main():
             try:
                 u, seconds = (rivals.run("drivenmorph", *files, "", 20) if method == REFINED
                               else rivals.run(method, *files))
-            except errors.InputError as error:
+            except InputError as error:
                 print(error, flush=True)
                 continue
             rows.append({"fixed": fixed.id, "moving": moving.id, "method": method, "seconds": seconds,

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
-from drivenmorph_jax.demons import gaussian_smooth
-from drivenmorph_jax.grid import identity_grid
-from drivenmorph_jax.integrate import exponential
-from drivenmorph_jax.losses import lncc
-from drivenmorph_jax.warp import warp
+from drivenmorph_jax.backends import current
+from drivenmorph_jax.fields.grid import identity_grid
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.network.losses import lncc
 
 SQUARINGS, WINDOW, RUNS = 7, 9, 3
 
@@ -34,7 +35,7 @@ def scipy_warp(image, u):
 
 def torch_device():
     """PyTorch's name of JAX's kind of device."""
-    return {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+    return {"gpu": "cuda"}.get(current(), "cpu")
 
 
 class Torch:

@@ -13,7 +13,12 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks.demons import pairs
-from drivenmorph_jax import errors, metrics, nifti, register, sharding
+from drivenmorph_jax import register
+from drivenmorph_jax.cli.program import run
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.images.intensity import foreground
+from drivenmorph_jax.images.reading import load_image, load_labels
+from drivenmorph_jax.runtime import sharding
 
 
 def main():
@@ -24,8 +29,8 @@ def main():
     flags = parser.parse_args()
     sharding.start()
     fixed, moving = (Path(flags.data) / f"{subject.id}_t1.nii.gz" for subject in pairs(flags.data, "test", 1)[0])
-    images = {"fixed": nifti.load_image(fixed), "moving": nifti.load_image(moving)}
-    labels = {role: nifti.load_labels(str(path).replace("_t1", "_seg")).data
+    images = {"fixed": load_image(fixed), "moving": load_image(moving)}
+    labels = {role: load_labels(str(path).replace("_t1", "_seg")).data
               for role, path in (("fixed", fixed), ("moving", moving))}
 
     def found(sick=None, masked=False):
@@ -36,7 +41,7 @@ def main():
             masks = {f"{sick}_mask": lesion.astype(np.int32)} if masked else {}
         return register(data["fixed"], data["moving"], affine=False, method=flags.method, quiet=True, **masks)
 
-    brain = nifti.foreground(images["fixed"].data)
+    brain = foreground(images["fixed"].data)
     centre = np.array(ndimage.center_of_mass(brain)) + (30, 5, 15)
     lesion = np.linalg.norm(np.moveaxis(np.indices(brain.shape), 0, -1) - centre, axis=-1) < flags.radius
     outside = brain & ~ndimage.binary_dilation(lesion, iterations=3)
@@ -58,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -13,7 +13,9 @@ import surface_distance
 from scipy import ndimage
 
 from benchmarks.demons import pairs
-from drivenmorph_jax import errors, explanation, metrics
+from drivenmorph_jax.cli.program import run
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.evaluation.explanation import of_pair
 
 
 def seconds(function):
@@ -43,7 +45,7 @@ def main():
                                        metrics.fold_pct(jacobian, brain)),
         "NDV": lambda: metrics.ndv_pct(u, brain),
         "inverse consistency": lambda: metrics.inverse_consistency(u, -u, spacing, brain),
-        "force, one level at full resolution": lambda: explanation.of_pair(forces, forces, brain),
+        "force, one level at full resolution": lambda: of_pair(forces, forces, brain),
     }
     print(f"{fixed.id} and {moving.id}, {shape}, {len(labels)} labels\n\n| | seconds |\n| --- | ---: |")
     for name, function in parts.items():
@@ -54,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

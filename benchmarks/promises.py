@@ -15,8 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.demons import arguments, pairs, score
-from drivenmorph_jax import demons, metrics, sharding
-from drivenmorph_jax.warp import compose
+from drivenmorph_jax import demons
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.fields.warp import compose
+from drivenmorph_jax.runtime import sharding
 
 LOG = demons.INTENSITY | {"update": "log", "sigma_diffusion": 1.0}
 REFINE_STEPS = 20

@@ -16,9 +16,12 @@ from tqdm import tqdm
 
 from benchmarks.demons import pairs, score
 from configs.default import get_config as default
-from drivenmorph_jax import checkpoint, data, errors, sharding
+from drivenmorph_jax import data
+from drivenmorph_jax.cli.program import run
 from drivenmorph_jax.data import augmentation
-from drivenmorph_jax.evaluation import load_checkpoint, make_predict
+from drivenmorph_jax.network.inference import load_checkpoint, make_predict
+from drivenmorph_jax.runtime import sharding
+from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 
 def coarse(image, voxels):
@@ -42,7 +45,7 @@ CHANGES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of aligned images and labels; default: the embedded cohort")
-    parser.add_argument("--checkpoint", default=checkpoint.SHIPPED, help="default: the weights of the project")
+    parser.add_argument("--checkpoint", default=SHIPPED, help="default: the weights of the project")
     parser.add_argument("--pairs", type=int, default=3, help="how many; default: 3")
     parser.add_argument("--refine_steps", type=int, default=0, help="default: 0")
     flags = parser.parse_args()
@@ -69,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -19,9 +19,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from configs.smoke import get_config
-from drivenmorph_jax import sharding, training
-from drivenmorph_jax.evaluation import evaluate
+from drivenmorph_jax.evaluation.evaluate import evaluate
 from drivenmorph_jax.files import make_folder, rows_text
+from drivenmorph_jax.runtime import sharding
+from drivenmorph_jax.training import loop
+from drivenmorph_jax.training.loop import train_and_evaluate
 
 STEPS, WARM = 60, 600  # steps a round; seconds that do not count
 
@@ -61,7 +63,7 @@ def main():
     sharding.start()
     out, config, rows, began = make_folder(flags.out), get_config(), [], time.monotonic()
     config.val_every, config.checkpoint_every, config.steps = STEPS, STEPS // 6, 10**9
-    validate = training.validate
+    validate = loop.validate
 
     def round_(predict, params, dataset, space):
         scores = validate(predict, params, dataset, space)
@@ -78,8 +80,8 @@ def main():
             os.kill(os.getpid(), signal.SIGTERM)  # which ends a validation at once
         return scores
 
-    training.validate = round_
-    training.train_and_evaluate(config, out / "training")
+    loop.validate = round_
+    train_and_evaluate(config, out / "training")
 
 
 if __name__ == "__main__":

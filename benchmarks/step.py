@@ -17,25 +17,30 @@ import jax
 import numpy as np
 
 from benchmarks.fields import fastest, torch_device
-from drivenmorph_jax import configuration, data, errors, networks, sharding, training
+from drivenmorph_jax import data
+from drivenmorph_jax.backends import programs
+from drivenmorph_jax.cli.program import run
+from drivenmorph_jax.network import networks
+from drivenmorph_jax.runtime import configuration, sharding
+from drivenmorph_jax.training.step import make_augment, make_optimizer, make_train_step
 
 
 def ours(config, shape, count):
     """Seconds of a step, seconds to compile, XLA's cost of it, and bytes of memory."""
     mesh = sharding.device_mesh(devices=jax.devices()[:1])
-    model, optimizer = networks.make_network(config.model), training.make_optimizer(config)
+    model, optimizer = networks.make_network(config.model), make_optimizer(config)
     batch = {key: jax.random.uniform(jax.random.key(i), (1, *shape, 1)) for i, key in enumerate(("fixed", "moving"))}
     params = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), *batch.values())["params"])()
     state = [params, optimizer.init(params)]
     start = time.perf_counter()
-    compiled = training.make_train_step(model, optimizer, config, mesh).lower(*state, batch).compile()
+    compiled = make_train_step(model, optimizer, config, mesh).lower(*state, batch).compile()
     seconds = time.perf_counter() - start
 
     def step():
         *state[:], row = compiled(*state, batch)
         jax.block_until_ready(row)
 
-    return fastest(step, count), seconds, compiled.cost_analysis(), sharding.device_memory(compiled)
+    return fastest(step, count), seconds, compiled.cost_analysis(), programs.device_memory(compiled)
 
 
 def voxelmorph(window, shape, count):
@@ -88,7 +93,7 @@ def loading(config):
         batch = next(batches)
     reading = (time.perf_counter() - start) / 20
     del batch["pair"]
-    batch, augment = sharding.global_batch(batch, mesh), training.make_augment(config, mesh)
+    batch, augment = sharding.global_batch(batch, mesh), make_augment(config, mesh)
     return reading, fastest(lambda: jax.block_until_ready(augment(batch)))
 
 
@@ -115,4 +120,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

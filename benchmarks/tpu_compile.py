@@ -16,7 +16,6 @@ import re
 import time
 from collections import Counter
 from functools import partial
-from unittest import mock
 
 # The host's backend is the CPU; libtpu is asked for its compiler only, and need not look for the chips of a slice.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -27,10 +26,17 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.traffic import traffic
-from drivenmorph_jax import configuration, demons, encoder, errors, losses, networks, sharding, training
-from drivenmorph_jax.attention import neighbourhood_attention
-from drivenmorph_jax.integrate import exponential
-from drivenmorph_jax.warp import warp
+from drivenmorph_jax.backends import compiling_for, programs
+from drivenmorph_jax.cli.program import run
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.network import losses, networks
+from drivenmorph_jax.network.attention import neighbourhood_attention
+from drivenmorph_jax.network.convolution import conv3d
+from drivenmorph_jax.runtime import configuration, sharding
+from drivenmorph_jax.training.step import make_optimizer, make_train_step
 
 BANDWIDTH = {"v5e": 0.82e12, "v5p": 2.77e12, "v6e": 1.64e12, "v4": 1.23e12}  # bytes a second, as Google publishes
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
@@ -53,17 +59,17 @@ def parts(shape):
         "composition": (warp, (field, field)),
         "composition with a short field": (partial(warp, reach=1), (field, field)),
         "exponential of a short field": (partial(exponential, steps=2, reach=1), (field,)),
-        "convolution, 16 to 16": (encoder.conv3d, (features, (3, 3, 3, 16, 16))),
-        "convolution, 4 to 4": (encoder.conv3d, ((1, *shape, 4), (3, 3, 3, 4, 4))),
+        "convolution, 16 to 16": (conv3d, (features, (3, 3, 3, 16, 16))),
+        "convolution, 4 to 4": (conv3d, ((1, *shape, 4), (3, 3, 3, 4, 4))),
         "attention, 27 neighbours": (lambda q, k, v: neighbourhood_attention(q, k, v, 1)[0], (heads,) * 3),
-        "Gaussian": (partial(demons.gaussian_smooth, sigma=0.7), (field,)),
+        "Gaussian": (partial(gaussian_smooth, sigma=0.7), (field,)),
         "local correlation": (partial(losses.lncc, window=9), (image, image)),
     }
 
 
-def programs(config, mesh, shape):
+def compiled_parts(config, mesh, shape):
     """{name: (jitted function, shapes of its arguments)}: inference and the training step, over the mesh."""
-    model, optimizer = networks.make_network(config.model), training.make_optimizer(config)
+    model, optimizer = networks.make_network(config.model), make_optimizer(config)
     whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
     image = jnp.zeros((1, *(2 * networks.multiple(config.model),) * 3, 1))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), image, image)["params"])
@@ -72,7 +78,7 @@ def programs(config, mesh, shape):
     volume = jax.ShapeDtypeStruct((mesh.shape["data"], *shape, 1), jnp.float32, sharding=split)
     infer = jax.jit(lambda params, *images: model.apply({"params": params}, *images).u, out_shardings=split)
     return {"inference": (infer, (params, volume, volume)),
-            "training step": (training.make_train_step(model, optimizer, config, mesh),
+            "training step": (make_train_step(model, optimizer, config, mesh),
                               (params, state, {"fixed": volume, "moving": volume}))}
 
 
@@ -88,7 +94,7 @@ def main():
     try:
         chips = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
     except Exception as error:  # whatever libtpu raises
-        raise errors.InputError(f"cannot compile for {flags.topology}: install jax[tpu], or name another slice "
+        raise InputError(f"cannot compile for {flags.topology}: install jax[tpu], or name another slice "
                                 f"({str(error).splitlines()[0]})") from error
     mesh = sharding.device_mesh(flags.space, chips)
     rate = BANDWIDTH[flags.topology.split(":")[0]]
@@ -97,7 +103,7 @@ def main():
     for name, (f, shapes) in parts(tuple(flags.shape)).items():
         arguments = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=one) for s in shapes]
         rows |= {name: (jax.jit(f), arguments), f"{name}, gradient": (jax.jit(gradient(f)), arguments)}
-    rows |= programs(config, mesh, tuple(flags.shape))
+    rows |= compiled_parts(config, mesh, tuple(flags.shape))
     print(f"{flags.topology}, {flags.space} chips to a volume of {'x'.join(map(str, flags.shape))}, "
           f"jax {jax.__version__}\n")
     print(f"| | GB accessed | s at {rate / 1e12:.2f} TB/s | GFLOP, loops once | GB of a chip | compiled in s | "
@@ -112,7 +118,7 @@ def main():
             print(f"| {name} | {str(error).splitlines()[0][:160]} |", flush=True)
             continue
         seconds, text = time.perf_counter() - start, compiled.as_text()
-        moved, flops, used = traffic(text), compiled.cost_analysis()["flops"], sharding.device_memory(compiled)
+        moved, flops, used = traffic(text), compiled.cost_analysis()["flops"], programs.device_memory(compiled)
         found = Counter(re.findall(rf" ({'|'.join(COLLECTIVES + SLOW)})(?:-start)?\(", text))
         print(f"| {name} | {moved / 1e9:.1f} | {moved / rate:.3f} | {flops / 1e9:.1f} | "
               f"{used / 1e9:.2f} | {seconds:.0f} | "
@@ -120,6 +126,5 @@ def main():
 
 
 if __name__ == "__main__":
-    # What is traced is what a TPU would trace.
-    with mock.patch.object(jax, "default_backend", lambda: "tpu"):
-        errors.run(main)
+    with compiling_for("tpu"):
+        run(main)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -26,7 +27,7 @@ def programs_of_one_module():
 def smoke(tmp_path_factory):
     """(workdir, summary) of one run of `configs/smoke.py`."""
     from configs.smoke import get_config
-    from drivenmorph_jax.training import train_and_evaluate
+    from drivenmorph_jax.training.loop import train_and_evaluate
     workdir = tmp_path_factory.mktemp("smoke")
     return workdir, train_and_evaluate(get_config(), workdir)
 
@@ -47,7 +48,15 @@ def brains(tmp_path_factory):
 
 
 @pytest.fixture
-def computed_on(monkeypatch):
+def compile_for():
+    """A function (backend): from there to the end of the test, programs are traced for that device."""
+    from drivenmorph_jax.backends import compiling_for
+    with contextlib.ExitStack() as stack:
+        yield lambda backend: stack.enter_context(compiling_for(backend))
+
+
+@pytest.fixture
+def computed_on(compile_for):
     """(backend, f, arrays, g, atol) -> the text of the program there: what that backend would compute, f(*arrays) and
     the derivative along g, is what this one does."""
     def check(backend, f, arrays, g, atol):
@@ -58,7 +67,7 @@ def computed_on(monkeypatch):
             return value, *pull(g)
 
         wanted = value_and_gradients()
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        compile_for(backend)
         for a, b in zip(*map(jax.tree.leaves, (value_and_gradients(), wanted)), strict=True):
             np.testing.assert_allclose(a, b, atol=atol)
         return str(jax.make_jaxpr(value_and_gradients)())

@@ -4,14 +4,16 @@ import pytest
 from nibabel.affines import apply_affine
 from nilearn.datasets import load_mni152_template
 
-from drivenmorph_jax import affine, nifti
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.intensity import foreground
+from drivenmorph_jax.images.volume import Volume, resample
+from drivenmorph_jax.transforms import affine
 
 
 @pytest.fixture(scope="module")
 def template():
     image = load_mni152_template(resolution=3)
-    return nifti.Volume(np.ascontiguousarray(image.get_fdata(dtype=np.float32)), image.affine, image.header, "mni")
+    return Volume(np.ascontiguousarray(image.get_fdata(dtype=np.float32)), image.affine, image.header, "mni")
 
 
 def moved(template, angles, shift, scales=(1.0, 1.0, 1.0)):
@@ -23,13 +25,13 @@ def moved(template, angles, shift, scales=(1.0, 1.0, 1.0)):
     shape = tuple(int(1.8 * n) for n in template.data.shape)
     grid = template.affine.copy()
     grid[:3, 3] = -grid[:3, :3] @ (np.array(shape) - 1) / 2
-    data = nifti.resample(template, shape, grid, np.linalg.inv(transform))
-    return nifti.Volume(data, grid, template.header, "moved"), transform
+    data = resample(template, shape, grid, np.linalg.inv(transform))
+    return Volume(data, grid, template.header, "moved"), transform
 
 
 def error(template, found, true):
     """Mean distance in mm over the brain."""
-    x = apply_affine(template.affine, np.argwhere(nifti.foreground(template.data)))
+    x = apply_affine(template.affine, np.argwhere(foreground(template.data)))
     return np.linalg.norm(apply_affine(found, x) - apply_affine(true, x), axis=1).mean()
 
 
@@ -47,7 +49,7 @@ def test_a_known_affine_is_recovered(template, angles, shift, scales):
 def test_the_same_input_gives_the_same_affine_and_contrast_does_not_matter(template):
     moving, true = moved(template, (8, 0, -5), (-10, 4, 6))
     brain = moving.data > 0.1
-    inverted = nifti.Volume(np.where(brain, 1.2 - moving.data, 0).astype(np.float32), moving.affine, None, "inverted")
+    inverted = Volume(np.where(brain, 1.2 - moving.data, 0).astype(np.float32), moving.affine, None, "inverted")
     first, second = (affine.register_affine(template, inverted) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert error(template, first, true) < 1

@@ -11,8 +11,11 @@ from test_programs import refused, run
 from test_transforms import GRIDS, WORK, T, points_of, smooth_field, volume_on
 
 import apply as apply_program
-from drivenmorph_jax import nifti, transforms
-from drivenmorph_jax.integrate import inverse
+from drivenmorph_jax.fields.inverse import inverse
+from drivenmorph_jax.images.volume import on_grid
+from drivenmorph_jax.transforms import world
+from drivenmorph_jax.transforms.transform import Transform
+from drivenmorph_jax.transforms.world import linear_part, total_displacement, total_inverse_displacement
 
 KINDS = [("isotropic", "isotropic"), ("anisotropic", "flipped"), ("flipped", "oblique"), ("oblique", "anisotropic")]
 
@@ -21,9 +24,9 @@ def made(tmp_path, fixed_grid, moving_grid):
     fixed = volume_on(tmp_path / "fixed.nii.gz", *GRIDS[fixed_grid])
     moving = volume_on(tmp_path / "moving.nii.gz", *GRIDS[moving_grid])
     u = smooth_field(WORK[0], 1.5)
-    there = transforms.total_displacement(fixed.data.shape, fixed.affine, u, WORK[1], T)
-    back = transforms.total_inverse_displacement(moving.data.shape, moving.affine, np.asarray(inverse(u)), WORK[1], T)
-    return transforms.Transform(there, fixed, T, moving, back)
+    there = total_displacement(fixed.data.shape, fixed.affine, u, WORK[1], T)
+    back = total_inverse_displacement(moving.data.shape, moving.affine, np.asarray(inverse(u)), WORK[1], T)
+    return Transform(there, fixed, T, moving, back)
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -70,7 +73,7 @@ def test_forward_then_inverse_returns(tmp_path, grids, known):
     transform = made(tmp_path, *grids)
     if not known:  # as it comes from the file: the inverse has to be found
         transform.save(tmp_path / "d.nii.gz")
-        transform = transforms.Transform.load(tmp_path / "d.nii.gz")
+        transform = Transform.load(tmp_path / "d.nii.gz")
         np.testing.assert_allclose(transform.linear, T)
     points = np.random.default_rng(0).uniform(-8, 8, (300, 3))
     there = transform.points(points)
@@ -83,9 +86,9 @@ def test_forward_then_inverse_returns(tmp_path, grids, known):
 
 def test_composition_takes_the_second_where_the_first_leads(tmp_path):
     shape, affine = GRIDS["oblique"]
-    grid = nifti.on_grid(shape, affine)
+    grid = on_grid(shape, affine)
     x = points_of(shape, affine)
-    first, second = (transforms.Transform((apply_affine(m, x) - x).astype(np.float32), grid, m, grid)
+    first, second = (Transform((apply_affine(m, x) - x).astype(np.float32), grid, m, grid)
                      for m in (T, np.diag([1.1, 0.9, 1, 1])))
     points = np.random.default_rng(0).uniform(-5, 5, (50, 3))
     np.testing.assert_allclose(first.compose(second).points(points), second.points(first.points(points)), atol=1e-3)
@@ -96,7 +99,7 @@ def test_the_affine_part_is_found_where_no_sidecar_tells_it():
     shape, affine = GRIDS["anisotropic"]
     x = points_of(shape, affine)
     displacement = (apply_affine(T, x) - x).astype(np.float32)
-    np.testing.assert_allclose(transforms.linear_part(displacement, affine), T, atol=1e-5)
+    np.testing.assert_allclose(linear_part(displacement, affine), T, atol=1e-5)
 
 
 def test_images_labels_and_series_follow(tmp_path, monkeypatch, capsys):
@@ -111,7 +114,7 @@ def test_images_labels_and_series_follow(tmp_path, monkeypatch, capsys):
     assert status == 0
     image, series = (nib.load(tmp_path / "moved" / name) for name in ("moving.nii.gz", "series.nii.gz"))
     np.testing.assert_allclose(image.affine, transform.grid.affine, atol=1e-5)
-    expected = transforms.apply(moving, transform.displacement, transform.grid.affine)
+    expected = world.apply(moving, transform.displacement, transform.grid.affine)
     np.testing.assert_allclose(image.dataobj, expected, atol=1e-3)
     np.testing.assert_allclose(np.asarray(series.dataobj)[..., 1], 2 * expected, atol=1e-3)
     status, _ = command(monkeypatch, capsys, "--transform", tmp_path / "d.nii.gz", "--moving",
@@ -126,7 +129,7 @@ def test_the_inverse_brings_the_fixed_image_to_the_moving_one(tmp_path, monkeypa
     arguments = ("--transform", tmp_path / "d.nii.gz", "--inverse", "--moving", transform.grid.path, "--out",
                  tmp_path / "back.nii.gz")
     assert command(monkeypatch, capsys, *arguments)[0] == 0
-    expected = transforms.apply(transform.grid, transform.backward, transform.other.affine)
+    expected = world.apply(transform.grid, transform.backward, transform.other.affine)
     found = nib.load(tmp_path / "back.nii.gz")
     assert np.abs(found.get_fdata() - expected).mean() < 0.01 * np.ptp(expected)
     (tmp_path / "d.json").unlink()

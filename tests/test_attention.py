@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drivenmorph_jax.attention import CrossAttention, SelfAttention, neighbourhood_attention, window_attention
+from drivenmorph_jax.network.attention import CrossAttention, SelfAttention, neighbourhood_attention, window_attention
 
 RNG = np.random.default_rng(0)
 
@@ -31,8 +31,8 @@ def brute_force(q, k, v, radius):
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("radius, shape", [(1, (2, 4, 3, 5, 2, 3)), (2, (1, 4, 5, 4, 1, 4))])
-def test_neighbourhood_attention_is_its_definition(monkeypatch, backend, radius, shape):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_neighbourhood_attention_is_its_definition(compile_for, backend, radius, shape):
+    compile_for(backend)
     q, k, v = heads_of(*shape), heads_of(*shape), heads_of(*shape[:-1], 2)
     attended, offset = neighbourhood_attention(q, k, v, radius)
     expected, expected_offset = brute_force(*(np.asarray(x) for x in (q, k, v)), radius)

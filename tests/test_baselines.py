@@ -9,9 +9,9 @@ from configs.smoke import get_config as smoke
 from configs.transmorph import get_config as transmorph
 from configs.voxelmorph import get_config as voxelmorph
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.networks import make_network, multiple
-from drivenmorph_jax.training import train_and_evaluate
-from drivenmorph_jax.warp import compose
+from drivenmorph_jax.fields.warp import compose
+from drivenmorph_jax.network.networks import make_network, multiple
+from drivenmorph_jax.training.loop import train_and_evaluate
 
 SHAPE = (32, 48, 32)
 

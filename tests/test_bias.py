@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from drivenmorph_jax.bias import FLOOR, balanced, differential_bias
+from drivenmorph_jax.images.bias import FLOOR, balanced, differential_bias
 
 SHAPE, CELL = (48, 64, 40), 8
 

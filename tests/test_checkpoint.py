@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drivenmorph_jax import checkpoint
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.runtime import checkpoint
+from drivenmorph_jax.runtime.checkpoint import Damaged, read_about, read_into, read_params, restore
 
 PLACES = int(os.environ.get("FUZZ", 60))
 
@@ -39,8 +40,8 @@ def two(tmp_path_factory):
 
 def test_the_newest_checkpoint_comes_back_as_it_was(two):
     with checkpoint.manager(two) as manager:
-        step, params, opt_state, data = checkpoint.restore(manager, *shapes(state(2)))
-    assert step == 2 and data == {"next": 2} and checkpoint.read_about(two)["step"] == 2
+        step, params, opt_state, data = restore(manager, *shapes(state(2)))
+    assert step == 2 and data == {"next": 2} and read_about(two)["step"] == 2
     for a, b in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves(state(2)), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -62,7 +63,7 @@ def test_wherever_a_checkpoint_is_damaged_no_wrong_value_is_read(two, tmp_path, 
         file.write_bytes(content)
     with checkpoint.manager(folder) as manager:
         try:
-            step, params, opt_state, data = checkpoint.restore(manager, *shapes(state(2)))
+            step, params, opt_state, data = restore(manager, *shapes(state(2)))
         except InputError as error:
             assert len(str(error).splitlines()) == 1
             return
@@ -76,8 +77,8 @@ def test_where_all_are_damaged_that_is_said(two, tmp_path):
     shutil.copytree(two, folder)
     for step in "12":
         shutil.rmtree(folder / step / "opt_state")
-    with checkpoint.manager(folder) as manager, pytest.raises(checkpoint.Damaged, match="is a damaged checkpoint"):
-        checkpoint.restore(manager, *shapes(state(2)))
+    with checkpoint.manager(folder) as manager, pytest.raises(Damaged, match="is a damaged checkpoint"):
+        restore(manager, *shapes(state(2)))
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
@@ -93,9 +94,9 @@ def test_a_checkpoint_takes_nothing_in_from_outside(two, tmp_path, kind):
         os.mkfifo(chunk)
     params, opt_state = shapes(state(2))
     with checkpoint.manager(folder) as manager:
-        for read in (lambda: checkpoint.restore(manager, params, opt_state),
-                     lambda: checkpoint.read_params(folder, params), lambda: checkpoint.read_into(folder, state(1)[0]),
-                     lambda: checkpoint.read_about(folder)):
+        for read in (lambda: restore(manager, params, opt_state),
+                     lambda: read_params(folder, params), lambda: read_into(folder, state(1)[0]),
+                     lambda: read_about(folder)):
             with pytest.raises(InputError, match="is a link or no file"):
                 read()
 
@@ -111,7 +112,7 @@ def test_a_full_disk_is_one_sentence_and_the_older_checkpoint_survives(tmp_path)
         with pytest.raises(InputError, match="latest cannot be written .*: make room"):
             checkpoint.save(manager, 2, {"step": 2}, {"w": jax.random.normal(jax.random.key(0), (200_000,))})
         with checkpoint.manager(tmp_path / "latest") as again:
-            step, params, *_ = checkpoint.restore(again, *shapes(state(1)))
+            step, params, *_ = restore(again, *shapes(state(1)))
         assert step == 1
         np.testing.assert_array_equal(params["layer"]["bias"], np.ones(8))
         assert [path.name for path in Path(tmp_path / "latest").iterdir() if path.name.isdigit()] == ["1"]

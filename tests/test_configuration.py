@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from configs.default import get_config
-from drivenmorph_jax import configuration
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.networks import make_network
+from drivenmorph_jax.network.networks import make_network
+from drivenmorph_jax.runtime import configuration
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from drivenmorph_jax import contrast
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.registration import register
+from drivenmorph_jax.images import contrast
+from drivenmorph_jax.registration.register import register
 
 RNG = np.random.default_rng(0)
 

@@ -7,11 +7,15 @@ import pytest
 from scipy import ndimage
 from test_warp import smooth_field
 
-from drivenmorph_jax import demons, forces
-from drivenmorph_jax.grid import resize_field
-from drivenmorph_jax.integrate import exponential, inverse
-from drivenmorph_jax.jacobian import jacobian_determinant
-from drivenmorph_jax.warp import compose, warp
+from drivenmorph_jax import demons
+from drivenmorph_jax.demons.forces import lncc_force, mind, symmetric_force, thirion_force
+from drivenmorph_jax.fields.grid import resize_field
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.inverse import coarse_inverse, inverse
+from drivenmorph_jax.fields.jacobian import jacobian_determinant
+from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.fields.unfold import unfolded
+from drivenmorph_jax.fields.warp import compose, warp
 
 RNG = np.random.default_rng(0)
 
@@ -25,14 +29,14 @@ def test_smoothing_is_scipys_inside(sigma):
     x = normal(24, 24, 24, 2)
     expected = ndimage.gaussian_filter(x, (sigma, sigma, sigma, 0), truncate=8)
     inside = (slice(8, -8),) * 3
-    np.testing.assert_allclose(demons.gaussian_smooth(x, sigma)[inside], expected[inside], atol=1e-4)
+    np.testing.assert_allclose(gaussian_smooth(x, sigma)[inside], expected[inside], atol=1e-4)
 
 
 def test_smoothing_takes_weighted_means():
     x = normal(9, 10, 11, 3, scale=5)
     x /= np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1)
-    np.testing.assert_allclose(demons.gaussian_smooth(np.ones_like(x), 2.0), 1, atol=1e-5)
-    assert np.linalg.norm(demons.gaussian_smooth(x, 0.5), axis=-1).max() <= 1 + 1e-5
+    np.testing.assert_allclose(gaussian_smooth(np.ones_like(x), 2.0), 1, atol=1e-5)
+    assert np.linalg.norm(gaussian_smooth(x, 0.5), axis=-1).max() <= 1 + 1e-5
 
 
 def test_bracket_of_linear_fields_is_the_commutator():
@@ -76,7 +80,7 @@ def pair(shape=(32, 40, 32), largest=4.0):
 
 
 SETTINGS = {"lncc": demons.LNCC, "symmetric": demons.INTENSITY,
-            "thirion": demons.INTENSITY | {"force": forces.thirion_force}}
+            "thirion": demons.INTENSITY | {"force": thirion_force}}
 
 
 def registered(fixed, moving, name, **settings):
@@ -170,7 +174,7 @@ def test_refinement_improves_half_a_registration():
     fixed, moving, true, brain = pair()
     start = jnp.asarray(0.5 * true)
     u = demons.refine(fixed, moving, start, 20)
-    before, after, best = (forces.lncc_force(fixed, warp(moving, x), 1.0)[1] for x in (start, u, true))
+    before, after, best = (lncc_force(fixed, warp(moving, x), 1.0)[1] for x in (start, u, true))
     assert after < before - 0.02 and after < best + 0.1 * (before - best)
     assert np.linalg.norm((u - true)[brain], axis=-1).mean() < np.linalg.norm((start - true)[brain], axis=-1).mean()
     assert np.asarray(jacobian_determinant(u))[brain].min() > 0
@@ -193,7 +197,7 @@ def test_a_converged_registration_is_not_refined(force):
 
 def test_mind_descriptors_register_an_inverted_image_as_well():
     fixed, moving, true, brain = pair()
-    found = [registered(forces.mind(fixed), forces.mind(x), "symmetric").u for x in (moving, 1 - moving)]
+    found = [registered(mind(fixed), mind(x), "symmetric").u for x in (moving, 1 - moving)]
     errors = [np.linalg.norm((u - true)[brain], axis=-1).mean() for u in found]
     assert errors[0] < 0.7 * np.linalg.norm(true[brain], axis=-1).mean()
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
@@ -204,7 +208,7 @@ def test_refinement_by_mind_is_blind_to_an_inversion():
     start = jnp.asarray(0.5 * true)
     u, inverted = (demons.refine(fixed, x, start, 20, force="mind") for x in (moving, 1 - moving))
     np.testing.assert_allclose(u, inverted, atol=0.02)
-    before, after = (forces.symmetric_force(forces.mind(fixed), warp(forces.mind(moving), x), 1.0)[1]
+    before, after = (symmetric_force(mind(fixed), warp(mind(moving), x), 1.0)[1]
                      for x in (start, u))
     assert after < 0.9 * before and np.asarray(jacobian_determinant(u))[brain].min() > 0
 
@@ -244,13 +248,13 @@ def test_the_inverse_is_found_where_the_transform_stretches():
     w = demons.inverse(u)
     assert np.abs(compose(u, w))[4:-4].max() < 0.05
     fine = resize_field(jnp.asarray(u), (96, 16, 16))
-    assert np.abs(compose(fine, demons.coarse_inverse(fine)))[8:-8].mean() < 0.1
+    assert np.abs(compose(fine, coarse_inverse(fine)))[8:-8].mean() < 0.1
 
 
 def test_the_inverse_of_a_rough_field_returns_between_voxels_too():
-    u = 8 * demons.gaussian_smooth(jax.random.normal(jax.random.key(0), (32, 32, 32, 3)), 2.0)
+    u = 8 * gaussian_smooth(jax.random.normal(jax.random.key(0), (32, 32, 32, 3)), 2.0)
     assert 0.7 < jnp.linalg.norm(u, axis=-1).mean() and jacobian_determinant(u).min() > 0.05
-    w = demons.coarse_inverse(u)
+    w = coarse_inverse(u)
     at_voxels = inverse(u, 60)
     for back, most in ((compose(w, u), 0.03), (compose(u, w), 0.045)):
         assert jnp.linalg.norm(back[4:-4, 4:-4, 4:-4], axis=-1).mean() < most
@@ -263,7 +267,7 @@ def test_a_fold_is_smoothed_away_and_nothing_else_is_touched(space):
     u = np.zeros((*space, dims), np.float32)
     u[(6, 10, 10)[:dims]] = 3.0  # phi jumps back behind its neighbours there
     assert (jacobian_determinant(u) <= 0).any()
-    found = np.asarray(demons.unfolded(u))
+    found = np.asarray(unfolded(u))
     assert (jacobian_determinant(found) > 0).all()
     assert np.abs(found[15:]).max() < 1e-6 and np.abs(found).max() <= 3
-    np.testing.assert_array_equal(demons.unfolded(found), found)
+    np.testing.assert_array_equal(unfolded(found), found)

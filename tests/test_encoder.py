@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from drivenmorph_jax.encoder import FLOOR, Encoder, conv3d, instance_norm, local_norm
-from drivenmorph_jax.grid import average_pool
+from drivenmorph_jax.fields.grid import average_pool
+from drivenmorph_jax.network.convolution import conv3d
+from drivenmorph_jax.network.encoder import FLOOR, Encoder, instance_norm, local_norm
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("channels", [(3, 4), (6, 8)])
 @pytest.mark.parametrize("backend", ["cpu", "tpu", "gpu"])
-def test_convolution_is_the_three_dimensional_one_and_so_is_its_derivative(monkeypatch, channels, backend):
+def test_convolution_is_the_three_dimensional_one_and_so_is_its_derivative(compile_for, channels, backend):
     x = jnp.asarray(RNG.normal(size=(2, 5, 6, 7, channels[0])).astype(np.float32))
     kernel = jnp.asarray(RNG.normal(size=(3, 3, 3, *channels)).astype(np.float32))
     expected, theirs = jax.vjp(lambda x, kernel: jax.lax.conv_general_dilated(
         x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")), x, kernel)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    compile_for(backend)
     found, ours = jax.vjp(conv3d, x, kernel)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     for a, b in zip(ours(expected), theirs(expected), strict=True):

@@ -7,10 +7,11 @@ import pytest
 from scipy import ndimage
 from test_training import finish, start
 
-from drivenmorph_jax import evaluation
 from drivenmorph_jax.data import Dataset
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.evaluation import evaluate, evaluate_checkpoint
+from drivenmorph_jax.evaluation import evaluate as evaluate_module
+from drivenmorph_jax.evaluation.evaluate import _scored, evaluate, evaluate_checkpoint
+from drivenmorph_jax.evaluation.record import Record
 
 PROMISED = ("dice", "dice_initial", "hd95", "sdlogj", "sdlogj_l2r", "fold_pct", "ndv_pct", "inverse_mm", "seconds")
 
@@ -89,8 +90,8 @@ def test_a_split_without_pairs_is_refused(tmp_path):
 
 def test_an_evaluation_that_was_stopped_goes_on_from_the_finished_pairs(smoke, brains, tmp_path, monkeypatch):
     (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001", "sub-002"]}))
-    scored, score = [], evaluation._scored
-    monkeypatch.setattr(evaluation, "_scored", lambda pair, *rest: scored.append(pair) or score(pair, *rest))
+    scored, score = [], _scored
+    monkeypatch.setattr(evaluate_module, "_scored", lambda pair, *rest: scored.append(pair) or score(pair, *rest))
     whole = evaluate_checkpoint(smoke[0], tmp_path, root=brains)
     lines = (tmp_path / "pairs.jsonl").read_text().splitlines(keepends=True)
     assert len(scored) == 6 and len(lines) == 7
@@ -105,12 +106,12 @@ def test_an_evaluation_that_was_stopped_goes_on_from_the_finished_pairs(smoke, b
 
 def test_what_another_run_left_or_one_that_ended_is_not_taken_over(tmp_path):
     row = {"scores": {"fixed": "a", "moving": "b", "dice": 0.5}}
-    evaluation.Record(tmp_path, "this").add(row)
-    assert evaluation.Record(tmp_path, "this").rows == {("a", "b"): row}
-    assert evaluation.Record(tmp_path, "other").rows == {}
-    evaluation.Record(tmp_path, "this").add(row)
+    Record(tmp_path, "this").add(row)
+    assert Record(tmp_path, "this").rows == {("a", "b"): row}
+    assert Record(tmp_path, "other").rows == {}
+    Record(tmp_path, "this").add(row)
     (tmp_path / "summary.json").touch()
-    assert evaluation.Record(tmp_path, "this").rows == {} and not (tmp_path / "summary.json").exists()
+    assert Record(tmp_path, "this").rows == {} and not (tmp_path / "summary.json").exists()
 
 
 def test_pairs_are_shared_by_the_devices(smoke, tmp_path):

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from drivenmorph_jax import explanation, metrics
-from drivenmorph_jax.model import Registration, Update
-from drivenmorph_jax.report import OF_FORCE
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.evaluation.explanation import _bootstrap, of_pair, statistics
+from drivenmorph_jax.evaluation.tables import OF_FORCE
+from drivenmorph_jax.network.outputs import Registration, Update, by_level
 
 SPACE = (16, 12, 20)
 
@@ -30,7 +31,7 @@ def test_the_forces_of_a_level_are_summed_and_given_in_voxels_of_the_images():
     coarse = update(jnp.full((1, *half, 3), 0.5), jnp.full((1, *half, 3), -0.5))
     fine = update(jnp.full((1, *SPACE, 3), 0.25), jnp.full((1, *SPACE, 3), -3.0),
                   attention_force=jnp.full((1, *SPACE, 3), 0.125))
-    found = explanation.by_level(Registration(u, -u, (coarse, coarse, coarse, fine, fine)))
+    found = by_level(Registration(u, -u, (coarse, coarse, coarse, fine, fine)))
     assert [level.force.shape[1:4] for level in found] == [half, SPACE]
     # 4 voxels are 2 of the coarse grid, of which half a voxel is done when its level begins, 3 of 4 for the fine one.
     np.testing.assert_allclose(found[0].remaining, 3.0, atol=1e-5)
@@ -43,7 +44,7 @@ def test_statistics_know_a_force_that_explains_from_one_that_does_not():
     displacements = [smooth(seed, 4) for seed in range(6)]
     brains = [np.ones(SPACE, bool)] * 6
     pairs = [{"coarse": (u[1::2, 1::2, 1::2] / 3, u[1::2, 1::2, 1::2]), "total": (u / 2, u)} for u in displacements]
-    table = explanation.statistics(*([explanation.of_pair(pairs[k - shift], pairs[k], brains[k]) for k in range(6)]
+    table = statistics(*([of_pair(pairs[k - shift], pairs[k], brains[k]) for k in range(6)]
                                      for shift in (0, 3)))
     for level in ("coarse", "total"):
         for name in OF_FORCE:
@@ -56,7 +57,7 @@ def test_statistics_know_a_force_that_explains_from_one_that_does_not():
 
 def test_the_interval_is_that_of_a_mean():
     values = np.random.default_rng(1).standard_normal(400)
-    mean, low, high = explanation._bootstrap([*values, np.nan])
+    mean, low, high = _bootstrap([*values, np.nan])
     assert mean == pytest.approx(values.mean())
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
 

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from drivenmorph_jax import forces
-from drivenmorph_jax.grid import average_pool, difference
+from drivenmorph_jax.demons.forces import (
+    clip_length,
+    feature_force,
+    lncc_force,
+    mind,
+    squash,
+    symmetric_force,
+    thirion_force,
+)
+from drivenmorph_jax.fields.grid import average_pool, difference
 
 RNG = np.random.default_rng(0)
 SHAPE = (6, 7, 8)
@@ -30,14 +38,14 @@ def test_force_is_the_damped_gauss_newton_step(floor):
     matrix = np.einsum("...k,...ki,...kj->...ij", w, jacobian, jacobian) + damping[..., None, None] * np.eye(3)
     right = np.einsum("...k,...k,...ki->...i", w, d, jacobian)
     expected = np.linalg.solve(matrix, right[..., None])[..., 0]
-    np.testing.assert_allclose(forces.feature_force(d, slope, step, w, floor), expected, atol=2e-5)
+    np.testing.assert_allclose(feature_force(d, slope, step, w, floor), expected, atol=2e-5)
 
 
 def test_what_a_gpu_computes_is_what_the_others_do_and_so_is_its_derivative(computed_on):
     d, slope, w = np.random.default_rng(1).normal(size=(3, *SHAPE, 5)).astype(np.float32)
     g = np.cos(gradients(d)[..., 0, :])
     arrays = d, slope, np.abs(w)
-    text = computed_on("gpu", lambda d, slope, w: forces.feature_force(d, slope, 1.5, w), arrays, g, 1e-4)
+    text = computed_on("gpu", lambda d, slope, w: feature_force(d, slope, 1.5, w), arrays, g, 1e-4)
     assert "while" not in text and "scan" not in text
 
 
@@ -56,7 +64,7 @@ def test_the_derivative_is_that_of_a_general_solver(space):
 
     arguments = d, slope, np.abs(w), 1.5, 1e-2
     expected = jax.vjp(solved, *arguments)[1](g)
-    for got, wanted in zip(jax.vjp(forces.feature_force, *arguments[:2], 1.5, arguments[2], 1e-2)[1](g),
+    for got, wanted in zip(jax.vjp(feature_force, *arguments[:2], 1.5, arguments[2], 1e-2)[1](g),
                            (*expected[:2], expected[3], expected[2], expected[4]), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
 
@@ -66,11 +74,11 @@ def test_one_channel_is_the_classical_esm_force():
     gradient = gradients((fixed + moving) / 2)[..., 0, :]
     difference = fixed - moving
     expected = difference * gradient / ((gradient**2).sum(-1, keepdims=True) + difference**2 / (4 * step**2))
-    got = forces.feature_force(difference, (fixed + moving) / 2, step, floor=0.0)
+    got = feature_force(difference, (fixed + moving) / 2, step, floor=0.0)
     np.testing.assert_allclose(got, expected, atol=5e-4)
     gradient = gradients(fixed)[..., 0, :]
     expected = difference * gradient / ((gradient**2).sum(-1, keepdims=True) + difference**2 / (4 * step**2) + 1e-6)
-    np.testing.assert_allclose(forces.thirion_force(fixed, moving, step)[0], expected, atol=5e-4)
+    np.testing.assert_allclose(thirion_force(fixed, moving, step)[0], expected, atol=5e-4)
 
 
 def test_a_single_gradient_loses_no_accuracy_where_images_nearly_agree():
@@ -79,14 +87,14 @@ def test_a_single_gradient_loses_no_accuracy_where_images_nearly_agree():
     gradient = gradients(x)[..., 0, :]
     for d in (1e-1, 1e-2, 1e-3):
         expected = d * gradient / ((gradient**2).sum(-1, keepdims=True) + d**2 / 16 + 1e-6)
-        got, _ = forces.symmetric_force(x + np.float32(d / 2), x - np.float32(d / 2), 2.0)
+        got, _ = symmetric_force(x + np.float32(d / 2), x - np.float32(d / 2), 2.0)
         np.testing.assert_allclose(got, expected, atol=1e-2 * np.abs(expected).max())
 
 
 def test_the_force_moves_an_edge_the_right_way():
     x = np.arange(12, dtype=np.float32)[:, None, None, None] * np.ones((1, 6, 6, 1), np.float32)
     fixed, moving = x, x - 0.5  # M(x + u) = F(x) at u = .5
-    p, _ = forces.symmetric_force(fixed, moving, 5.0)
+    p, _ = symmetric_force(fixed, moving, 5.0)
     np.testing.assert_allclose(p[3:-3, 2:-2, 2:-2], np.broadcast_to([0.5, 0, 0], p[3:-3, 2:-2, 2:-2].shape), atol=1e-2)
 
 
@@ -95,7 +103,7 @@ def test_the_force_moves_an_edge_the_right_way():
 def test_no_input_makes_a_step_longer_than_the_bound(channels, step):
     for exponents in ((0, 0, 0), (6, 6, 0), (-6, 6, 3), (6, -6, -3), (-9, -9, -9), (3, 8, 3)):
         d, slope, w = (normal(*SHAPE, channels, scale=10.0**e) for e in exponents)
-        p = np.asarray(forces.feature_force(d, slope, step, np.abs(w)))
+        p = np.asarray(feature_force(d, slope, step, np.abs(w)))
         assert np.isfinite(p).all()
         assert np.linalg.norm(p, axis=-1).max() <= step * (1 + 1e-5)
 
@@ -103,7 +111,7 @@ def test_no_input_makes_a_step_longer_than_the_bound(channels, step):
 def test_the_bound_is_the_solves_own_and_reached():
     # d = 2 L |J| makes the damped step as long as it can be; no clipping acts.
     step, slope = 2.0, np.arange(12, dtype=np.float32)[:, None, None, None] * np.ones((1, 6, 6, 1), np.float32)
-    p = forces.feature_force(2 * step * np.ones_like(slope), slope, step, floor=0.0)
+    p = feature_force(2 * step * np.ones_like(slope), slope, step, floor=0.0)
     np.testing.assert_allclose(p[..., 0], step, rtol=1e-5)
 
 
@@ -111,17 +119,17 @@ def test_flat_and_equal_images_give_no_force_and_finite_gradients():
     flat = np.ones((*SHAPE, 2), np.float32)
 
     def f(fixed, moving):
-        p, _ = forces.symmetric_force(fixed, moving, 2.0)
+        p, _ = symmetric_force(fixed, moving, 2.0)
         return (p * p).sum() + p.sum()
 
     for fixed, moving in ((flat, flat), (flat, 0 * flat), (normal(*SHAPE, 2),) * 2):
         assert np.isfinite(f(fixed, moving))
         for g in jax.grad(f, argnums=(0, 1))(fixed, moving):
             assert np.isfinite(g).all()
-    assert not np.any(forces.symmetric_force(flat, flat, 2.0)[0])
+    assert not np.any(symmetric_force(flat, flat, 2.0)[0])
 
 
-@pytest.mark.parametrize("force", [forces.thirion_force, forces.symmetric_force, forces.lncc_force])
+@pytest.mark.parametrize("force", [thirion_force, symmetric_force, lncc_force])
 @pytest.mark.parametrize("shape", [(8, 12), (6, 8, 10)])
 def test_forces_under_jit_and_vmap_are_the_force_of_each(force, shape):
     fixed, moving = normal(2, *shape, 1), normal(2, *shape, 1)
@@ -139,8 +147,8 @@ def test_forces_under_jit_and_vmap_are_the_force_of_each(force, shape):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_slice_repeated_has_the_force_of_the_slice(channels):
     fixed, moving = normal(8, 9, channels), normal(8, 9, channels)
-    flat, _ = forces.symmetric_force(fixed, moving, 2.0)
-    thick, _ = forces.symmetric_force(*(np.repeat(x[None], 4, 0) for x in (fixed, moving)), 2.0)
+    flat, _ = symmetric_force(fixed, moving, 2.0)
+    thick, _ = symmetric_force(*(np.repeat(x[None], 4, 0) for x in (fixed, moving)), 2.0)
     np.testing.assert_allclose(thick[2, ..., 1:], flat, atol=1e-4)
     np.testing.assert_allclose(thick[..., 0], 0, atol=1e-5)
 
@@ -148,7 +156,7 @@ def test_a_slice_repeated_has_the_force_of_the_slice(channels):
 def test_a_channel_twice_is_the_channel_once():
     fixed, d = np.random.default_rng(3).normal(size=(2, *SHAPE, 1)).astype(np.float32)
     d += 0.1 * np.sign(d)  # without damping the matrix of one channel has no inverse
-    once, twice = (forces.feature_force(np.repeat(d, n, -1), np.repeat(fixed, n, -1), 2.0, floor=0.0)
+    once, twice = (feature_force(np.repeat(d, n, -1), np.repeat(fixed, n, -1), 2.0, floor=0.0)
                    for n in (1, 2))
     np.testing.assert_allclose(twice, once, atol=1e-3)
 
@@ -166,7 +174,7 @@ def local_correlation(fixed, warped, radius, floor):
 @pytest.mark.parametrize("shape", [(12, 14), (8, 10, 12)])
 def test_lncc_force_is_the_gradient_of_the_local_correlation(shape):
     fixed, warped = np.abs(normal(*shape, 1, scale=0.3)), np.abs(normal(*shape, 1, scale=0.3))
-    p, energy = forces.lncc_force(fixed, warped, 1.5, radius=1, block=1, floor=1e-3, power=1.0)
+    p, energy = lncc_force(fixed, warped, 1.5, radius=1, block=1, floor=1e-3, power=1.0)
     assert energy == pytest.approx(1 - local_correlation(fixed, warped, 1, 1e-3), abs=1e-4)
     # Finite differences of SciPy's correlation, times the image gradient: along the force to a common factor.
     slope = np.stack([np.gradient(warped[..., 0], axis=axis) for axis in range(len(shape))], -1)
@@ -185,25 +193,25 @@ def test_lncc_force_is_the_gradient_of_the_local_correlation(shape):
 
 def test_lncc_force_on_blocks_is_the_gradient_of_its_own_energy():
     fixed, warped = (np.abs(normal(8, 8, 12, 1, scale=0.3)) for _ in range(2))
-    p, _ = forces.lncc_force(fixed, warped, 1.0, radius=1, block=2, power=1.0)
-    g = -jax.grad(lambda m: forces.lncc_force(fixed, m, 1.0, radius=1, block=2)[1])(warped)
+    p, _ = lncc_force(fixed, warped, 1.0, radius=1, block=2, power=1.0)
+    g = -jax.grad(lambda m: lncc_force(fixed, m, 1.0, radius=1, block=2)[1])(warped)
     expected = average_pool(jnp.concatenate([g * difference(warped, axis) for axis in range(3)], -1))
     expected /= np.linalg.norm(expected, axis=-1).max()
     np.testing.assert_allclose(p, expected, atol=1e-4)
-    p, _ = forces.lncc_force(fixed, warped, 2.0, radius=1, block=2)
+    p, _ = lncc_force(fixed, warped, 2.0, radius=1, block=2)
     length = np.linalg.norm(expected, axis=-1, keepdims=True)
     np.testing.assert_allclose(p, 2 * expected * length**-0.3, atol=5e-3)
 
 
 def test_lncc_force_does_not_mind_gain_and_offset_and_is_bounded():
     fixed, warped = normal(8, 8, 8, 1), normal(8, 8, 8, 1)
-    p, energy = forces.lncc_force(fixed, warped, 1.5, floor=0.0)
-    q, same = forces.lncc_force(3 * fixed + 1, warped, 1.5, floor=0.0)
+    p, energy = lncc_force(fixed, warped, 1.5, floor=0.0)
+    q, same = lncc_force(3 * fixed + 1, warped, 1.5, floor=0.0)
     assert float(same) == pytest.approx(float(energy), abs=1e-2)
     assert np.linalg.norm(p, axis=-1).max() == pytest.approx(1.5, rel=1e-4)
     flat = np.ones_like(fixed)
     for a, b in ((flat, flat), (0 * flat, flat), (fixed, flat)):
-        p, energy = forces.lncc_force(a, b, 1.5)
+        p, energy = lncc_force(a, b, 1.5)
         assert np.isfinite(p).all() and np.isfinite(energy)
 
 
@@ -218,14 +226,14 @@ def test_mind_is_heinrichs_formula_and_blind_to_inversion():
     distances = np.stack(distances, -1)
     expected = np.exp(-distances / distances.mean(-1, keepdims=True))
     expected /= expected.max(-1, keepdims=True)
-    np.testing.assert_allclose(forces.mind(image), expected, atol=1e-4)
-    np.testing.assert_allclose(forces.mind(5 - image), forces.mind(image), atol=1e-4)
-    np.testing.assert_array_equal(forces.mind(np.ones((6, 7, 1), np.float32)), np.ones((6, 7, 4)))
+    np.testing.assert_allclose(mind(image), expected, atol=1e-4)
+    np.testing.assert_allclose(mind(5 - image), mind(image), atol=1e-4)
+    np.testing.assert_array_equal(mind(np.ones((6, 7, 1), np.float32)), np.ones((6, 7, 4)))
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-8, 0.5, 2.0, 1e6])
 def test_clip_and_squash_keep_direction_and_bound(length):
     p = np.float32([[length * 0.6, 0, -length * 0.8]])
-    clipped, squashed = forces.clip_length(p, 2.0), forces.squash(p, 2.0)
+    clipped, squashed = clip_length(p, 2.0), squash(p, 2.0)
     np.testing.assert_allclose(np.linalg.norm(clipped), min(length, 2.0), rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(squashed), length / np.sqrt(1 + length**2 / 4), rtol=1e-5)

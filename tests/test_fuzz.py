@@ -17,11 +17,14 @@ from scipy.ndimage import gaussian_filter
 from test_programs import run
 
 import register as register_program
-from drivenmorph_jax import nifti, transforms
 from drivenmorph_jax.data.folder import IMAGE, LABELS, folder_dataset
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.evaluation import evaluate_checkpoint
-from drivenmorph_jax.registration import apply_files
+from drivenmorph_jax.evaluation.evaluate import evaluate_checkpoint
+from drivenmorph_jax.images.intensity import normalise
+from drivenmorph_jax.images.reading import load_image, load_labels
+from drivenmorph_jax.images.volume import canonical
+from drivenmorph_jax.registration.apply import apply_files
+from drivenmorph_jax.transforms.transform import Transform
 
 COUNT = int(os.environ.get("FUZZ", 300))
 SHAPE = (12, 10, 8)
@@ -86,7 +89,7 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path):
         path = tmp_path / f"a{ending}"
         path.write_bytes(data)
         start = time.perf_counter()
-        for read in (nifti.load_image, nifti.load_labels, transforms.Transform.load):
+        for read in (load_image, load_labels, Transform.load):
             try:
                 found = read(path)
             except InputError as error:
@@ -96,9 +99,9 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path):
                 raise AssertionError(f"seed {seed}: {read.__qualname__} raised {type(error).__name__}") from error
             else:
                 counts["read"] += 1
-                if read is nifti.load_image:
-                    assert np.isfinite(nifti.normalise(found.data)).all(), seed
-                    nifti.canonical(found)
+                if read is load_image:
+                    assert np.isfinite(normalise(found.data)).all(), seed
+                    canonical(found)
         assert time.perf_counter() - start < 20, seed
     assert min(counts.values()) > COUNT / 20, counts
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from drivenmorph_jax import grid
+from drivenmorph_jax.fields import grid
 
 RNG = np.random.default_rng(0)
 

@@ -5,8 +5,9 @@ import pytest
 from scipy.linalg import expm
 from test_warp import smooth_field
 
-from drivenmorph_jax.integrate import exponential, inverse
-from drivenmorph_jax.warp import compose, warp
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.inverse import inverse
+from drivenmorph_jax.fields.warp import compose, warp
 
 SHAPE = (24, 24, 24)
 INSIDE = (slice(8, -8),) * 3

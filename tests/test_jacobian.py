@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from drivenmorph_jax import metrics
-from drivenmorph_jax.jacobian import jacobian_determinant
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.fields.jacobian import jacobian_determinant
 
 X = np.moveaxis(np.indices((12, 14, 16)), 0, -1).astype(np.float32)
 

@@ -12,22 +12,23 @@ import numpy as np
 import pytest
 from test_training import latest_bits
 
-from drivenmorph_jax import checkpoint, logs
+from drivenmorph_jax.runtime import checkpoint, logs
 
 ROOT, KILLS, EVERY = Path(__file__).resolve().parents[1], int(os.environ.get("KILLS", 2)), 3
 
 RUN = """
 import sys
 from configs.smoke import get_config
-from drivenmorph_jax import sharding, training
+from drivenmorph_jax.runtime import sharding
+from drivenmorph_jax.training import loop
 sharding.start()
 config = get_config()
 config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(0,), self_radius=(0,), self_window=(0,))
 config.steps, config.checkpoint_every, config.val_every = int(sys.argv[2]), int(sys.argv[3]), 10
 config.data.affine = 0.02
-training.evaluate = lambda *_, **__: None
-training.validate = lambda *_: {"val_dice": 0.5}
-training.train_and_evaluate(config, sys.argv[1])
+loop.evaluate = lambda *_, **__: None
+loop.validate = lambda *_: {"val_dice": 0.5}
+loop.train_and_evaluate(config, sys.argv[1])
 """
 
 
@@ -90,8 +91,8 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(tm
 def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(tmp_path, name):
     # Minutes in C, as the compiler's are: Python's handlers wait for their end, and no signal cuts them short.
     busy = ("import hashlib\n"
-            f"training.{name} = lambda *_: (print('busy', flush=True), hashlib.pbkdf2_hmac('md5', b'', b'', 10**9))\n")
-    code = RUN.replace("training.train_and_evaluate", busy + "training.train_and_evaluate")
+            f"loop.{name} = lambda *_: (print('busy', flush=True), hashlib.pbkdf2_hmac('md5', b'', b'', 10**9))\n")
+    code = RUN.replace("loop.train_and_evaluate", busy + "loop.train_and_evaluate")
     process = start(tmp_path / "killed", 11, code, subprocess.PIPE)
     while "busy" not in process.stdout.readline():
         assert process.poll() is None

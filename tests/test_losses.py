@@ -10,9 +10,9 @@ from test_model import ONE_LEVEL, SHAPE, images, made
 from test_warp import smooth_field
 
 from configs.smoke import get_config
-from drivenmorph_jax import losses
-from drivenmorph_jax.integrate import exponential
-from drivenmorph_jax.warp import compose
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.warp import compose
+from drivenmorph_jax.network import losses
 
 RNG = np.random.default_rng(0)
 

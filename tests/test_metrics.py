@@ -5,7 +5,8 @@ import SimpleITK as sitk
 import surface_distance
 from scipy import ndimage, stats
 
-from drivenmorph_jax import metrics, warp
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.fields.warp import warp_nearest
 
 
 def waves(amplitude, shape=(14, 12, 10)):
@@ -83,7 +84,7 @@ def test_hd95_of_a_shifted_box_is_the_shift_in_mm():
 def test_warped_labels_are_those_of_warp_nearest(label_maps):
     labels, _ = label_maps
     u = np.random.default_rng(0).normal(scale=4, size=(*labels.shape, 3)).astype(np.float32)
-    expected = warp.warp_nearest(jnp.asarray(labels)[..., None], jnp.asarray(u))[..., 0]
+    expected = warp_nearest(jnp.asarray(labels)[..., None], jnp.asarray(u))[..., 0]
     np.testing.assert_array_equal(metrics.warp_labels(labels, u), expected)
 
 

@@ -7,12 +7,18 @@ from ml_collections import FrozenConfigDict
 from scipy.ndimage import gaussian_filter
 
 from configs.smoke import get_config
-from drivenmorph_jax import demons, forces, model, sharding
+from drivenmorph_jax.backends import programs
+from drivenmorph_jax.demons.forces import squash
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.grid import resize_field
-from drivenmorph_jax.integrate import exponential
-from drivenmorph_jax.jacobian import jacobian_determinant
-from drivenmorph_jax.warp import compose
+from drivenmorph_jax.fields.grid import resize_field
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.jacobian import jacobian_determinant
+from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.fields.warp import compose
+from drivenmorph_jax.network.difference import DifferenceStream
+from drivenmorph_jax.network.model import LOG_STEPS, STEPS, DrivenMorph
+from drivenmorph_jax.network.outputs import driving_force
+from drivenmorph_jax.network.settings import checked
 
 SHAPE = (1, 24, 16, 24, 1)
 BOUND = 1.0  # voxels of a level's field: L = 2 voxels of its features, on a grid twice as fine
@@ -54,7 +60,7 @@ def apply(net, params, fixed, moving):
 
 
 def made(scale=0.1, **changes):
-    net = model.DrivenMorph(settings(**changes))
+    net = DrivenMorph(settings(**changes))
     fixed, moving = images()
     return net, noisy(initial(net), scale), fixed, moving
 
@@ -65,7 +71,7 @@ def test_decoupling_with_forces_held_the_images_do_not_reach_the_deformation(upd
 
     def hold_forces(call, args, kwargs, context):
         out = call(*args, **kwargs)
-        return jax.lax.stop_gradient(out) if isinstance(context.module, model.DifferenceStream) else out
+        return jax.lax.stop_gradient(out) if isinstance(context.module, DifferenceStream) else out
 
     def deformation(images, held):
         if not held:
@@ -87,8 +93,8 @@ def test_no_update_moves_anything_by_more_than_the_bound(scale, factor):
     net, params, fixed, moving = made(scale)
     out = apply(net, params, factor * fixed, moving)
     for update in out.updates:
-        step = exponential(update.velocity, model.STEPS)
-        for vectors in (update.force, update.velocity, step, exponential(-update.velocity, model.STEPS)):
+        step = exponential(update.velocity, STEPS)
+        for vectors in (update.force, update.velocity, step, exponential(-update.velocity, STEPS)):
             length = np.linalg.norm(vectors, axis=-1)
             assert np.isfinite(length).all() and length.max() <= BOUND * (1 + 1e-5)
     largest = max(float(jnp.linalg.norm(u.velocity, axis=-1).max()) for u in out.updates)
@@ -110,9 +116,9 @@ def test_the_log_domain_rule_makes_the_exponential_of_one_velocity():
     net, params, fixed, moving = made(0.1, update_rule="log", strides=(4,), channels=(8,), updates=(1,),
                                       cross_radius=(1,), self_radius=(0,), self_window=(3,))
     made_update, = apply(net, params, fixed, moving).updates
-    v = demons.gaussian_smooth(made_update.velocity, 0.7)  # Z(0, delta) = delta
-    np.testing.assert_allclose(made_update.u, exponential(v, model.LOG_STEPS), atol=1e-5)
-    np.testing.assert_allclose(made_update.u_inverse, exponential(-v, model.LOG_STEPS), atol=1e-5)
+    v = gaussian_smooth(made_update.velocity, 0.7)  # Z(0, delta) = delta
+    np.testing.assert_allclose(made_update.u, exponential(v, LOG_STEPS), atol=1e-5)
+    np.testing.assert_allclose(made_update.u_inverse, exponential(-v, LOG_STEPS), atol=1e-5)
 
 
 def test_the_transform_is_the_composition_of_the_exponentials_of_the_velocities():
@@ -122,25 +128,25 @@ def test_the_transform_is_the_composition_of_the_exponentials_of_the_velocities(
     for update in out.updates:
         space = update.velocity.shape[1:4]
         u, u_inverse = resize_field(u, space), resize_field(u_inverse, space)
-        u = compose(u, exponential(update.velocity, model.STEPS))  # phi o exp(delta)
-        u_inverse = compose(exponential(-update.velocity, model.STEPS), u_inverse)  # exp(-delta) o phi^-1
+        u = compose(u, exponential(update.velocity, STEPS))  # phi o exp(delta)
+        u_inverse = compose(exponential(-update.velocity, STEPS), u_inverse)  # exp(-delta) o phi^-1
     u, u_inverse = resize_field(u, SHAPE[1:4]), resize_field(u_inverse, SHAPE[1:4])
     np.testing.assert_allclose(out.u, u, atol=1e-4)
     np.testing.assert_allclose(out.u_inverse, u_inverse, atol=1e-4)
 
 
 def test_before_training_the_network_is_demons():
-    net = model.DrivenMorph(settings())
+    net = DrivenMorph(settings())
     fixed, moving = images()
     params = initial(net)
     out = apply(net, params, fixed, moving)
     for update in out.updates:  # the residual network starts at zero
-        np.testing.assert_allclose(update.velocity, demons.gaussian_smooth(forces.squash(update.force, BOUND), 0.7),
+        np.testing.assert_allclose(update.velocity, gaussian_smooth(squash(update.force, BOUND), 0.7),
                                    atol=1e-5)
 
 
 def test_before_training_equal_images_stay_where_no_attention_blurs_one():
-    net = model.DrivenMorph(settings(cross_radius=(0, 0, 0)))
+    net = DrivenMorph(settings(cross_radius=(0, 0, 0)))
     fixed, moving = images()
     params = initial(net)
     assert float(jnp.abs(apply(net, params, fixed, fixed).u).max()) < 1e-5
@@ -153,22 +159,22 @@ def test_both_force_terms_are_returned_and_make_the_force():
     for update in out.updates:
         assert float(jnp.linalg.norm(update.demons_force, axis=-1).max()) > 0
     assert any(np.any(update.attention_force) for update in out.updates)
-    np.testing.assert_allclose(model.driving_force(out), sum(resize_field(u.force, SHAPE[1:4]) for u in out.updates),
+    np.testing.assert_allclose(driving_force(out), sum(resize_field(u.force, SHAPE[1:4]) for u in out.updates),
                                atol=1e-5)
 
 
 def test_on_the_features_grid_the_force_is_the_squashed_sum_of_its_terms():
-    stream = model.DifferenceStream(max_step=2.0, heads=2, cross_radius=1, self_radius=1, self_window=0)
+    stream = DifferenceStream(max_step=2.0, heads=2, cross_radius=1, self_radius=1, self_window=0)
     fixed, moving = (jnp.asarray(np.random.default_rng(k).normal(size=(1, 8, 8, 8, 4)), jnp.float32) for k in (0, 1))
     params = noisy(stream.init(jax.random.key(0, impl="rbg"), fixed, moving), 0.1)
     force, demons_force, attention_force = stream.apply(params, fixed, moving)
-    np.testing.assert_allclose(force, forces.squash(demons_force + attention_force, 2.0), atol=1e-5)
+    np.testing.assert_allclose(force, squash(demons_force + attention_force, 2.0), atol=1e-5)
     assert np.any(attention_force)
 
 
 def test_rematerialisation_changes_nothing():
     net, params, fixed, moving = made(0.1, **ONE_LEVEL)
-    again = model.DrivenMorph(settings(remat=True, **ONE_LEVEL))
+    again = DrivenMorph(settings(remat=True, **ONE_LEVEL))
 
     def f(net, params):
         return (apply(net, params, fixed, moving).u ** 2).mean()
@@ -180,20 +186,20 @@ def test_rematerialisation_changes_nothing():
 
 def test_rematerialised_the_memory_of_a_gradient_does_not_grow_with_the_updates():
     def needed(**changes):
-        net, (fixed, moving) = model.DrivenMorph(settings(**ONE_LEVEL | changes)), images()
+        net, (fixed, moving) = DrivenMorph(settings(**ONE_LEVEL | changes)), images()
         params = jax.eval_shape(lambda: initial(net))
         gradient = jax.jit(jax.grad(lambda params: (net.apply(params, fixed, moving).u ** 2).mean()))
-        return sharding.device_memory(gradient.lower(params).compile())
+        return programs.device_memory(gradient.lower(params).compile())
 
     assert needed(remat=True, updates=(8,)) < 0.4 * needed(updates=(8,))
     assert needed(remat=True, updates=(8,)) < 1.5 * needed(remat=True, updates=(2,))
 
 
-def test_rematerialised_on_a_tpu_nothing_is_gathered_again(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+def test_rematerialised_on_a_tpu_nothing_is_gathered_again(compile_for):
+    compile_for("tpu")
 
     def gathers(**changes):
-        net, (fixed, moving) = model.DrivenMorph(settings(**ONE_LEVEL | changes)), images()
+        net, (fixed, moving) = DrivenMorph(settings(**ONE_LEVEL | changes)), images()
         params = jax.eval_shape(lambda: initial(net))
         return str(jax.make_jaxpr(jax.grad(lambda params: (net.apply(params, fixed, moving).u ** 2).mean()))(params)
                    ).count(" gather[")
@@ -204,7 +210,7 @@ def test_rematerialised_on_a_tpu_nothing_is_gathered_again(monkeypatch):
 def test_bfloat16_leaves_fields_float32_and_near():
     net, params, fixed, moving = made(0.02)
     exact = apply(net, params, fixed, moving)
-    near = apply(model.DrivenMorph(settings(dtype="bfloat16")), params, fixed, moving)
+    near = apply(DrivenMorph(settings(dtype="bfloat16")), params, fixed, moving)
     for leaf in jax.tree.leaves(near):
         assert leaf.dtype == jnp.float32
     assert float(jnp.abs(near.u - exact.u).mean()) < 0.1 * float(jnp.abs(exact.u).mean())
@@ -224,4 +230,4 @@ def test_pairs_of_a_batch_do_not_see_each_other():
     ({"field_stride": 0}, "field_stride")])
 def test_settings_that_do_not_fit_are_refused_in_a_sentence(changes, said):
     with pytest.raises(InputError, match=said):
-        model.checked(settings(**changes))
+        checked(settings(**changes))

@@ -7,8 +7,12 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from drivenmorph_jax import nifti
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images import writing
+from drivenmorph_jax.images.intensity import normalise
+from drivenmorph_jax.images.reading import load_image, load_labels
+from drivenmorph_jax.images.volume import Volume, canonical, resample
+from drivenmorph_jax.images.working_grid import working_grid
 
 SHAPE = (14, 11, 9)
 DATA = np.random.default_rng(0).integers(0, 900, SHAPE).astype(np.int16)
@@ -30,7 +34,7 @@ def write(path, data=DATA, affine=None, change=None):
 
 
 def volume(data, affine):
-    return nifti.Volume(data, affine, nibabel.Nifti1Header(), "memory")
+    return Volume(data, affine, nibabel.Nifti1Header(), "memory")
 
 
 def refused(call, path, *words):
@@ -45,7 +49,7 @@ def refused(call, path, *words):
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_image_is_read_as_float_with_its_spacing(tmp_path, ending):
     path = write(tmp_path / f"a{ending}")
-    image = nifti.load_image(path)
+    image = load_image(path)
     assert image.data.dtype == np.float32 and image.path == str(path)
     np.testing.assert_array_equal(image.data, DATA)
     np.testing.assert_allclose(image.spacing, [2, 2, 3])
@@ -56,16 +60,16 @@ def test_slope_is_applied(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[112:120] = np.array([0.5, 3], "<f4").tobytes()  # scl_slope, scl_inter
     path.write_bytes(raw)
-    np.testing.assert_array_equal(nifti.load_image(path).data, DATA * np.float32(0.5) + 3)
+    np.testing.assert_array_equal(load_image(path).data, DATA * np.float32(0.5) + 3)
 
 
 def test_trailing_axis_of_one_is_dropped(tmp_path):
-    assert nifti.load_image(write(tmp_path / "a.nii.gz", DATA[..., None])).data.shape == SHAPE
+    assert load_image(write(tmp_path / "a.nii.gz", DATA[..., None])).data.shape == SHAPE
 
 
 def test_missing_and_folder(tmp_path):
-    refused(lambda: nifti.load_image(tmp_path / "no.nii"), tmp_path / "no.nii", "does not exist")
-    refused(lambda: nifti.load_image(tmp_path), tmp_path, "folder")
+    refused(lambda: load_image(tmp_path / "no.nii"), tmp_path / "no.nii", "does not exist")
+    refused(lambda: load_image(tmp_path), tmp_path, "folder")
 
 
 def test_damaged_files(tmp_path):
@@ -81,24 +85,24 @@ def test_damaged_files(tmp_path):
              "crc.nii.gz": whole[:-8] + b"\1" * 8}
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        refused(lambda name=name: nifti.load_image(tmp_path / name), tmp_path / name, "cannot be read")
+        refused(lambda name=name: load_image(tmp_path / name), tmp_path / name, "cannot be read")
 
 
 def test_other_formats_are_refused(tmp_path):
     path = tmp_path / "a.img"
     nibabel.save(nibabel.AnalyzeImage(DATA.astype(np.float32), np.eye(4)), path)
-    refused(lambda: nifti.load_image(path), path, "not a NIfTI")
+    refused(lambda: load_image(path), path, "not a NIfTI")
 
 
 @pytest.mark.parametrize("shape", [(9, 8), (9, 8, 7, 3), (9, 8, 7, 1, 3)])
 def test_wrong_dimensions(tmp_path, shape):
     path = write(tmp_path / "a.nii", np.ones(shape, np.float32))
-    refused(lambda: nifti.load_image(path), path, "3-D")
+    refused(lambda: load_image(path), path, "3-D")
 
 
 def test_thin_volume(tmp_path):
     path = write(tmp_path / "a.nii", np.ones((9, 1, 7), np.float32))
-    refused(lambda: nifti.load_image(path), path, "at least 2 voxels")
+    refused(lambda: load_image(path), path, "at least 2 voxels")
 
 
 @pytest.mark.parametrize("size, word", [((30000, 30000, 30000), "2^30"), ((0, 5, 5), "no voxels")])
@@ -107,7 +111,7 @@ def test_absurd_sizes_are_refused_before_reading(tmp_path, size, word):
     raw = bytearray(path.read_bytes())
     raw[42:48] = np.array(size, "<i2").tobytes()  # dim[1:4]
     path.write_bytes(raw)
-    refused(lambda: nifti.load_image(path), path, word)
+    refused(lambda: load_image(path), path, word)
 
 
 @pytest.mark.parametrize("value, word", [(np.nan, "NaN"), (np.inf, "NaN or infinite")])
@@ -115,18 +119,18 @@ def test_non_finite_voxels(tmp_path, value, word):
     data = DATA.astype(np.float32)
     data[3, 4, 5] = value
     path = write(tmp_path / "a.nii", data)
-    refused(lambda: nifti.load_image(path), path, word)
-    refused(lambda: nifti.load_labels(path), path, word)
+    refused(lambda: load_image(path), path, word)
+    refused(lambda: load_labels(path), path, word)
 
 
 def test_images_without_content(tmp_path):
     path = write(tmp_path / "a.nii", np.full(SHAPE, 7, np.int16))
-    refused(lambda: nifti.load_image(path), path, "same value")
+    refused(lambda: load_image(path), path, "same value")
     path = write(tmp_path / "b.nii", -DATA)
-    refused(lambda: nifti.load_image(path), path, "above 0")
+    refused(lambda: load_image(path), path, "above 0")
     colour = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
     path = write(tmp_path / "c.nii", colour)
-    refused(lambda: nifti.load_image(path), path, "colour")
+    refused(lambda: load_image(path), path, "colour")
 
 
 def test_unusable_geometry(tmp_path):
@@ -143,15 +147,15 @@ def test_unusable_geometry(tmp_path):
         change(image)
         raw = image.header.binaryblock + path.read_bytes()[348:]
         path.write_bytes(raw)
-        refused(lambda path=path: nifti.load_image(path), path, "affine")
+        refused(lambda path=path: load_image(path), path, "affine")
     path = write(tmp_path / "micron.nii", change=lambda image: image.header.set_xyzt_units("micron"))
-    refused(lambda: nifti.load_image(path), path, "mm")
+    refused(lambda: load_image(path), path, "mm")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
 def test_labels_of_any_type(tmp_path, dtype):
     labels = (DATA % 200).astype(dtype)
-    got = nifti.load_labels(write(tmp_path / "a.nii.gz", labels))
+    got = load_labels(write(tmp_path / "a.nii.gz", labels))
     assert got.data.dtype == np.int32
     np.testing.assert_array_equal(got.data, labels.astype(int))
 
@@ -160,24 +164,24 @@ def test_label_files_that_are_none(tmp_path):
     for name, data, word in (("half", DATA + np.float32(0.5), "fractional"), ("minus", -DATA, "below 0"),
                              ("none", DATA * 0, "background")):
         path = write(tmp_path / f"{name}.nii", data)
-        refused(lambda path=path: nifti.load_labels(path), path, word)
+        refused(lambda path=path: load_labels(path), path, word)
 
 
 def test_labels_must_lie_on_the_image(tmp_path):
-    image = nifti.load_image(write(tmp_path / "image.nii"))
+    image = load_image(write(tmp_path / "image.nii"))
     affine = image.affine.copy()
     affine[0, 3] += 5e-4
-    nifti.load_labels(write(tmp_path / "near.nii", affine=affine), image)
+    load_labels(write(tmp_path / "near.nii", affine=affine), image)
     affine[0, 3] += 0.1
     for path in (write(tmp_path / "far.nii", affine=affine), write(tmp_path / "small.nii", DATA[1:])):
-        refused(lambda path=path: nifti.load_labels(path, image), path, "grid", image.path)
+        refused(lambda path=path: load_labels(path, image), path, "grid", image.path)
 
 
 @pytest.mark.parametrize("axes", ["LAS", "PIR", "SAL"])
 def test_canonical_as_nibabel(axes):
     turn = nibabel.orientations.axcodes2ornt(axes)
     image = nibabel.Nifti1Image(DATA, oblique((1, 2, 3))).as_reoriented(turn)
-    ours = nifti.canonical(volume(np.asarray(image.dataobj), image.affine))
+    ours = canonical(volume(np.asarray(image.dataobj), image.affine))
     theirs = nibabel.as_closest_canonical(image)
     np.testing.assert_array_equal(ours.data, theirs.dataobj)
     np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-12)
@@ -188,14 +192,14 @@ def test_resample_as_simpleitk(tmp_path, order, interpolator):
     smooth = ndimage.gaussian_filter(DATA.astype(np.float32), 1)
     flip = np.diag([-1.0, 1, 1, 1])
     flip[0, 3] = SHAPE[0] - 1
-    source = nifti.load_image(write(tmp_path / "a.nii", smooth, oblique((1, 2, 1.5)) @ flip))
-    target = nifti.load_image(write(tmp_path / "b.nii", smooth[:10], oblique((1.5, 1.2, 1), (0.1, 0.2, 0.3))))
-    ours = nifti.resample(source, target.data.shape, target.affine, order=order)
+    source = load_image(write(tmp_path / "a.nii", smooth, oblique((1, 2, 1.5)) @ flip))
+    target = load_image(write(tmp_path / "b.nii", smooth[:10], oblique((1.5, 1.2, 1), (0.1, 0.2, 0.3))))
+    ours = resample(source, target.data.shape, target.affine, order=order)
     theirs = sitk.Resample(sitk.ReadImage(source.path), sitk.ReadImage(target.path), sitk.Transform(),
                            interpolator)
     theirs = sitk.GetArrayFromImage(theirs).transpose(2, 1, 0)
-    ones = nifti.Volume(np.ones_like(source.data), source.affine, None, "")
-    inside = nifti.resample(ones, target.data.shape, target.affine) > 0.999
+    ones = Volume(np.ones_like(source.data), source.affine, None, "")
+    inside = resample(ones, target.data.shape, target.affine) > 0.999
     assert inside.mean() > 0.05 and not inside.all()
     different = np.abs(ours - theirs)[inside] > 0.01
     assert different.mean() < (1e-3 if order else 0.01)  # nearest: ties fall to either side
@@ -205,7 +209,7 @@ def test_resample_through_a_transform():
     source = volume(DATA.astype(np.float32), np.eye(4))
     shift = np.eye(4)
     shift[:3, 3] = 2, 0, -1
-    moved = nifti.resample(source, SHAPE, np.eye(4), shift)  # out(o) = source(o + (2, 0, -1))
+    moved = resample(source, SHAPE, np.eye(4), shift)  # out(o) = source(o + (2, 0, -1))
     np.testing.assert_allclose(moved[:-2, :, 1:], source.data[2:, :, :-1])
     assert not moved[-2:].any() and not moved[:, :, 0].any()
 
@@ -221,9 +225,9 @@ def test_working_grid_copies_a_volume_of_its_spacing(affine):
     shape = (40, 50, 45)
     centre = nibabel.affines.apply_affine(affine, (18, 30, 20))
     source = volume(ball(shape, affine, centre, 10), affine)
-    grid, grid_affine = nifti.working_grid(source)
-    np.testing.assert_allclose(grid_affine[:3, :3], nifti.canonical(source).affine[:3, :3], atol=1e-9)
-    copy = nifti.resample(source, grid, grid_affine)
+    grid, grid_affine = working_grid(source)
+    np.testing.assert_allclose(grid_affine[:3, :3], canonical(source).affine[:3, :3], atol=1e-9)
+    copy = resample(source, grid, grid_affine)
     np.testing.assert_allclose(np.sort(copy[copy > 1]), np.sort(source.data[source.data > 0]), rtol=1e-5)
     assert grid == (48, 48, 48)  # 20 + 2 * 8 mm, to the next multiple of 16
     middle = nibabel.affines.apply_affine(grid_affine, (np.array(grid) - 1) / 2)
@@ -235,7 +239,7 @@ def test_working_grid_holds_foreground_and_margin_of_an_anisotropic_oblique_volu
     data = np.zeros((60, 50, 20), np.float32)
     data[20:40, 15:35, 5:13] = 1000
     data[2, 2, 2] = 1000  # a speck
-    shape, grid = nifti.working_grid(volume(data, affine), spacing=1.5, multiple=8, margin=6)
+    shape, grid = working_grid(volume(data, affine), spacing=1.5, multiple=8, margin=6)
     assert all(n % 8 == 0 for n in shape) and max(shape) <= 32
     np.testing.assert_allclose(grid[:3, :3].T @ grid[:3, :3], 1.5**2 * np.eye(3), atol=1e-9)
     corners = nibabel.affines.apply_affine(affine, [(i, j, k) for i in (20, 39) for j in (15, 34) for k in (5, 12)])
@@ -247,24 +251,24 @@ def test_working_grid_of_a_sheared_volume_is_rigid():
     affine = np.diag([1.0, 1, 1, 1])
     affine[0, 1] = 0.2
     source = volume(ball((40, 40, 40), affine, (22, 20, 20), 9), affine)
-    shape, grid = nifti.working_grid(source)
+    shape, grid = working_grid(source)
     np.testing.assert_allclose(grid[:3, :3].T @ grid[:3, :3], np.eye(3), atol=1e-9)
-    assert nifti.resample(source, shape, grid).sum() == pytest.approx(source.data.sum(), rel=0.02)
+    assert resample(source, shape, grid).sum() == pytest.approx(source.data.sum(), rel=0.02)
 
 
 def test_working_grid_where_nothing_is_above_zero():
-    shape, _ = nifti.working_grid(volume(np.zeros((20, 20, 20), np.float32), np.eye(4)), margin=0)
+    shape, _ = working_grid(volume(np.zeros((20, 20, 20), np.float32), np.eye(4)), margin=0)
     assert shape == (32, 32, 32)
 
 
 def test_normalise():
     data = np.concatenate([np.full(500, -3.0), np.zeros(500), np.arange(1000.0)]).astype(np.float32).reshape(20, 10, 10)
-    out = nifti.normalise(data)
+    out = normalise(data)
     positive = np.arange(1, 1000.0)
     top = np.percentile(positive[positive > 0.1 * np.percentile(positive, 99)], 99.5)
     np.testing.assert_allclose(out, np.clip(data / top, 0, 1), rtol=1e-5)
     assert out.dtype == np.float32 and out.min() == 0 and out.max() == 1
-    assert not nifti.normalise(data[:9]).any()
+    assert not normalise(data[:9]).any()
 
 
 def test_save_returns_to_the_grid_and_codes_of_like(tmp_path):
@@ -272,8 +276,8 @@ def test_save_returns_to_the_grid_and_codes_of_like(tmp_path):
         image.set_qform(image.affine, 2)
         image.set_sform(image.affine, 4)
 
-    like = nifti.load_image(write(tmp_path / "like.nii", affine=oblique((1, 2, 3)), change=coded))
-    nifti.save(tmp_path / "out.nii.gz", like.data * 0.5, like)
+    like = load_image(write(tmp_path / "like.nii", affine=oblique((1, 2, 3)), change=coded))
+    writing.save(tmp_path / "out.nii.gz", like.data * 0.5, like)
     saved = nibabel.load(tmp_path / "out.nii.gz")
     np.testing.assert_allclose(saved.affine, like.affine, atol=1e-5)
     np.testing.assert_allclose(saved.get_qform(), like.affine, atol=1e-4)
@@ -287,20 +291,20 @@ def test_save_returns_to_the_grid_and_codes_of_like(tmp_path):
     (np.uint8, 207, np.uint8), (np.uint8, 1000, np.int16), (np.float32, 207, np.int16), (np.uint16, 50000, np.uint16),
     (np.float32, 70000, np.int32), (np.int32, 207, np.int32)])
 def test_save_labels_in_a_type_that_holds_them(tmp_path, source, largest, stored):
-    like = nifti.load_image(write(tmp_path / "like.nii", (DATA % 100).astype(source)))
+    like = load_image(write(tmp_path / "like.nii", (DATA % 100).astype(source)))
     labels = np.zeros(SHAPE, np.int32)
     labels[3:5] = largest
-    nifti.save(tmp_path / "out.nii.gz", labels, like)
+    writing.save(tmp_path / "out.nii.gz", labels, like)
     saved = nibabel.load(tmp_path / "out.nii.gz")
     assert saved.get_data_dtype() == stored
     np.testing.assert_array_equal(saved.dataobj, labels)
 
 
 def test_save_fails_in_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
-    like = nifti.load_image(write(tmp_path / "like.nii"))
-    refused(lambda: nifti.save(tmp_path / "out.img", like.data, like), tmp_path / "out.img", ".nii.gz")
+    like = load_image(write(tmp_path / "like.nii"))
+    refused(lambda: writing.save(tmp_path / "out.img", like.data, like), tmp_path / "out.img", ".nii.gz")
     absent = tmp_path / "absent" / "out.nii"
-    refused(lambda: nifti.save(absent, like.data, like), absent, "cannot be written")
+    refused(lambda: writing.save(absent, like.data, like), absent, "cannot be written")
 
     def full(image, path):
         path.write_bytes(b"half")
@@ -308,7 +312,7 @@ def test_save_fails_in_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatc
 
     old = (tmp_path / "like.nii").read_bytes()
     monkeypatch.setattr(nibabel, "save", full)
-    refused(lambda: nifti.save(tmp_path / "like.nii", like.data, like), tmp_path / "like.nii", "cannot be written")
+    refused(lambda: writing.save(tmp_path / "like.nii", like.data, like), tmp_path / "like.nii", "cannot be written")
     assert (tmp_path / "like.nii").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
@@ -316,10 +320,10 @@ def test_freesurfers_files_nibabels_images_and_arrays_are_read_alike(tmp_path):
     affine = oblique((1, 1.5, 2))
     nibabel.save(nibabel.MGHImage(DATA.astype(np.float32), affine), tmp_path / "a.mgz")
     for source in (tmp_path / "a.mgz", nibabel.Nifti1Image(DATA, affine), nibabel.load(tmp_path / "a.mgz")):
-        image = nifti.load_image(source)
+        image = load_image(source)
         np.testing.assert_array_equal(image.data, DATA)
         np.testing.assert_allclose(image.affine, affine, atol=1e-4)
-    array = nifti.load_image(DATA.astype(np.int64))
+    array = load_image(DATA.astype(np.int64))
     np.testing.assert_array_equal(array.data, DATA)
     np.testing.assert_array_equal(array.affine, np.eye(4))
-    refused(lambda: nifti.load_image(np.zeros(SHAPE)), "the array", "same value")
+    refused(lambda: load_image(np.zeros(SHAPE)), "the array", "same value")

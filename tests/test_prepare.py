@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from matplotlib import image as pictures
 
-from drivenmorph_jax import metrics, nifti
 from drivenmorph_jax.data import prepare
 from drivenmorph_jax.data.folder import folder_dataset
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.images.reading import load_image, load_labels
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "malf"
 SHAPE = (20, 24, 20)
@@ -166,7 +167,7 @@ def test_native_brains_come_to_lie_on_each_other(tmp_path):
         for kind in ("t1", "seg"):
             (source / f"{id}_{kind}.nii.gz").symlink_to(SHARED / "native" / f"{id}_{kind}.nii.gz")
     prepare.prepare("malf", source, tmp_path / "out")
-    labels = [nifti.load_labels(tmp_path / "out" / f"{id}_seg.nii.gz").data for id in ("1005", "1116")]
-    assert labels[0].shape == prepare.SHAPE == nifti.load_image(tmp_path / "out" / "mni152_t1.nii.gz").data.shape
+    labels = [load_labels(tmp_path / "out" / f"{id}_seg.nii.gz").data for id in ("1005", "1116")]
+    assert labels[0].shape == prepare.SHAPE == load_image(tmp_path / "out" / "mni152_t1.nii.gz").data.shape
     # Affinely aligned by another program, as the shared folder has them, the two have a Dice of about .4.
     assert metrics.mean_dice(*labels, (0, 1, 42, 43, 46, 63, 64)) > 0.36

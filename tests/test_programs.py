@@ -13,7 +13,6 @@ import pytest
 import eval as eval_program
 import register as register_program
 import train as train_program
-from drivenmorph_jax import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (20, 24, 20)
@@ -35,7 +34,7 @@ def run(program, arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
     status = 0
     try:
-        errors.run(program.main)
+        program.run(program.main)
     except SystemExit as stop:
         status = stop.code or 0
     return status, capsys.readouterr().err

@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from drivenmorph_jax import demons, metrics
-from drivenmorph_jax.refinement import SIGMA, refined
+from drivenmorph_jax import demons
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.fields.inverse import coarse_inverse
+from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.network.refinement import SIGMA, refined
 
 SHAPE = (2, 16, 20, 16)
 
@@ -43,9 +46,9 @@ def test_of_a_network_that_finds_nothing_demons_is_left(pairs):
     for k in range(pairs):
         expected = demons.refine(fixed[k, ..., None], moving[k, ..., None], jnp.zeros((*SHAPE[1:], 3)), 4)
         assert np.abs(expected).max() > 0.5
-        expected = demons.gaussian_smooth(expected, SIGMA)
+        expected = gaussian_smooth(expected, SIGMA)
         np.testing.assert_allclose(u[k], expected, atol=1e-4)
-        np.testing.assert_allclose(u_inverse[k], demons.coarse_inverse(expected, steps=8), atol=1e-3)
+        np.testing.assert_allclose(u_inverse[k], coarse_inverse(expected, steps=8), atol=1e-3)
 
 
 def test_weights_go_with_their_images():

@@ -7,9 +7,12 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from drivenmorph_jax import metrics, nifti, sharding, transforms
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.registration import register
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.images.reading import load_labels
+from drivenmorph_jax.registration.register import register
+from drivenmorph_jax.runtime import sharding
+from drivenmorph_jax.transforms.itk import write_affine
 
 FILES = {"warped.nii.gz", "displacement.nii.gz", "displacement.json", "inverse_displacement.nii.gz",
          "inverse_displacement.json", "jacobian.nii.gz", "force.nii.gz", "force.json", "warped_labels.nii.gz",
@@ -115,7 +118,7 @@ def test_a_labelled_pair_that_shares_its_grid_needs_no_affine(brains, smoke):
     names = [str(brains / f"sub-00{i}_{kind}.nii.gz") for kind in ("t1", "seg") for i in (0, 1)]
     summary = register(*names[:2], checkpoint=smoke[0], affine=False, fixed_labels=names[2],
                        moving_labels=names[3]).summary
-    fixed, moving = (nifti.load_labels(name).data for name in names[2:])
+    fixed, moving = (load_labels(name).data for name in names[2:])
     assert summary["dice_before"] == pytest.approx(metrics.mean_dice(fixed, moving), abs=1e-6)
     assert "affine" in summary["seconds"] and summary["affine"] is False
 
@@ -184,7 +187,7 @@ def test_an_affine_of_ones_own_is_taken_as_it_is(brains, tmp_path):
     names = [str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)]
     shift = np.eye(4)
     shift[:3, 3] = 3, -2, 1
-    transforms.write_affine(tmp_path / "a.tfm", shift)
+    write_affine(tmp_path / "a.tfm", shift)
     found = register(*names, method="demons", affine=str(tmp_path / "a.tfm"), quiet=True)
     np.testing.assert_allclose(found.transform.linear, shift)
     assert found.summary["affine"] == shift.tolist()

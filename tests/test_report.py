@@ -5,8 +5,10 @@ import pytest
 from matplotlib import image
 from scipy import ndimage
 
-from drivenmorph_jax import metrics, report
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.evaluation.figures import _without_side, curves, dice_boxplot, overview
+from drivenmorph_jax.evaluation.tables import LABELS, markdown_table, pairs_csv, report_md
 
 
 def blob_pair(shape, spacing, amplitude=1.0):
@@ -27,7 +29,7 @@ def blob_pair(shape, spacing, amplitude=1.0):
 def test_overview_is_a_picture_of_its_page(tmp_path, shape, spacing):
     pair = blob_pair(shape, spacing)
     labels = (pair["fixed"] > 0.3).astype(int) + (pair["fixed"] > 0.6)
-    report.overview(tmp_path / "new" / "pair.png", **pair, title="a → b\nDice 0.5", labels=labels)
+    overview(tmp_path / "new" / "pair.png", **pair, title="a → b\nDice 0.5", labels=labels)
     pixels = image.imread(tmp_path / "new" / "pair.png")
     assert 1900 < pixels.shape[1] < 2200 and 1000 < pixels.shape[0] < 3000
     # Black tiles on a white page, and colour in them.
@@ -45,7 +47,7 @@ def test_overview_marks_folding_and_takes_trailing_channels_and_a_full_jacobian(
     found = []
     for value in (0.5, -0.5):
         pair["jac"][12:20, 12:20, 12:20] = value
-        report.overview(tmp_path / "pair.png", **pair)
+        overview(tmp_path / "pair.png", **pair)
         pixels = image.imread(tmp_path / "pair.png")[..., :3]
         found.append(np.sum(np.all(np.abs(pixels - yellow) < 0.01, axis=-1)))
     assert found[0] == 0 and found[1] > 1000
@@ -56,7 +58,7 @@ def test_differences_are_those_of_the_matched_values(tmp_path):
     pair |= {"u": np.zeros_like(pair["u"]), "force": np.zeros_like(pair["u"])}
     negative = {name: np.where(pair[name] > 0, 1 - pair[name], 0) for name in ("moving", "warped")}
     for matched in (None, (pair["fixed"], pair["fixed"])):
-        report.overview(tmp_path / "pair.png", **pair | negative, matched=matched)
+        overview(tmp_path / "pair.png", **pair | negative, matched=matched)
         pixels = image.imread(tmp_path / "pair.png")[..., :3]
         coloured.append(np.mean((pixels[..., 0] > pixels[..., 2] + 0.3) & (pixels[..., 0] > 0.5)))  # inferno's light
     assert coloured[1] < 0.5 * coloured[0]
@@ -67,7 +69,7 @@ def test_the_front_of_the_brain_is_drawn_at_the_top_and_its_right_on_the_right(t
     zero = {"u": np.zeros_like(pair["u"]), "force": np.zeros_like(pair["u"]), "jac": np.ones((32, 32, 32))}
     fixed = np.full((32, 32, 32), 0.3)
     fixed[16:, 16:, :] = 1.0  # right and anterior
-    report.overview(tmp_path / "pair.png", fixed, fixed, fixed, **zero, spacing=(1, 1, 1))
+    overview(tmp_path / "pair.png", fixed, fixed, fixed, **zero, spacing=(1, 1, 1))
     pixels = image.imread(tmp_path / "pair.png")[..., 0]
     left, top, tile = int(0.36 * 150), int(0.42 * 150), int(2.2 * 150)
     axial = pixels[top:top + tile, left:left + tile]
@@ -78,9 +80,9 @@ def test_the_front_of_the_brain_is_drawn_at_the_top_and_its_right_on_the_right(t
 
 def test_curves_with_and_without_validation(tmp_path):
     rows = [{"step": step, "loss": np.exp(-step / 50)} for step in range(200)]
-    report.curves(tmp_path / "loss.png", rows)
+    curves(tmp_path / "loss.png", rows)
     rows[100]["val_dice"], rows[150]["val_dice"], rows[199]["val_dice"] = 0.4, float("nan"), 0.6
-    report.curves(tmp_path / "both.png", rows)
+    curves(tmp_path / "both.png", rows)
     one, two = (image.imread(tmp_path / name).shape for name in ("loss.png", "both.png"))
     assert one[0] == two[0] > 300 and two[1] == 2 * one[1]
 
@@ -91,10 +93,10 @@ def test_dice_boxplot_merges_the_sides_of_many_structures(tmp_path):
     after = {label: values + 0.3 for label, values in before.items()}
     names = {label: f"{'Left' if label % 2 else 'Right'}-Area{(label + 1) // 2}" for label in before}
     after[41], names[41] = [float("nan")], "Nowhere"
-    report.dice_boxplot(tmp_path / "merged.png", before, after, names)
+    dice_boxplot(tmp_path / "merged.png", before, after, names)
     first, then = ({label: x[label] for label in range(1, 21)} for x in (before, after))
-    report.dice_boxplot(tmp_path / "twenty.png", first, then, names)
-    report.dice_boxplot(tmp_path / "numbers.png", before, after)
+    dice_boxplot(tmp_path / "twenty.png", first, then, names)
+    dice_boxplot(tmp_path / "numbers.png", before, after)
     merged, twenty, numbers = (image.imread(tmp_path / f"{name}.png").shape[0]
                                for name in ("merged", "twenty", "numbers"))
     assert merged == twenty  # 40 in 20 pairs of sides, and 20 as they are
@@ -105,12 +107,12 @@ def test_dice_boxplot_merges_the_sides_of_many_structures(tmp_path):
     ("Left-Hippocampus", "Hippocampus"), ("Right Ventral DC", "Ventral DC"), ("ctx-lh-insula", "ctx insula"),
     ("amygdala_rh", "amygdala"), ("Bright spot", "Bright spot"), ("Left", "Left")])
 def test_name_without_side(name, bare):
-    assert report._without_side(name) == bare
+    assert _without_side(name) == bare
 
 
 def test_pairs_csv_reads_back(tmp_path):
     rows = [{"pair": "a, b", "dice": 0.5}, {"pair": "c", "dice": 0.25, "hd95": 2.0}]
-    report.pairs_csv(tmp_path / "pairs.csv", rows)
+    pairs_csv(tmp_path / "pairs.csv", rows)
     with open(tmp_path / "pairs.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"pair": "a, b", "dice": "0.5", "hd95": ""},
                                               {"pair": "c", "dice": "0.25", "hd95": "2.0"}]
@@ -118,18 +120,18 @@ def test_pairs_csv_reads_back(tmp_path):
 
 def test_markdown_table():
     summary = {"dice": {"mean": 0.71234, "std": 0.02}, "own": {"mean": 3.0, "std": 1.0}}
-    assert report.markdown_table(summary) == (
+    assert markdown_table(summary) == (
         "| Metric | Mean | Std |\n| --- | ---: | ---: |\n| Dice | 0.7123 | 0.02 |\n| own | 3 | 1 |\n")
 
 
 def test_every_metric_has_a_name_in_tables():
-    assert set(report.LABELS) == set(metrics.DEFINITIONS) - {"brain"}  # which is no metric
+    assert set(LABELS) == set(metrics.DEFINITIONS) - {"brain"}  # which is no metric
 
 
 def test_report_md_links_figures_and_defines_its_numbers(tmp_path):
     rows = [{"pair": "a_b", "dice": 0.7}, {"pair": "b_a", "dice": 0.75}]
     (tmp_path / "figures").mkdir()
-    report.report_md(tmp_path / "report.md", metrics.summarise(rows), rows,
+    report_md(tmp_path / "report.md", metrics.summarise(rows), rows,
                      {"First pair": tmp_path / "figures" / "first pair.png"}, "| level 1 | 0.5 |\n")
     text = (tmp_path / "report.md").read_text()
     assert "![First pair](<figures/first pair.png>)" in text
@@ -140,13 +142,13 @@ def test_report_md_links_figures_and_defines_its_numbers(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "pairs.csv"
-    report.pairs_csv(path, [{"pair": "old"}])
+    pairs_csv(path, [{"pair": "old"}])
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(InputError, match="pairs.csv cannot be written"):
-        report.pairs_csv(path, [{"pair": "new"}])
+        pairs_csv(path, [{"pair": "new"}])
     assert path.read_text() == "pair\nold\n"
     assert list(tmp_path.iterdir()) == [path]

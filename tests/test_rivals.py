@@ -6,9 +6,10 @@ from matplotlib import image
 from ml_collections import ConfigDict
 from scipy import stats
 
-from drivenmorph_jax import data, rivals
+from drivenmorph_jax import data
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.evaluation import evaluate_checkpoint
+from drivenmorph_jax.evaluation import rivals
+from drivenmorph_jax.evaluation.evaluate import evaluate_checkpoint
 
 
 def test_holm_as_by_hand():

@@ -15,10 +15,16 @@ import numpy as np
 import pytest
 
 from configs.smoke import get_config
-from drivenmorph_jax import checkpoint, logs, sharding, training
+from drivenmorph_jax.backends import programs
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.evaluation import load_checkpoint, make_predict
 from drivenmorph_jax.files import alone_in
+from drivenmorph_jax.network.inference import load_checkpoint, make_predict
+from drivenmorph_jax.runtime import logs, sharding
+from drivenmorph_jax.runtime.checkpoint import _newest, manager, read_about
+from drivenmorph_jax.runtime.provenance import git_commit
+from drivenmorph_jax.training import loop, step
+from drivenmorph_jax.training.loop import train_and_evaluate
+from drivenmorph_jax.training.step import compiled_step, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +44,7 @@ def one_level(**changes):
 def latest_bits(workdir):
     """Every array in the newest `latest` checkpoint, and the state of its data."""
     import orbax.checkpoint as ocp
-    path = checkpoint._newest(Path(workdir) / "latest")
+    path = _newest(Path(workdir) / "latest")
     arrays = [ocp.StandardCheckpointer().restore(path / item) for item in ("params", "opt_state")]
     data = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "data")
     return [np.asarray(x) for x in jax.tree.leaves(arrays)], data
@@ -52,16 +58,16 @@ def test_a_run_learns_and_leaves_what_it_promises(smoke):
     assert {"similarity", "smoothness", "level", "force", "gradient_norm", "update_norm"} <= set(rows[0])
     assert "val_dice" in rows[2] and "val_dice" in rows[5] and "val_dice" not in rows[1]
     assert list((workdir / "tensorboard").glob("events*"))
-    about = checkpoint.read_about(workdir)
+    about = read_about(workdir)
     assert about["config"]["steps"] == 6 and {"environment", "spacing", "score"} <= set(about)
-    assert about["environment"]["commit"] == checkpoint.git_commit()
+    assert about["environment"]["commit"] == git_commit()
     assert summary["dice"]["mean"] > summary["dice_initial"]["mean"] + 0.02
     assert summary["fold_pct"]["mean"] < 0.01 and summary["inverse_mm"]["mean"] < 1.0
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch):
     workdir, summary = smoke
-    make = training.compiled_step
+    make = compiled_step
 
     def dying(*arguments):
         (step, config), calls = make(*arguments), iter(range(1, 7))
@@ -73,13 +79,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch
         return until_five, config
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "compiled_step", dying)
+        patch.setattr(loop, "compiled_step", dying)
         with pytest.raises(KeyboardInterrupt):
-            training.train_and_evaluate(get_config(), tmp_path)
+            train_and_evaluate(get_config(), tmp_path)
     assert not (tmp_path / "evaluation").exists()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a killed process may leave half a line
-    again = training.train_and_evaluate(get_config(), tmp_path)
+    again = train_and_evaluate(get_config(), tmp_path)
 
     (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path), latest_bits(workdir)
     assert data == wanted_data
@@ -102,12 +108,12 @@ def test_sigterm_saves_the_step_and_ends_and_the_next_run_goes_on(smoke, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "global_batch", interrupted)
-        assert training.train_and_evaluate(get_config(), tmp_path) is None
+        assert train_and_evaluate(get_config(), tmp_path) is None
     assert "stopped at step 2, which is saved" in capsys.readouterr().out
     assert len(calls) == 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     while_scoring = []
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: while_scoring.append(signal.getsignal(signal.SIGTERM)))
-    training.train_and_evaluate(get_config(), tmp_path)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: while_scoring.append(signal.getsignal(signal.SIGTERM)))
+    train_and_evaluate(get_config(), tmp_path)
     assert while_scoring == [signal.SIG_DFL]  # nobody would look at the event there
     for a, b in zip(latest_bits(tmp_path)[0], latest_bits(smoke[0])[0], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -119,42 +125,42 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(tmp_path, monkey
 
         def memory_stats(self):
             return {"bytes_limit": 2**20}
-    monkeypatch.setattr(training, "jax", SimpleNamespace(**vars(jax) | {"local_devices": lambda: [Device()]}))
+    monkeypatch.setattr(step, "jax", SimpleNamespace(**vars(jax) | {"local_devices": lambda: [Device()]}))
     with pytest.raises(InputError, match="a step on images of 32x40x32 takes .* GiB .*, more than 0.0: set"):
-        training.train_and_evaluate(get_config(), tmp_path)
+        train_and_evaluate(get_config(), tmp_path)
 
 
 def test_with_less_memory_a_step_is_rematerialised_then_in_bfloat16(tmp_path, monkeypatch, capsys):
     config = one_level()
     config.steps, needed = 1, iter((3e9, 2e9, 1e9))
-    monkeypatch.setattr(training, "evaluate", lambda config, *_, **__: config)
-    monkeypatch.setattr(sharding, "device_memory", lambda _: next(needed))
-    found = training.train_and_evaluate(config, tmp_path, memory=1.5e9)
+    monkeypatch.setattr(loop, "evaluate", lambda config, *_, **__: config)
+    monkeypatch.setattr(programs, "device_memory", lambda _: next(needed))
+    found = train_and_evaluate(config, tmp_path, memory=1.5e9)
     assert found.model.remat and found.model.dtype == "bfloat16" and not config.model.remat
     assert "of 32x40x32, remat True, dtype bfloat16 takes 0.9 GiB" in capsys.readouterr().out
-    assert checkpoint.read_about(tmp_path)["config"]["model"]["dtype"] == "bfloat16"
+    assert read_about(tmp_path)["config"]["model"]["dtype"] == "bfloat16"
 
 
 def test_a_crop_that_is_larger_than_the_images_is_one_sentence(tmp_path):
     config = get_config()
     config.data.crop = (0, 64, 0)
     with pytest.raises(InputError, match="crop is .* larger than the images of"):
-        training.train_and_evaluate(config, tmp_path)
+        train_and_evaluate(config, tmp_path)
 
 
 def test_a_step_that_the_compiler_refuses_is_one_sentence(tmp_path, monkeypatch):
     def refuse(_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
                                          "HLO temporaries (20.31G) exceeds available HBM (15.75G).")
-    monkeypatch.setattr(sharding, "device_memory", refuse)
+    monkeypatch.setattr(programs, "device_memory", refuse)
     config = one_level()
     config.steps = 1
     with pytest.raises(InputError, match="bfloat16 takes 20.3 GiB of each device, more than 15.0: set a --config.data"):
-        training.train_and_evaluate(config, tmp_path, memory=15 * 2**30)
+        train_and_evaluate(config, tmp_path, memory=15 * 2**30)
 
 
 def test_a_program_orders_its_operations_for_little_memory():
-    code = ("import jax, jax.numpy as jnp; from drivenmorph_jax import sharding; sharding.start(); "
+    code = ("import jax, jax.numpy as jnp; from drivenmorph_jax.runtime import sharding; sharding.start(); "
             "f = lambda x: sum(jnp.sort(jnp.sin(x * i))[::7].sum() * jnp.cumsum(jnp.cos(x + i))[5] for i in range(8)); "
             "print(jax.jit(f).lower(jnp.zeros(1 << 20)).compile().memory_analysis().temp_size_in_bytes >> 22)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -162,7 +168,7 @@ def test_a_program_orders_its_operations_for_little_memory():
 
 
 def test_deterministic_is_a_flag_that_xla_knows():
-    done = subprocess.run([sys.executable, "-c", "import jax, os; from drivenmorph_jax import sharding; "
+    done = subprocess.run([sys.executable, "-c", "import jax, os; from drivenmorph_jax.runtime import sharding; "
                            "sharding.start(deterministic=True); jax.devices(); print(os.environ['XLA_FLAGS'])"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--xla_gpu_deterministic_ops=true" in done.stdout, done.stderr[-500:]
@@ -170,13 +176,13 @@ def test_deterministic_is_a_flag_that_xla_knows():
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
     with alone_in(tmp_path), pytest.raises(InputError, match="in use by another run"):
-        training.train_and_evaluate(get_config(), tmp_path)
+        train_and_evaluate(get_config(), tmp_path)
 
 
 def test_a_finished_run_is_only_scored_again(smoke):
     workdir, summary = smoke
     before = (workdir / "metrics.jsonl").read_text()
-    again = training.train_and_evaluate(get_config(), workdir)
+    again = train_and_evaluate(get_config(), workdir)
     assert again["dice"] == summary["dice"] and (workdir / "metrics.jsonl").read_text() == before
 
 
@@ -195,7 +201,7 @@ def poisoned(monkeypatch, steps):
 
 def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, capsys):
     config, seen = get_config(), []
-    make = training.compiled_step
+    make = compiled_step
 
     def watched(*arguments):
         step, config = make(*arguments)
@@ -206,10 +212,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, c
             return params, state, row
         return once, config
 
-    monkeypatch.setattr(training, "compiled_step", watched)
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "compiled_step", watched)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: None)
     poisoned(monkeypatch, {2})
-    training.train_and_evaluate(config, tmp_path)
+    train_and_evaluate(config, tmp_path)
     rows = logs.read(tmp_path)
     assert "loss" in rows[0] and "loss" in rows[2] and set(rows[1]) == {"step", "skipped"}
     assert re.match(r"loss is nan at step 2, \S+ to \S+: the step is skipped", rows[1]["skipped"])
@@ -220,22 +226,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, c
 
 
 def test_a_run_whose_steps_are_never_finite_gives_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "MAX_SKIPPED", 3)
+    monkeypatch.setattr(loop, "MAX_SKIPPED", 3)
     poisoned(monkeypatch, range(2, 7))
     with pytest.raises(InputError, match="at step 4, .* and so were the 2 steps before"):
-        training.train_and_evaluate(get_config(), tmp_path)
+        train_and_evaluate(get_config(), tmp_path)
     assert [row["step"] for row in logs.read(tmp_path)] == [1, 2, 3]
 
 
 def test_a_damaged_checkpoint_is_left_for_the_one_before(smoke, tmp_path, capfd, monkeypatch):
     workdir, _ = smoke
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: None)
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "latest" / "6" / "opt_state").rglob("d/*"):  # some of them are copies that nobody reads
         damaged = bytearray(path.read_bytes())
         damaged[len(damaged) // 2] ^= 1
         path.write_bytes(damaged)
-    training.train_and_evaluate(get_config(), tmp_path)
+    train_and_evaluate(get_config(), tmp_path)
     assert "latest/6 is damaged: an older checkpoint is looked for" in capfd.readouterr().err
     for a, b in zip(latest_bits(tmp_path)[0], latest_bits(workdir)[0], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -246,7 +252,7 @@ def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):
     config = get_config()
     config.model.channels = (4, 16)
     with pytest.raises(InputError, match="another model"):
-        training.train_and_evaluate(config, workdir)
+        train_and_evaluate(config, workdir)
     with pytest.raises(InputError, match="model"):
         load_checkpoint(workdir, ["--config.model.channels=(4, 16)"])
     image = np.zeros((1, 32, 32, 32), np.float32)
@@ -259,15 +265,15 @@ def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):
 
 
 def test_a_model_with_a_finer_level_begins_with_the_parameters_of_a_coarser_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: None)
-    monkeypatch.setattr(training, "validate", lambda *_: {"val_dice": 0.5})
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val_dice": 0.5})
     finer = {"channels": (2, 4), "strides": (1, 2), "updates": (1, 1), "cross_radius": (0, 1), "self_radius": (0, 0),
              "self_window": (0, 4)}
     for name, changes in (("coarse", {"strides": (1,)}), ("fine", finer)):
         config = one_level(**changes)
         config.steps, config.learning_rate = 1, 0.0
         config.init = str(tmp_path / "coarse") if name == "fine" else None
-        training.train_and_evaluate(config, tmp_path / name)
+        train_and_evaluate(config, tmp_path / name)
     old, new = (dict(jax.tree.leaves_with_path(load_checkpoint(tmp_path / name)[1])) for name in ("coarse", "fine"))
     assert len(new) > len(old) > 4
     assert all(np.array_equal(new[path], x) for path, x in old.items())
@@ -279,13 +285,13 @@ def test_a_checkpoint_of_a_finer_model_is_no_beginning_for_a_coarser_one(smoke, 
     for name in ("strides", "channels", "updates", "cross_radius", "self_radius", "self_window"):
         config.model[name] = config.model[name][1:]
     with pytest.raises(InputError, match="cannot begin this model: it holds .* of shape"):
-        training.train_and_evaluate(config, tmp_path)
+        train_and_evaluate(config, tmp_path)
 
 
 def test_schedule_warms_up_and_falls():
     config = get_config()
     config.steps, config.warmup_steps, config.learning_rate = 100, 10, 1e-3
-    optimizer, params = training.make_optimizer(config), {"w": np.ones(3, np.float32)}
+    optimizer, params = make_optimizer(config), {"w": np.ones(3, np.float32)}
     state, sizes = optimizer.init(params), []
     for _ in range(100):
         update, state = optimizer.update({"w": np.full(3, 1e3, np.float32)}, state, params)
@@ -320,12 +326,13 @@ import jax, numpy as np
 from ml_collections import FrozenConfigDict
 from scipy.ndimage import gaussian_filter
 from configs.smoke import get_config
-from drivenmorph_jax import sharding, training
-from drivenmorph_jax.model import DrivenMorph
+from drivenmorph_jax.network.model import DrivenMorph
+from drivenmorph_jax.runtime import sharding
+from drivenmorph_jax.training.step import make_optimizer, make_train_step
 config = get_config()
 config.model.update(ONE_LEVEL)
 config.warmup_steps = 0
-model, optimizer = DrivenMorph(FrozenConfigDict(config.model)), training.make_optimizer(config)
+model, optimizer = DrivenMorph(FrozenConfigDict(config.model)), make_optimizer(config)
 rng = np.random.default_rng(0)
 batch = {key: gaussian_filter(rng.random((8, 16, 16, 16, 1), np.float32), (0, 1, 1, 1, 0))
          for key in ("fixed", "moving")}
@@ -336,7 +343,7 @@ for data, space in ((1, 1), (8, 1), (4, 2), (1, 8)):
     mesh = sharding.device_mesh(space, jax.devices()[:data * space])
     params = jax.device_put(jax.tree.map(np.asarray, init), sharding.replicated(mesh))
     state = jax.device_put(optimizer.init(params), sharding.replicated(mesh))
-    step, losses, first = training.make_train_step(model, optimizer, config, mesh), [], params
+    step, losses, first = make_train_step(model, optimizer, config, mesh), [], params
     memory = step.lower(params, state, large).compile().memory_analysis().temp_size_in_bytes if data == 1 else 0
     for _ in range(3):
         split = sharding.global_batch(batch, mesh)
@@ -364,8 +371,8 @@ PREDICT = """
 import jax, numpy as np
 from configs.smoke import get_config
 from drivenmorph_jax import data
-from drivenmorph_jax.evaluation import grid_multiple, make_predict, predictions
-from drivenmorph_jax.networks import make_network
+from drivenmorph_jax.network.inference import grid_multiple, make_predict, predictions
+from drivenmorph_jax.network.networks import make_network
 config = get_config()
 config.space = 2
 pairs = data.ordered_pairs(data.load(config.data, ("test",), grid_multiple(config)).test)
@@ -386,7 +393,8 @@ def test_a_volume_on_two_devices_is_registered_as_on_one():
 PROCESS = f"ONE_LEVEL = {ONE_LEVEL}" + """
 import sys
 from configs.smoke import get_config
-from drivenmorph_jax import sharding, training
+from drivenmorph_jax.runtime import sharding
+from drivenmorph_jax.training import loop
 workdir, steps, coordinator, processes, process = sys.argv[1:]
 if coordinator:
     sharding.start(True, coordinator_address=coordinator, num_processes=int(processes), process_id=int(process))
@@ -394,9 +402,9 @@ config = get_config()
 config.model.update(ONE_LEVEL)
 config.batch_size, config.steps = 8, int(steps)
 config.warmup_steps, config.learning_rate = 1000, 1.0  # the same rate at a step, wherever the run ends
-training.evaluate = lambda *_, **__: None
-training.validate = lambda *_: {"val_dice": 0.5}
-training.train_and_evaluate(config, workdir)
+loop.evaluate = lambda *_, **__: None
+loop.validate = lambda *_: {"val_dice": 0.5}
+loop.train_and_evaluate(config, workdir)
 """
 
 
@@ -410,7 +418,7 @@ def test_two_processes_train_as_one_end_together_and_their_checkpoint_goes_on_on
     pair[1].terminate()
     for process in pair:
         finish(process)
-    with checkpoint.manager(tmp_path / "two" / "latest") as latest:
+    with manager(tmp_path / "two" / "latest") as latest:
         stopped = latest.latest_step()
     assert 2 <= stopped < 1000
     shutil.copytree(tmp_path / "two", tmp_path / "one")
@@ -435,4 +443,4 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch, tmp_path)
         size, shape = 3, {"data": 3}
     monkeypatch.setattr(sharding, "device_mesh", lambda space: Mesh)
     with pytest.raises(InputError, match="batch_size=3"):
-        training.train_and_evaluate(get_config(), tmp_path)
+        train_and_evaluate(get_config(), tmp_path)

@@ -7,8 +7,19 @@ import SimpleITK as sitk
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
-from drivenmorph_jax import nifti, transforms
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.reading import load_image
+from drivenmorph_jax.images.volume import Volume, resample
+from drivenmorph_jax.transforms import world
+from drivenmorph_jax.transforms.files import read_displacement, write_displacement
+from drivenmorph_jax.transforms.itk import read_affine, write_affine
+from drivenmorph_jax.transforms.world import (
+    jacobian_determinant_of_displacement,
+    total_displacement,
+    total_inverse_displacement,
+    transform_points,
+    unfolded,
+)
 
 TURN = nibabel.eulerangles.euler2mat
 
@@ -46,7 +57,7 @@ def points_of(shape, affine):
 
 def volume_on(path, shape, affine):
     nibabel.save(nibabel.Nifti1Image(blobs(points_of(shape, affine)), affine), path)
-    return nifti.load_image(path)
+    return load_image(path)
 
 
 def smooth_field(shape, largest, seed=0):
@@ -69,20 +80,20 @@ def refused(call, path, *words):
 def test_simpleitk_resamples_with_our_file_to_our_image(tmp_path, fixed_grid, moving_grid, frame):
     fixed = volume_on(tmp_path / "fixed.nii.gz", *GRIDS[fixed_grid])
     moving = volume_on(tmp_path / "moving.nii.gz", *GRIDS[moving_grid])
-    displacement = transforms.total_displacement(fixed.data.shape, fixed.affine, smooth_field(WORK[0], 1.5),
+    displacement = total_displacement(fixed.data.shape, fixed.affine, smooth_field(WORK[0], 1.5),
                                                  WORK[1], T)
-    ours = transforms.apply(moving, displacement, fixed.affine)
+    ours = world.apply(moving, displacement, fixed.affine)
     path = tmp_path / "displacement.nii.gz"
-    transforms.write_displacement(path, displacement, fixed, "fixed to moving", frame)
+    write_displacement(path, displacement, fixed, "fixed to moving", frame)
 
     field = sitk.DisplacementFieldTransform(sitk.Cast(sitk.ReadImage(path), sitk.sitkVectorFloat64))
     theirs = sitk.Resample(sitk.ReadImage(moving.path), sitk.ReadImage(fixed.path), field, sitk.sitkLinear)
     theirs = sitk.GetArrayFromImage(theirs).transpose(2, 1, 0)
-    ones = nifti.Volume(np.ones_like(moving.data), moving.affine, None, "")
-    inside = transforms.apply(ones, displacement, fixed.affine) > 0.999
+    ones = Volume(np.ones_like(moving.data), moving.affine, None, "")
+    inside = world.apply(ones, displacement, fixed.affine) > 0.999
     assert inside.mean() > 0.3
     assert np.abs(ours - theirs)[inside].mean() < 0.002 * np.ptp(ours)
-    unmoved = nifti.resample(moving, fixed.data.shape, fixed.affine)
+    unmoved = resample(moving, fixed.data.shape, fixed.affine)
     assert np.abs(unmoved - ours)[inside].mean() > 0.02 * np.ptp(ours)  # the comparison sees the motion
 
 
@@ -92,7 +103,7 @@ def test_constant_field_and_affine_in_closed_form(name):
     u = np.broadcast_to(np.float32([1.0, -0.5, 2.0]), (*WORK[0], 3))
     x = points_of(shape, affine)
     expected = apply_affine(T, x + WORK[1][:3, :3] @ [1.0, -0.5, 2.0]) - x
-    got = transforms.total_displacement(shape, affine, u, WORK[1], T)
+    got = total_displacement(shape, affine, u, WORK[1], T)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
@@ -103,11 +114,11 @@ def test_forward_then_inverse_returns(fixed_grid, moving_grid):
     matrix = np.eye(3) + np.random.default_rng(1).normal(0, 0.05, (3, 3))
     w = np.moveaxis(np.indices(WORK[0]), 0, -1) - 11.5
     u, u_inverse = w @ matrix.T - w, w @ np.linalg.inv(matrix).T - w
-    forward = transforms.total_displacement(*GRIDS[fixed_grid], u, WORK[1], T)
-    inverse = transforms.total_inverse_displacement(*GRIDS[moving_grid], u_inverse, WORK[1], T)
+    forward = total_displacement(*GRIDS[fixed_grid], u, WORK[1], T)
+    inverse = total_inverse_displacement(*GRIDS[moving_grid], u_inverse, WORK[1], T)
     points = np.random.default_rng(2).uniform(-10, 10, (200, 3))
-    there = transforms.transform_points(points, forward, GRIDS[fixed_grid][1])
-    back = transforms.transform_points(there, inverse, GRIDS[moving_grid][1])
+    there = transform_points(points, forward, GRIDS[fixed_grid][1])
+    back = transform_points(there, inverse, GRIDS[moving_grid][1])
     assert np.linalg.norm(there - points, axis=1).mean() > 1
     np.testing.assert_allclose(back, points, atol=1e-4)
 
@@ -115,7 +126,7 @@ def test_forward_then_inverse_returns(fixed_grid, moving_grid):
 def test_field_is_clamped_beyond_the_working_grid():
     u = np.zeros((4, 4, 4, 3), np.float32)
     u[-1, :, :, 1] = 3
-    got = transforms.total_displacement((10, 2, 2), np.eye(4), u, np.eye(4), np.eye(4))
+    got = total_displacement((10, 2, 2), np.eye(4), u, np.eye(4), np.eye(4))
     np.testing.assert_allclose(got[:, 0, 0, 1], [0, 0, 0, 3, 3, 3, 3, 3, 3, 3])
 
 
@@ -126,19 +137,19 @@ def test_blob_moves_as_its_point_does():
     peak = lambda data: apply_affine(affine, ndimage.center_of_mass(data**4))  # noqa: E731
     narrow = lambda x: np.exp(-(x**2).sum(-1) / 10).astype(np.float32)  # noqa: E731
     fixed = narrow(points_of(shape, affine))
-    moving = nifti.Volume(narrow(points_of(shape, affine) - shift), affine, None, "")
+    moving = Volume(narrow(points_of(shape, affine) - shift), affine, None, "")
     displacement = np.broadcast_to(shift.astype(np.float32), (*shape, 3))
-    warped = transforms.apply(moving, displacement, affine)
+    warped = world.apply(moving, displacement, affine)
     np.testing.assert_allclose(peak(moving.data) - peak(fixed), shift, atol=0.05)
     np.testing.assert_allclose(peak(warped), peak(fixed), atol=0.05)
-    np.testing.assert_allclose(transforms.transform_points(peak(fixed)[None], displacement, affine)[0],
+    np.testing.assert_allclose(transform_points(peak(fixed)[None], displacement, affine)[0],
                                peak(moving.data), atol=0.05)
 
 
 def test_apply_keeps_labels_whole_and_is_zero_outside():
     labels = np.random.default_rng(0).integers(1, 9, (6, 7, 8)).astype(np.int32)
     shift = np.broadcast_to(np.float32([2.4, 0, 0]), (6, 7, 8, 3))
-    out = transforms.apply(nifti.Volume(labels, np.eye(4), None, ""), shift, np.eye(4), order=0)
+    out = world.apply(Volume(labels, np.eye(4), None, ""), shift, np.eye(4), order=0)
     assert out.dtype == np.int32
     np.testing.assert_array_equal(out[:-2], labels[2:])
     assert not out[-2:].any()
@@ -149,7 +160,7 @@ def test_jacobian_of_a_linear_map_is_its_determinant(name):
     shape, affine = GRIDS[name]
     x = points_of(shape, affine)
     displacement = (apply_affine(T, x) - x).astype(np.float32)
-    got = transforms.jacobian_determinant_of_displacement(displacement, affine)
+    got = jacobian_determinant_of_displacement(displacement, affine)
     np.testing.assert_allclose(got, np.linalg.det(T[:3, :3]), atol=1e-4)
 
 
@@ -157,10 +168,10 @@ def test_jacobian_as_simpleitk(tmp_path):
     # ITK's filter ignores the direction cosines, so it is right where they are the identity: on an LPS grid
     fixed = volume_on(tmp_path / "fixed.nii.gz", *grid((40, 36, 20), (1, 1.2, 2), flip=(-1, -1, 1)))
     displacement = smooth_field(fixed.data.shape, 3)
-    transforms.write_displacement(tmp_path / "d.nii", displacement, fixed, "fixed to moving")
+    write_displacement(tmp_path / "d.nii", displacement, fixed, "fixed to moving")
     theirs = sitk.DisplacementFieldJacobianDeterminant(sitk.ReadImage(tmp_path / "d.nii"))
     theirs = sitk.GetArrayFromImage(theirs).transpose(2, 1, 0)[1:-1, 1:-1, 1:-1]
-    ours = transforms.jacobian_determinant_of_displacement(displacement, fixed.affine)[1:-1, 1:-1, 1:-1]
+    ours = jacobian_determinant_of_displacement(displacement, fixed.affine)[1:-1, 1:-1, 1:-1]
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert np.ptp(ours) > 0.5
 
@@ -170,7 +181,7 @@ def test_displacement_file_and_sidecar(tmp_path, frame, intent, signs):
     fixed = volume_on(tmp_path / "fixed.nii", *GRIDS["oblique"])
     displacement = smooth_field(fixed.data.shape, 3)
     path = tmp_path / "sub-01_xfm.nii.gz"
-    transforms.write_displacement(path, displacement, fixed, "fixed to moving", frame)
+    write_displacement(path, displacement, fixed, "fixed to moving", frame)
     image = nibabel.load(path)
     assert image.shape == (*fixed.data.shape, 1, 3) and image.get_data_dtype() == np.float32
     assert int(image.header["intent_code"]) == intent
@@ -179,25 +190,25 @@ def test_displacement_file_and_sidecar(tmp_path, frame, intent, signs):
     assert (sidecar["Frame"], sidecar["Unit"], sidecar["Direction"]) == (frame, "mm", "fixed to moving")
     assert sidecar["GridShape"] == list(fixed.data.shape)
     np.testing.assert_allclose(sidecar["GridAffineRAS"], fixed.affine)
-    back, affine, _ = transforms.read_displacement(path)
+    back, affine, _ = read_displacement(path)
     np.testing.assert_array_equal(back, displacement)
     np.testing.assert_allclose(affine, fixed.affine, atol=1e-5)
 
 
 def test_files_that_are_no_displacement(tmp_path):
     fixed = volume_on(tmp_path / "fixed.nii", *GRIDS["isotropic"])
-    refused(lambda: transforms.read_displacement(fixed.path), fixed.path, "1007")
+    refused(lambda: read_displacement(fixed.path), fixed.path, "1007")
     displacement = np.full((*fixed.data.shape, 3), np.nan, np.float32)
     path = tmp_path / "nan.nii"
-    transforms.write_displacement(path, displacement, fixed, "fixed to moving")
-    refused(lambda: transforms.read_displacement(path), path, "NaN")
+    write_displacement(path, displacement, fixed, "fixed to moving")
+    refused(lambda: read_displacement(path), path, "NaN")
 
 
 @pytest.mark.parametrize("ending", [".tfm", ".txt", ".mat"])
 def test_affine_round_trip_and_meaning(tmp_path, ending):
     path = tmp_path / f"affine{ending}"
-    transforms.write_affine(path, T)
-    np.testing.assert_allclose(transforms.read_affine(path), T, atol=1e-12)
+    write_affine(path, T)
+    np.testing.assert_allclose(read_affine(path), T, atol=1e-12)
     point = np.array([10.0, -20.0, 30.0])
     lps = np.array([-1, -1, 1])
     moved = np.array(sitk.ReadTransform(path).TransformPoint((point * lps).tolist())) * lps
@@ -208,23 +219,23 @@ def test_affine_round_trip_and_meaning(tmp_path, ending):
 def test_affine_of_another_itk_type_and_centre(tmp_path):
     rigid = sitk.Euler3DTransform((10, 20, 30), 0.1, 0.2, 0.3, (4, 5, 6))
     sitk.WriteTransform(rigid, tmp_path / "rigid.tfm")
-    got = apply_affine(transforms.read_affine(tmp_path / "rigid.tfm"), (1.0, 2.0, 3.0))
+    got = apply_affine(read_affine(tmp_path / "rigid.tfm"), (1.0, 2.0, 3.0))
     np.testing.assert_allclose(got * [-1, -1, 1], rigid.TransformPoint((-1.0, -2.0, 3.0)), atol=1e-9)
 
 
 def test_files_that_are_no_affine(tmp_path):
-    refused(lambda: transforms.read_affine(tmp_path / "no.tfm"), "no.tfm", "does not exist")
+    refused(lambda: read_affine(tmp_path / "no.tfm"), "no.tfm", "does not exist")
     (tmp_path / "text.tfm").write_text("hello")
-    refused(lambda: transforms.read_affine(tmp_path / "text.tfm"), "text.tfm", "ITK")
+    refused(lambda: read_affine(tmp_path / "text.tfm"), "text.tfm", "ITK")
     sitk.WriteTransform(sitk.BSplineTransform(3), tmp_path / "spline.tfm")
-    refused(lambda: transforms.read_affine(tmp_path / "spline.tfm"), "spline.tfm", "linear")
+    refused(lambda: read_affine(tmp_path / "spline.tfm"), "spline.tfm", "linear")
     sitk.WriteTransform(sitk.Euler2DTransform(), tmp_path / "flat.tfm")
-    refused(lambda: transforms.read_affine(tmp_path / "flat.tfm"), "flat.tfm", "3-D")
+    refused(lambda: read_affine(tmp_path / "flat.tfm"), "flat.tfm", "3-D")
     text = "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
     (tmp_path / "singular.tfm").write_text(text + "Parameters: 1 0 0 0 1 0 0 0 0 0 0 0\nFixedParameters: 0 0 0\n")
-    refused(lambda: transforms.read_affine(tmp_path / "singular.tfm"), "singular.tfm")
-    refused(lambda: transforms.write_affine(tmp_path / "a.nii", T), "a.nii", ".tfm")
-    refused(lambda: transforms.write_affine(tmp_path / "none" / "a.tfm", T), "a.tfm", "cannot be written")
+    refused(lambda: read_affine(tmp_path / "singular.tfm"), "singular.tfm")
+    refused(lambda: write_affine(tmp_path / "a.nii", T), "a.nii", ".tfm")
+    refused(lambda: write_affine(tmp_path / "none" / "a.tfm", T), "a.tfm", "cannot be written")
 
 
 def test_a_coarse_grids_samples_of_a_field_that_folds_nowhere_do_not_fold_either():
@@ -232,13 +243,13 @@ def test_a_coarse_grids_samples_of_a_field_that_folds_nowhere_do_not_fold_either
     x, y, _ = np.indices((60, 60, 60))
     wave = 2 * np.pi / 20
     u = np.stack([5 * np.sin(wave * y), 5 * np.sin(wave * (x + 5 * np.sin(wave * y))), 0 * x], -1).astype(np.float32)
-    assert transforms.jacobian_determinant_of_displacement(u, np.eye(4)).min() > 0.4
+    assert jacobian_determinant_of_displacement(u, np.eye(4)).min() > 0.4
     shape, affine = (15, 15, 15), np.diag([4.0, 4, 4, 1])
     turned = np.diag([-1.0, 1, 1, 1])
-    for total in (transforms.total_displacement, transforms.total_inverse_displacement):
+    for total in (total_displacement, total_inverse_displacement):
         got = total(shape, affine, u, np.eye(4), np.eye(4))
-        assert transforms.jacobian_determinant_of_displacement(u[::4, ::4, ::4], affine).min() < -0.3
-        assert transforms.jacobian_determinant_of_displacement(got, affine).min() > 0
-        np.testing.assert_array_equal(transforms.unfolded(u, np.eye(4), np.eye(4)), u)
-        assert transforms.jacobian_determinant_of_displacement(
+        assert jacobian_determinant_of_displacement(u[::4, ::4, ::4], affine).min() < -0.3
+        assert jacobian_determinant_of_displacement(got, affine).min() > 0
+        np.testing.assert_array_equal(unfolded(u, np.eye(4), np.eye(4)), u)
+        assert jacobian_determinant_of_displacement(
             total(shape, affine, 0 * u, np.eye(4), turned), affine).max() == pytest.approx(-1)

@@ -6,7 +6,7 @@ from jax.test_util import check_grads
 from scipy.ndimage import gaussian_filter, map_coordinates
 from test_training import finish, start
 
-from drivenmorph_jax.warp import compose, warp, warp_nearest
+from drivenmorph_jax.fields.warp import compose, warp, warp_nearest
 
 RNG = np.random.default_rng(0)
 
@@ -67,17 +67,17 @@ def test_what_a_tpu_computes_is_what_the_others_do_and_so_is_its_derivative(comp
 
 SPLIT = """
 import math, re
-from unittest import mock
 import jax, numpy as np
-from drivenmorph_jax import sharding
-from drivenmorph_jax.warp import warp
+from drivenmorph_jax.backends import compiling_for
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.runtime import sharding
 mesh = sharding.device_mesh(4)
 split = sharding.split_batch(mesh)
 image, u, g = (jax.random.normal(jax.random.key(i), (1, 8, 96, 8, c)) for i, c in enumerate((1, 3, 1)))
 def gradient(image, u, g):
     return jax.vjp(warp, image, u)[1](g)
 wanted = gradient(image, u, g)
-with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+with compiling_for("tpu"):
     compiled = jax.jit(gradient, in_shardings=split, out_shardings=(split, split)).lower(image, u, g).compile()
 for a, b in zip(compiled(*(jax.device_put(x, split) for x in (image, u, g))), wanted):
     np.testing.assert_allclose(a, b, atol=1e-4)
@@ -91,10 +91,10 @@ def test_on_tpus_that_share_a_volume_a_slice_of_it_is_sent_at_a_time():
     assert sent and max(sent) < whole / 2
 
 
-def test_on_a_tpu_values_keep_the_precision_of_float32(monkeypatch):
+def test_on_a_tpu_values_keep_the_precision_of_float32(compile_for):
     # Gathered in bfloat16, as three parts.
     image = np.random.default_rng(0).normal(size=(6, 5, 7, 3), scale=50).astype(np.float32)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    compile_for("tpu")
     np.testing.assert_allclose(jax.jit(warp)(image, np.zeros((6, 5, 7, 3), np.float32)), image, rtol=2e-7)
 
 
@@ -107,9 +107,9 @@ def test_what_a_gpu_computes_is_what_the_others_do_and_so_is_its_derivative(comp
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])
-def test_gradient_of_a_bfloat16_image_is_added_up_in_float32(monkeypatch, backend):
+def test_gradient_of_a_bfloat16_image_is_added_up_in_float32(compile_for, backend):
     # In bfloat16 the sum of ones stands still at 256.
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    compile_for(backend)
     image, u = jnp.ones((8, 8, 8, 2), jnp.bfloat16), -100 * jnp.ones((8, 8, 8, 3))
     gradient = jax.grad(lambda image: warp(image, u).astype(jnp.float32).sum())(image)
     assert gradient.dtype == jnp.bfloat16

@@ -10,11 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.default import get_config
-from drivenmorph_jax import contrast, data, metrics
-from drivenmorph_jax.checkpoint import SHIPPED
+from drivenmorph_jax import data
 from drivenmorph_jax.data import augmentation
-from drivenmorph_jax.evaluation import grid_multiple, load_checkpoint, make_predict
-from drivenmorph_jax.registration import REFINE_STEPS, register
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.images import contrast
+from drivenmorph_jax.network.inference import grid_multiple, load_checkpoint, make_predict
+from drivenmorph_jax.registration.register import REFINE_STEPS, register
+from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 MALF = Path(__file__).resolve().parents[2] / "shared" / "data" / "malf"
 EXCLUDE = (0, 1, 42, 43, 46, 63, 64)

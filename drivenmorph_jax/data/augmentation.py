@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drivenmorph_jax.grid import identity_grid
-from drivenmorph_jax.warp import warp, warp_nearest
+from drivenmorph_jax.fields.grid import identity_grid
+from drivenmorph_jax.fields.warp import warp, warp_nearest
 
 
 def change_contrast(image, key, strength):

@@ -17,9 +17,9 @@ from scipy.ndimage import gaussian_filter
 
 from drivenmorph_jax.data.subject import SPLITS, Dataset, Subject, read_label_names
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.grid import identity_grid
-from drivenmorph_jax.integrate import exponential
-from drivenmorph_jax.warp import compose, warp, warp_nearest
+from drivenmorph_jax.fields.grid import identity_grid
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.warp import compose, warp, warp_nearest
 
 SMALLEST_LABEL = 40  # voxels of the working grid; below that one voxel of boundary decides the Dice
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from drivenmorph_jax import nifti
 from drivenmorph_jax.data.subject import SPLITS, Dataset, Subject, read_label_names
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.intensity import normalise
+from drivenmorph_jax.images.reading import load_image, load_labels
+from drivenmorph_jax.images.volume import canonical
 
 IMAGE, LABELS = "_t1.nii.gz", "_seg.nii.gz"
 SPLIT_SEED = 0  # a folder without splits.json is split the same way by training and by evaluation
@@ -108,16 +110,16 @@ def drawn_splits(found):
 def _read_subject(root, id, skip_bad):
     labels = None
     try:
-        image = nifti.load_image(root / f"{id}{IMAGE}")
+        image = load_image(root / f"{id}{IMAGE}")
         if (root / f"{id}{LABELS}").is_file():
-            labels = nifti.canonical(nifti.load_labels(root / f"{id}{LABELS}", image)).data.astype(np.int32)
+            labels = canonical(load_labels(root / f"{id}{LABELS}", image)).data.astype(np.int32)
     except InputError as error:
         if not skip_bad:
             raise
         print(f"{id} is left out: {error}", file=sys.stderr)
         return None
-    image = nifti.canonical(image)
-    return Subject(id, np.asarray(nifti.normalise(image.data), np.float32), labels, image.affine)
+    image = canonical(image)
+    return Subject(id, np.asarray(normalise(image.data), np.float32), labels, image.affine)
 
 
 def _common_spacing(root, subjects):

@@ -7,7 +7,7 @@ import numpy as np
 
 from drivenmorph_jax.data.subject import ordered_pairs
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.grid import average_pool
+from drivenmorph_jax.fields.grid import average_pool
 
 READERS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches
 

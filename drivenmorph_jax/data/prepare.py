@@ -26,10 +26,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from drivenmorph_jax import errors, nifti
+from drivenmorph_jax.cli.program import run
 from drivenmorph_jax.data.folder import IMAGE, LABELS, drawn_splits
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.images import writing
+from drivenmorph_jax.images.intensity import foreground, normalise
+from drivenmorph_jax.images.reading import load_image, load_labels
+from drivenmorph_jax.images.volume import canonical, on_grid, resample, smoothed
 
 SHAPE, SPACING = (160, 192, 160), 1.0  # of the grid in MNI space; holds the template's brain and 10 mm more
 NIFTI = (".nii.gz", ".nii", ".mgz")
@@ -169,7 +173,7 @@ def prepare(name, source, destination, workers=None):
         shutil.copyfile(table, destination / "labels.csv")
     if not aligned:
         template, grid = mni_grid()
-        _save(destination / f"mni152{IMAGE}", nifti.resample(template, SHAPE, grid), nifti.on_grid(SHAPE, grid))
+        _save(destination / f"mni152{IMAGE}", resample(template, SHAPE, grid), on_grid(SHAPE, grid))
     contact_sheet(destination / "contact_sheet.png", destination, made)
     return made
 
@@ -183,22 +187,22 @@ def _prepared(job):
     try:
         if image.suffix == ".pkl":
             voxels, segmentation = load_pickle(image)
-            image, labels = nifti.load_image(voxels), nifti.load_labels(segmentation.astype(np.int32))
+            image, labels = load_image(voxels), load_labels(segmentation.astype(np.int32))
         else:
-            image = nifti.load_image(_source(image))
-            labels = nifti.load_labels(_source(labels), image) if labels is not None and labels.is_file() else None
+            image = load_image(_source(image))
+            labels = load_labels(_source(labels), image) if labels is not None and labels.is_file() else None
         if aligned:
-            image, labels = nifti.canonical(image), labels and nifti.canonical(labels)
+            image, labels = canonical(image), labels and canonical(labels)
             voxels, segmentation, grid = image.data, labels and labels.data, image.affine
         else:
-            from drivenmorph_jax.affine import register_affine
+            from drivenmorph_jax.transforms.affine import register_affine
             template, grid = mni_grid()
             transform = register_affine(template, image)
-            voxels = nifti.resample(nifti.smoothed(image, SPACING), SHAPE, grid, transform)
-            segmentation = labels and nifti.resample(labels, SHAPE, grid, transform, order=0)
-        like = nifti.on_grid(voxels.shape, grid)
+            voxels = resample(smoothed(image, SPACING), SHAPE, grid, transform)
+            segmentation = labels and resample(labels, SHAPE, grid, transform, order=0)
+        like = on_grid(voxels.shape, grid)
         if segmentation is not None:
-            nifti.save(destination / f"{id}{LABELS}", segmentation.astype(np.int32), like)
+            writing.save(destination / f"{id}{LABELS}", segmentation.astype(np.int32), like)
         _save(out, voxels, like)  # last: where it is, the subject is whole
     except InputError as error:
         return str(error)
@@ -207,7 +211,7 @@ def _prepared(job):
 
 def _save(path, voxels, like):
     # 255 steps are more than a scanner's noise lets through.
-    nifti.save(path, np.rint(255 * nifti.normalise(voxels)).astype(np.int16), like)
+    writing.save(path, np.rint(255 * normalise(voxels)).astype(np.int16), like)
 
 
 def _source(path):
@@ -218,8 +222,8 @@ def _source(path):
 def mni_grid():
     """(the MNI152 brain as a Volume, the affine of a grid of `SHAPE` around it)."""
     from nilearn.datasets import load_mni152_template
-    template = nifti.canonical(nifti.load_image(load_mni152_template(resolution=1)))
-    inside = np.argwhere(nifti.foreground(template.data))
+    template = canonical(load_image(load_mni152_template(resolution=1)))
+    inside = np.argwhere(foreground(template.data))
     centre = template.affine @ [*(inside.min(0) + inside.max(0)) / 2, 1]
     affine = np.diag([SPACING, SPACING, SPACING, 1.0])
     affine[:3, 3] = np.round(centre[:3] - SPACING * (np.array(SHAPE) - 1) / 2)
@@ -244,11 +248,11 @@ def contact_sheet(path, folder, ids):
     figure = Figure(figsize=(1.2 * columns, 1.45 * rows), facecolor="black", layout="tight")
     for k, id in enumerate(ids):
         ax = figure.add_subplot(rows, columns, k + 1)
-        image = nifti.load_image(folder / f"{id}{IMAGE}").data
+        image = load_image(folder / f"{id}{IMAGE}").data
         plane = image[:, :, image.shape[2] // 2].T
         ax.imshow(plane, cmap="gray", origin="lower")
         if (folder / f"{id}{LABELS}").is_file():
-            labels = nifti.load_labels(folder / f"{id}{LABELS}").data[:, :, image.shape[2] // 2].T
+            labels = load_labels(folder / f"{id}{LABELS}").data[:, :, image.shape[2] // 2].T
             edges = (labels != np.roll(labels, 1, 0)) | (labels != np.roll(labels, 1, 1))
             ax.imshow(np.where(edges, 1.0, np.nan), cmap="autumn", origin="lower", alpha=0.6)
         ax.set_title(id, fontsize=6, color="white", pad=2)
@@ -276,4 +280,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -1,0 +1,1 @@
+"""The programs: register, apply, train, eval, prepare."""

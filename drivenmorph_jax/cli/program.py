@@ -1,0 +1,30 @@
+"""The one exception that reaches a user, how a program ends with it, and how it reads an argument."""
+
+import argparse
+import re
+import sys
+
+from drivenmorph_jax.errors import InputError
+
+
+def run(main):
+    """Call `main()`; end an `InputError` as one sentence on stderr and exit status 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_failed(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_failed("interrupted", 130))
+
+
+def size(text):
+    """Bytes of an argument such as 4GB, 500MB or 2.5GiB."""
+    found = re.fullmatch(r"(\d+\.?\d*) ?([MG])(i?)B?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4GB")
+    return float(found[1]) * (1024 if found[3] else 1000) ** (2 if found[2] == "M" else 3)
+
+
+def _failed(sentence, status):
+    print(sentence, file=sys.stderr)
+    return status

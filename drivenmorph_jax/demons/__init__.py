@@ -1,0 +1,25 @@
+"""From force to displacement: the Demons forces, the updates, and the classical algorithm. Plain functions, no Flax."""
+
+from drivenmorph_jax.demons import forces
+from drivenmorph_jax.demons.classical import (
+    FORCES,
+    INTENSITY,
+    LNCC,
+    MULTIPLE,
+    Registered,
+    demons,
+    demons_level,
+)
+from drivenmorph_jax.demons.multistart import refine, registered, weighted
+from drivenmorph_jax.demons.updates import (
+    bch,
+    compositional_update,
+    inverse_update,
+    lie_bracket,
+    log_update,
+    symmetric_log_update,
+)
+
+__all__ = ["FORCES", "INTENSITY", "LNCC", "MULTIPLE", "Registered", "bch", "compositional_update", "demons",
+           "demons_level", "forces", "inverse_update", "lie_bracket", "log_update", "refine", "registered",
+           "symmetric_log_update", "weighted"]

@@ -1,0 +1,169 @@
+"""The Demons algorithm as plain functions: force -> smooth -> exponentiate -> update, coarse to fine.
+
+The forces are in `forces.py`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
+
+References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from drivenmorph_jax.demons.forces import lncc_force, mind, scale_longest, symmetric_force
+from drivenmorph_jax.demons.updates import compositional_update, symmetric_log_update
+from drivenmorph_jax.fields.grid import average_pool, coarsen_field, resize_field
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.fields.warp import warp
+
+# Settings of `demons`: for local correlation of one channel, and for `symmetric_force` and `thirion_force` on
+# intensities or any feature stack.
+LNCC = {"force": lncc_force, "iterations": (100, 50, 20), "max_step": 1.0, "scale": True, "sigma_fluid": 0.87,
+        "sigma_diffusion": 0.35}
+INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False,
+             "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
+FORCES = {  # name: what makes the features of an image, and the settings of `demons`
+    "lncc": (lambda x: x, LNCC),
+    "intensity": (lambda x: x, INTENSITY),
+    "mind": (jax.jit(mind), INTENSITY),
+}
+MULTIPLE = 8  # of sides: three levels halve them twice, and the field is half as fine
+
+
+class Registered(NamedTuple):
+    """What `demons` found: `u` (*space, n) in voxels; `velocity` whose exponential it is, for update="log", else None;
+    `energies`, one array a level, coarse to fine, its entries after an early stop nan."""
+    u: chex.Array
+    velocity: chex.Array | None
+    energies: tuple[chex.Array, ...]
+
+# Squarings of the flow of one update: with a step of one voxel of the image, half of one of the field, the first moves
+# an eighth of a voxel.
+UPDATE_STEPS = 2
+# Iterations over which the energy is averaged before it is compared.
+PATIENCE = 5
+
+
+@partial(jax.jit, static_argnames=("force", "iterations", "update", "max_step", "scale", "tolerance"))
+def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, sigma_fluid, sigma_diffusion, update,
+                 tolerance):
+    """Up to `iterations` of Demons at one resolution: one program, with nothing but the loop's end decided outside.
+
+    Args:
+      fixed, moving: (*space, C).
+      field: displacement, or velocity for update="log", on the grid of the images or on one `stride` times coarser, in
+        voxels of its own grid. The force is averaged over the images' voxels that a voxel of the field covers.
+      The others as in `demons`.
+
+    Returns:
+      The new field, and the energy before each iteration (iterations,).
+    """
+    dims = field.shape[-1]
+    space = fixed.shape[:-1]
+    stride = space[0] // field.shape[0]
+
+    def delta(fixed, moving, u):
+        p, energy = force(fixed, warp(moving, resize_field(u, space) if stride > 1 else u), max_step)
+        # One component at a time: XLA then never writes the vectors of a fine force.
+        coarser = p.shape[0] // field.shape[0]
+        if not coarser:
+            raise ValueError(f"the force comes on a grid of {p.shape[:-1]}, coarser than the field's "
+                             f"{field.shape[:-1]}: raise stride, or for lncc_force lower block")
+        p = jnp.stack([average_pool(x[..., None], coarser, dims)[..., 0] for x in jnp.moveaxis(p, -1, 0)], -1)
+        p = gaussian_smooth(p / stride, sigma_fluid, dims)
+        return scale_longest(p, max_step / stride) if scale else p, energy
+
+    def step(i, state):
+        field, energies = state
+        if update == "log":
+            there, energy = delta(fixed, moving, exponential(field))
+            back, energy_back = delta(moving, fixed, exponential(-field))
+            field, energy = symmetric_log_update(field, there, back, sigma_diffusion), 0.5 * (energy + energy_back)
+        else:
+            there, energy = delta(fixed, moving, field)
+            field = gaussian_smooth(compositional_update(field, there, UPDATE_STEPS), sigma_diffusion, dims)
+        return field, energies.at[i].set(energy)
+
+    state = field, jnp.full(iterations, jnp.nan)
+    if not tolerance or iterations <= 2 * PATIENCE:
+        return jax.lax.fori_loop(0, iterations, step, state)
+
+    def going_on(state):
+        i, (_, energies) = state
+        last = [jax.lax.dynamic_slice_in_dim(energies, i - k * PATIENCE, PATIENCE).mean() for k in (1, 2)]
+        return (i < iterations) & ((i < 2 * PATIENCE) | (last[1] - last[0] > tolerance * last[1]))
+
+    return jax.lax.while_loop(going_on, lambda state: (state[0] + 1, step(*state)), (0, state))[1]
+
+
+def demons(fixed, moving, *, force=LNCC["force"], iterations=LNCC["iterations"], stride=2, max_step=LNCC["max_step"],
+           scale=LNCC["scale"], sigma_fluid=LNCC["sigma_fluid"], sigma_diffusion=LNCC["sigma_diffusion"],
+           update="compositional", tolerance=5e-4, initial=None):
+    """Register two images by multi-resolution Demons, with no network.
+
+    At every level, until the energy stands still:
+
+      delta = K_fluid * force(fixed, moving o phi),   phi <- K_diff * (phi o exp(delta))
+
+    The defaults are `LNCC`, for local correlation; `INTENSITY` holds those for the Demons forces.
+
+    Args:
+      fixed, moving: (*space, C) on one grid, of values of about 0 to 1; sides multiples of stride 2^(levels - 1). For
+        `lncc_force` one channel, for the others any number: intensities, `mind` descriptors, a network's features.
+      force: function (fixed, warped moving, max_step) -> (p, energy), see `forces.py`.
+      iterations: largest number at each level, coarse to fine; each has twice the resolution of the one before. 0
+        leaves a level out.
+      stride: the field's grid is this many times coarser than the images' of its level.
+      max_step: L, in voxels of the level's images: what one update moves a voxel at most.
+      scale: make the longest vector of every smoothed update L, for forces whose length means nothing, as a gradient's.
+      sigma_fluid, sigma_diffusion: Gaussian smoothing of the update and of the total, in voxels of the level's field.
+      update: "compositional", or "log" for v <- K_diff * (Z(v, delta) - Z(-v, delta_back)) / 2, phi = exp(v), which is
+        symmetric: swapped images give the inverse.
+      tolerance: a level ends when the energy's mean over 5 iterations falls by less than this part of it. With 0 the
+        loop has a fixed length, which `jax.grad` needs.
+      initial: displacement (or velocity) (*space, n) to start from, in voxels of the images.
+
+    Returns:
+      A `Registered`, with the displacement on the images' grid.
+
+    Raises:
+      ValueError: a side that the levels and the stride do not divide, a force on a coarser grid than the field's, or
+        an unknown `update`.
+    """
+    if update not in ("compositional", "log"):
+        raise ValueError(f"update is {update!r}: set it to 'compositional' or 'log'")
+    space, levels, dims = fixed.shape[:-1], len(iterations), fixed.ndim - 1
+    multiple = stride * 2 ** (levels - 1)
+    if any(n % multiple for n in space):
+        raise ValueError(f"{levels} levels with stride {stride} need sides that are multiples of {multiple}, "
+                         f"got {space}: pad the images or take fewer levels")
+    field = jnp.zeros((*space, dims), jnp.float32) if initial is None else initial
+    energies = []
+    for level, count in enumerate(iterations):
+        if not count:
+            energies.append(jnp.zeros(0))
+            continue
+        small = _at_level(fixed, moving, field, 2 ** (levels - 1 - level), stride)
+        field, trace = demons_level(*small, force=force, iterations=count, max_step=max_step, scale=scale,
+                                    sigma_fluid=sigma_fluid, sigma_diffusion=sigma_diffusion, update=update,
+                                    tolerance=tolerance)
+        energies.append(trace)
+    field, u = _at_end(field, space, update)
+    return Registered(u, field if update == "log" else None, tuple(energies))
+
+
+# Compiled, since every operation outside a compiled function is compiled by itself.
+@partial(jax.jit, static_argnames=("factor", "stride"))
+def _at_level(fixed, moving, field, factor, stride):
+    dims, space = field.shape[-1], [n // (factor * stride) for n in fixed.shape[:-1]]
+    field = (coarsen_field if space[0] < field.shape[0] else resize_field)(field, space)
+    return average_pool(fixed, factor, dims), average_pool(moving, factor, dims), field
+
+
+@partial(jax.jit, static_argnames=("space", "update"))
+def _at_end(field, space, update):
+    field = resize_field(field, space)
+    return field, exponential(field) if update == "log" else field

@@ -1,0 +1,255 @@
+"""Forces: from a fixed and a warped moving image to the step that each voxel should take.
+
+Every function here takes images (*space, C) of any number of axes, with no batch (use `jax.vmap`), and those that drive
+`demons.demons` share one form,
+
+  force(fixed, warped, max_step) -> (p, energy)
+
+with p (*space, n) in voxels of the images, on their grid or on one a whole number of times coarser, and `energy` the
+number that the force descends, for the convergence test.
+
+The Demons forces solve the same damped Gauss-Newton step per voxel,
+
+  (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = sum_k w_k d_k^2 / (4 L^2),
+
+with d = fixed - warped the difference, J its gradient. Written with A = sqrt(w) J and b = sqrt(w) d, the step is
+(A^T A + lambda^2 I)^-1 A^T b, whose operator norm is max s / (s^2 + lambda^2) <= 1 / (2 lambda) over singular values s
+of A. As |b| = 2 L lambda, |p| <= L for every input: one update never moves a voxel further than L.
+
+References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from drivenmorph_jax.backends import channels
+from drivenmorph_jax.backends.fusion import alone
+from drivenmorph_jax.fields.grid import average_pool, difference, difference_adjoint
+from drivenmorph_jax.fields.smooth import box_mean
+
+
+def feature_force(d, slope, max_step, weights=None, floor=1e-6):
+    """The multichannel Demons force: the damped step above, by a closed-form symmetric solve per voxel.
+
+    Args:
+      d: (*space, C) differences fixed - moving.
+      slope: (*space, C), what the gradients J_k are taken of, by central differences.
+      max_step: the bound L, in voxels.
+      weights: (*space, C), non-negative; one where left out.
+      floor: added to lambda^2, keeps the solve and its derivative tame in flat regions; it only shortens the step.
+
+    Returns:
+      p (*space, n) in voxels, |p| <= L; zero where d or the gradients are.
+    """
+    dims = d.ndim - 1
+    if d.shape[-1] == 1:
+        # p = w d J / (w J J^T + lambda^2), fused into one pass.
+        w = 1 if weights is None else weights
+        slopes = [difference(slope, axis, dims) for axis in range(dims)]
+        along = w * d / (w * sum(x * x for x in slopes) + w * d * d / (4 * max_step**2) + floor)
+        return clip_length(jnp.concatenate([along * x for x in slopes], -1), max_step)
+    weights = jnp.ones_like(d) if weights is None else weights
+    return clip_length(_damped_step(d, slope, weights, 1 / (4 * max_step**2), floor), max_step)
+
+
+# The backward pass is written out: that of the solve is one more solve with the same matrix, and what it needs of every
+# channel is read once.
+@jax.custom_vjp
+def _damped_step(d, slope, weights, share, floor):
+    """The p that solves (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k, lambda^2 = share sum_k w_k d_k^2 +
+    floor."""
+    return _damped_step_forward(d, slope, weights, share, floor)[0]
+
+
+def _damped_step_forward(d, slope, weights, share, floor):
+    dims = d.ndim - 1
+    pairs = list(itertools.combinations_with_replacement(range(dims), 2))
+
+    def products(d, slope, w):
+        x = [difference(slope, axis, dims) for axis in range(dims)]
+        factors = [(x[i], x[j]) for i, j in pairs] + [(x[i], d) for i in range(dims)] + [(d, d)]
+        return [w * p * q for p, q in factors]
+
+    sums = channels.summed(products, (d, slope, weights))
+    damping = share * sums[-1] + floor
+    matrix = {(i, j): total + damping * (i == j) for (i, j), total in zip(pairs, sums, strict=False)}
+    # Unit trace, so that no product of entries leaves float32's range.
+    scale = 1 / sum(matrix[i, i] for i in range(dims))
+    matrix = {ij: scale * entry for ij, entry in matrix.items()}
+    p = _solve(matrix, [scale * entry for entry in sums[len(pairs):-1]], scale * damping)
+    return jnp.stack(p, -1), (d, slope, weights, share, floor, p, matrix, scale, damping)
+
+
+def _damped_step_backward(residuals, g):
+    """With q the solution of the same system for the cotangent g, the cotangents of every channel are those of
+    q . (sum_k w_k J_k (d_k - J_k . p) - lambda^2 p) at fixed p and q."""
+    d, slope, weights, share, floor, p, matrix, scale, damping = residuals
+    dims = len(p)
+    q = _solve(matrix, [scale * x for x in jnp.moveaxis(g, -1, 0)], scale * damping)
+    both = sum(x * y for x, y in zip(p, q, strict=True))
+
+    def products(d, slope, w):
+        x = [difference(slope, axis, dims) for axis in range(dims)]
+        left = d - sum(p[axis][..., None] * x[axis] for axis in range(dims))
+        along = sum(q[axis][..., None] * x[axis] for axis in range(dims))
+        bend = share * both[..., None] * d
+        of_jacobian = [w * (left * q[axis][..., None] - along * p[axis][..., None]) for axis in range(dims)]
+        return w * (along - 2 * bend), of_jacobian, along * left - bend * d
+
+    def channel(d, slope, w):
+        # Alone, since XLA on CPU would compute these again for every neighbour that a difference takes.
+        of_d, of_jacobian, of_w = alone(products, d, slope, w)
+        return of_d, sum(difference_adjoint(x, axis, dims) for axis, x in enumerate(of_jacobian)), of_w
+
+    of_channels = channels.mapped(channel, (d, slope, weights))
+    return *of_channels, -(both * (damping - floor) / share).sum(), -both.sum()
+
+
+_damped_step.defvjp(_damped_step_forward, _damped_step_backward)
+
+
+def _solve(matrix, right, least):
+    """x of the symmetric system, whose upper triangle is matrix[i, j], i <= j, and whose eigenvalues are >= `least`.
+
+    L D L^T, not the adjugate: on a single strong gradient that would lose lambda^4, this only lambda^2. No pivot is
+    below lambda^2 but by rounding.
+    """
+    matrix, right, dims = dict(matrix), list(right), len(right)
+    for k in range(dims):
+        if k:
+            matrix[k, k] = jnp.maximum(matrix[k, k], least)
+        for i in range(k + 1, dims):
+            factor = matrix[k, i] / matrix[k, k]
+            right[i] = right[i] - factor * right[k]
+            for j in range(i, dims):
+                matrix[i, j] = matrix[i, j] - factor * matrix[k, j]
+    for k in reversed(range(dims)):
+        right[k] = (right[k] - sum(matrix[k, j] * right[j] for j in range(k + 1, dims))) / matrix[k, k]
+    return right
+
+
+def clip_length(p, max_step):
+    """p min(1, L / |p|): vectors (..., n) no longer than L; only rounding makes this act on a Demons force."""
+    return _scaled(p, lambda square: jnp.minimum(1, max_step * jax.lax.rsqrt(jnp.maximum(square, 1e-12))))
+
+
+def squash(p, max_step):
+    """p / sqrt(1 + |p|^2 / L^2): the same direction, shorter than L, and smooth."""
+    return _scaled(p, lambda square: jax.lax.rsqrt(1 + square / max_step**2))
+
+
+def _scaled(p, factor):
+    """p factor(|p|^2), one component after the other: a sum over so short an axis is slow on CPU, and there would be
+    one in the derivative of the product as well."""
+    components = jnp.moveaxis(p, -1, 0)
+    scale = factor(sum(x * x for x in components))
+    return jnp.stack([x * scale for x in components], -1)
+
+
+def thirion_force(fixed, warped, max_step):
+    """Thirion's force: the gradient is the fixed image's. Its energy is the mean of d^2."""
+    d = fixed - warped
+    return feature_force(d, fixed, max_step), (d * d).mean()
+
+
+def symmetric_force(fixed, warped, max_step):
+    """The symmetric (ESM) force of Vercauteren: the gradient is the mean of both images'. Its energy: the mean of d^2.
+
+    With features or MIND descriptors as channels it is the multichannel force.
+    """
+    d = fixed - warped
+    return feature_force(d, 0.5 * (fixed + warped), max_step), (d * d).mean()
+
+
+def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4, power=0.7):
+    """Up the gradient of the squared local correlation of one-channel images, computed directly.
+
+    With <.> the mean over the window around y, a and b the deviations of both images from theirs, S the mean over the
+    windows around x, and the image M = `warped`, F = `fixed`,
+
+      cc(y) = <a b>^2 / (<a a> <b b>),   A = <a b> / (<a a> <b b>),   B = A <a b> / <b b>,
+      g(x) = S A F - S B M - S (A mean_F - B mean_M)  ~  d(mean_y cc) / d M(x),   q = mean over blocks of g grad M,
+      p = q / |q| (|q| / max |q|)^power L.
+
+    The windows around x are those whose own window holds x, so no scatter is needed. The statistics live on blocks of
+    voxels: sums over a block once, then separable sums over (2 radius + 1)^n blocks at 1 / block^n of the cost.
+
+    Args:
+      fixed, warped: (*space, 1), values of about 0 to 1, sides multiples of `block`.
+      max_step: L, in voxels, the length of the longest vector.
+      radius: of the window, in blocks: it is (2 radius + 1) * block voxels wide.
+      floor: added to both variances, so that noise in flat regions does not count as structure.
+      power: 1 for the gradient itself; below, long vectors, those at strong edges, count for less.
+
+    Returns:
+      p (*space / block, n), and the energy 1 - mean cc.
+
+    Reference: Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", 2008; the exact
+      derivative as in Hermosillo, Chefd'hotel, Faugeras, "Variational methods for multimodal image matching", 2002.
+    """
+    dims = fixed.ndim - 1
+    f, m = fixed[..., 0], warped[..., 0]
+
+    def pool(x):
+        return average_pool(x[..., None], block, dims)[..., 0]
+
+    mean_f, mean_m = box_mean(pool(f), radius), box_mean(pool(m), radius)
+    ff = jnp.maximum(box_mean(pool(f * f), radius) - mean_f**2, 0) + floor
+    mm = jnp.maximum(box_mean(pool(m * m), radius) - mean_m**2, 0) + floor
+    fm = box_mean(pool(f * m), radius) - mean_f * mean_m
+    a = fm / (ff * mm)
+    b = a * fm / mm
+    of_f, of_m, constant = (box_mean(x, radius) for x in (a, b, a * mean_f - b * mean_m))
+    slopes = [difference(warped, axis, dims)[..., 0] for axis in range(dims)]
+    p = jnp.stack([of_f * pool(f * x) - of_m * pool(m * x) - constant * pool(x) for x in slopes], -1)
+    p = scale_longest(p, 1)
+    # The floor keeps the derivative of the power finite where p is zero.
+    return max_step * p * ((p * p).sum(-1, keepdims=True) + 1e-8) ** ((power - 1) / 2), 1 - (fm * a).mean()
+
+
+@functools.cache
+def masked(force):
+    """`force` between images whose last channel is a weight, 1 where the image counts and 0 where it does not.
+
+    The result is zero wherever the weight of either image is not 1. The channel is pooled and warped with the others.
+    """
+    def masked_force(fixed, warped, max_step):
+        p, energy = force(fixed[..., :-1], warped[..., :-1], max_step)
+        weight = jnp.minimum(fixed[..., -1:], warped[..., -1:])
+        return p * (average_pool(weight, weight.shape[0] // p.shape[0], p.shape[-1]) > 0.999), energy
+
+    return masked_force
+
+
+def scale_longest(p, max_step):
+    """p L / max |p|: vectors (*space, n), the longest of which is L; zero stays zero."""
+    return p * (max_step / jnp.maximum(jnp.sqrt((p * p).sum(-1).max()), 1e-12))
+
+
+def mind(image, distance=1, radius=1):
+    """The modality-independent neighbourhood descriptor: (*space, 1) -> (*space, 2 n), values in (0, 1].
+
+    With D(x, r) the mean of (I(y) - I(y + r))^2 over the window around x, r one of the 2 n steps of `distance` voxels
+    along the axes, and V(x) the mean of D over r,
+
+      MIND(x, r) = exp(-D(x, r) / V(x)) / max over r.
+
+    An image and its negative have the same descriptor. V is kept between a thousandth and a thousand times its mean,
+    so that flat regions have a descriptor of ones.
+
+    Reference: Heinrich et al., "MIND: modality independent neighbourhood descriptor for multi-modal deformable
+      registration", 2012.
+    """
+    x, distances = image[..., 0], []
+    for axis in range(x.ndim):
+        for step in (-distance, distance):
+            index = jnp.clip(jnp.arange(x.shape[axis]) + step, 0, x.shape[axis] - 1)
+            distances.append(box_mean((x - jnp.take(x, index, axis)) ** 2, radius))
+    distances = jnp.stack(distances, -1)
+    variance = distances.mean(-1, keepdims=True)
+    typical = variance.mean() + 1e-12
+    variance = jnp.clip(variance, 1e-3 * typical, 1e3 * typical)
+    return jnp.exp((distances.min(-1, keepdims=True) - distances) / variance)

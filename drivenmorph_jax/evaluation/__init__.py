@@ -1,0 +1,1 @@
+"""Scores, figures and reports of registrations, and the comparison with other methods."""

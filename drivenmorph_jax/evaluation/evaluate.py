@@ -1,0 +1,187 @@
+"""Scores of trained parameters on the pairs of a data set, and the report of them."""
+
+import json
+import resource
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from drivenmorph_jax import data
+from drivenmorph_jax.data.folder import IMAGE
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import explanation, metrics, page, rivals
+from drivenmorph_jax.evaluation.explanation import by_name, markdown, of_pair
+from drivenmorph_jax.evaluation.figures import curves, dice_boxplot, forces, overview
+from drivenmorph_jax.evaluation.record import Record, _identity, _names
+from drivenmorph_jax.evaluation.tables import OF_FORCE, markdown_table, pairs_csv, report_md
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.images.reading import load_image
+from drivenmorph_jax.network.inference import downsample_to, grid_multiple, load_checkpoint, make_predict, predictions
+from drivenmorph_jax.runtime import configuration, logs
+from drivenmorph_jax.runtime.provenance import environment
+from drivenmorph_jax.transforms.transform import Transform
+from drivenmorph_jax.transforms.world import total_displacement
+
+
+def evaluate(config, params, dataset, split, out, training=None, refine_steps=0, l2r=None):
+    """Score every ordered pair of a split, and write what was found to `out`.
+
+    `summary.json`, `pairs.csv`, figures, and the same to read as `report.html` and `report.md`. `pairs.jsonl` grows by
+    a line a pair, with the Dice of every label besides: a run that was stopped goes on from there, if network, settings
+    and images are still the same.
+
+    Args:
+      config: the training's, with `data` for this data set.
+      params: of the network of `config.model`.
+      split: "train", "val" or "test".
+      training: folder whose `metrics.jsonl` gives the training curves, where there is one.
+      refine_steps: iterations of Demons in `refinement.refined`; 0: the network alone.
+      l2r: folder for Learn2Reg's fields of the pairs, where the data set is one of files.
+
+    Returns:
+      The summary. Raises InputError where the split has no pair.
+    """
+    subjects, pairs = getattr(dataset, split), dataset.pairs(split)
+    if len(subjects) < 2:
+        raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
+    out = make_folder(out)
+    predict, space = make_predict(config, refine_steps), config.get("space", 1)
+    record = Record(out, _identity(config, params, subjects, dataset.atlas, refine_steps, l2r))
+    # The control of a fixed image's pairs: the force between two images of which neither is this one, if there are.
+    jobs = []
+    for k, fixed in enumerate(subjects):
+        left = [pair for pair in pairs if pair[0] is fixed and _names(pair) not in record.rows]
+        if left:
+            other, next_but_one = (subjects[(k + i) % len(subjects)] for i in (1, 2))
+            jobs += [(True, (other, dataset.atlas or next_but_one)), *((False, pair) for pair in left)]
+    if jobs:
+        for _ in predictions(predict, params, pairs[:1], space):  # compiles
+            pass
+    with tqdm(total=len(pairs), initial=len(record.rows), unit="pair", desc=split, dynamic_ncols=True) as bar:
+        found = predictions(predict, params, [pair for _, pair in jobs], space)
+        for (is_control, pair), (fields, seconds) in zip(jobs, found, strict=True):
+            if is_control:
+                control = fields
+                continue
+            record.add(_scored(pair, fields, control, seconds, dataset))
+            if l2r:
+                _write_l2r(l2r, config.data.root, *pair, fields[0])
+            pairs_csv(out / "pairs.csv", [one["scores"] for one in record.rows.values()])
+            bar.update()
+    found = [record.rows[_names(pair)] for pair in pairs]
+    rows = [one["scores"] for one in found]
+
+    figures, viewers = {}, []
+    rank = np.argsort([row.get("dice", row["sdlogj"]) for row in rows])
+    shown = {"Worst": rank[0], "Median": rank[len(rank) // 2], "Best": rank[-1]}
+    statistics = explanation.statistics([one["force"] for one in found], [one["control"] for one in found])
+    again = predictions(predict, params, [pairs[place] for place in shown.values()], space)
+    for (name, place), ((u, _, force, levels), _) in zip(shown.items(), again, strict=True):
+        figures[f"{name} pair"] = out / f"{name.lower()}.png"
+        viewers.append(_show(figures[f"{name} pair"], *pairs[place], u, force, rows[place], dataset.spacing))
+        if name == "Median" and statistics:
+            figures["Force by level, median pair"] = out / "forces.png"
+            forces(out / "forces.png", pairs[place][0].image, levels, (dataset.spacing,) * 3)
+    if any(one["dice"] for one in found):
+        figures["Dice by structure"] = out / "dice.png"
+        dice_boxplot(figures["Dice by structure"], *_by_label(found), dataset.label_names)
+    steps = logs.read(training) if training else []
+    if steps:
+        figures["Training"] = out / "training.png"
+        curves(figures["Training"], steps)
+
+    scores = metrics.summarise(rows)
+    of_force = OF_FORCE if statistics else ()
+    summary = {"data": dataset.name, "split": split, "pairs": len(rows), "spacing_mm": dataset.spacing,
+               "refine_steps": refine_steps,
+               "environment": environment(), "excluded_labels": list(dataset.exclude),
+               "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+               "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *of_force, "brain")},
+               "force": statistics, **scores}
+    force = markdown(statistics) if statistics else ""
+    report_md(out / "report.md", scores, rows, figures, force)
+    page.report(out / "report.html", f"{dataset.name}, {split}", scores, rows, force, figures, viewers)
+    with replacing(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _scored(pair, fields, control, seconds, dataset):
+    """What is kept of a pair, as JSON has it: its scores, Dice of each label before and after, and its force's."""
+    (fixed, moving), (u, u_inverse, force, levels) = pair, fields
+    brain = metrics.brain(fixed.image)
+    u_true = data.true_displacement(fixed, moving) if fixed.to_template is not None else None
+    scores = metrics.pair_metrics(u, u_inverse, fixed.labels, moving.labels, (dataset.spacing,) * 3, brain,
+                                  dataset.exclude, u_true=u_true)
+    dice = {}
+    if "dice" in scores:
+        before, after = (metrics.dice(fixed.labels, labels, dataset.exclude, moving.labels)
+                         for labels in (moving.labels, metrics.warp_labels(moving.labels, u)))
+        dice = {str(label): [before[label], value] for label, value in after.items()}
+    own, other = (by_name(*found) for found in ((u, force, levels), (control[0], *control[2:])))
+    return {"scores": {"fixed": fixed.id, "moving": moving.id, **scores, "seconds": seconds}, "dice": dice,
+            "force": of_pair(own, own, brain), "control": of_pair(other, own, brain)}
+
+
+def _by_label(found):
+    """{label: [Dice of each pair]} before and after."""
+    sides = {}, {}
+    for one in found:
+        for label, values in one["dice"].items():
+            for side, value in zip(sides, values, strict=True):
+                side.setdefault(int(label), []).append(value)
+    return sides
+
+
+def _write_l2r(folder, root, fixed, moving, u):
+    """disp_<fixed>_<moving>.nii.gz: (X, Y, Z, 3) in voxels of the two files, identity not included."""
+    files = [load_image(Path(root) / f"{subject.id}{IMAGE}") for subject in (fixed, moving)]
+    displacement = total_displacement(files[0].data.shape, files[0].affine, u, fixed.affine, np.eye(4))
+    found = Transform(displacement, files[0], np.eye(4), files[1])
+    found.save_learn2reg(make_folder(folder) / f"disp_{fixed.id}_{moving.id}.nii.gz")
+
+
+def _show(path, fixed, moving, u, force, row, spacing):
+    """Draw one pair's picture to `path`; returns its viewer."""
+    spacing = (spacing,) * 3
+    warped = np.asarray(warp(jnp.asarray(moving.image)[..., None], u)[..., 0])
+    title = f"{moving.id} to {fixed.id}"
+    if "dice" in row:
+        title += f"\nDice {row['dice_initial']:.3f} before, {row['dice']:.3f} after; J ≤ 0 in {row['fold_pct']:.4f} %"
+    volumes = fixed.image, moving.image, warped, u, force, metrics.jacobian(u), spacing
+    overview(path, *volumes, title)
+    return page.viewer(title.replace("\n", ": "), *volumes)
+
+
+def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refine_steps=0, l2r=None,
+                        others=()):
+    """`evaluate` a checkpoint on its own data set, or on the folder `root`, and print the table.
+
+    `others` are names of `rivals.METHODS` to run on the same pairs afterwards.
+
+    The folder is downsampled by the whole number that brings its voxels nearest to those the network was trained on.
+    """
+    config, params, about = load_checkpoint(folder)
+    voxel = about["spacing"] * config.data.downsample
+    if root is not None:
+        config.data = {"name": "folder", "root": str(root), "exclude": tuple(config.data.get("exclude", ())),
+                       "splits": None, "atlas": None, "downsample": 0}
+    configuration.override(config, overrides)
+    if overrides:
+        params = load_checkpoint(folder, [o for o in overrides if not o.startswith("--config.data.")])[1]
+    dataset = data.load(config.data, (split,))
+    if not config.data.downsample:
+        config.data.downsample = downsample_to(voxel, dataset.spacing)
+    if (l2r or others) and config.data.name != "folder":
+        raise InputError("--l2r and --rivals work on files, and this data set has none: give --data FOLDER")
+    others = rivals.installed(others)
+    summary = evaluate(config, params, data.padded(dataset, grid_multiple(config)), split, out, folder,
+                       refine_steps, l2r)
+    print(markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
+    if others:
+        print(rivals.compare(dataset, config.data.root, split, others, out, folder, refine_steps))
+    print(f"Look at {Path(out) / 'report.html'}")
+    return summary

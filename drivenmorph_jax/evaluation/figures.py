@@ -1,0 +1,305 @@
+"""Figures and tables of registrations: arrays and numbers in, files out.
+
+Arrays are of one pair, RAS: axis 0 runs to the Right, 1 to Anterior, 2 to Superior; spacing in mm. Colours
+stay apart for colour-blind readers; no global matplotlib state is touched. Every file is written beside its
+place and then moved there, so that a reader never sees half of one.
+"""
+
+import io
+import re
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from scipy import ndimage
+
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.evaluation.tables import _write
+from drivenmorph_jax.evaluation.tiles import BLUE, GREY, HALO, ORANGE, SKY, VIEWS, YELLOW, _Sheet, _Tile
+from drivenmorph_jax.fields.grid import resize
+
+SQUARE = 16.0  # mm, of a checkerboard
+
+
+def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None, matched=None):
+    """One page for one pair: images, differences, checkerboards, grid, displacement beside driving force, Jacobian.
+
+    The three planes pass through the fixed brain's centre of mass, all at one scale in mm. Grid and arrows
+    show the in-plane part of phi: an arrow runs from a fixed point to the moving point that it samples.
+    Arrows are magnified, displacement and force each by its own factor, which the key gives.
+
+    Args:
+      path: the PNG to write.
+      fixed, moving, warped: (D, H, W) or (D, H, W, 1) on the fixed grid, `moving` after the affine.
+      u, force: (D, H, W, 3) in voxels.
+      jac: det(I + grad u), (D, H, W), or with 2 voxels cropped each side as `metrics.jacobian` gives it.
+      spacing: voxel size in mm, (3,).
+      title: first line in bold; further lines (times, numbers) below it.
+      labels: (D, H, W) fixed label map; its outlines are drawn over fixed, moving and warped.
+      matched: moving and warped, of another contrast, with the values of the fixed image: what differences and
+        checkerboards show.
+    """
+    fixed, moving, warped, *matched = (np.asarray(x, np.float32).reshape(x.shape[:3])
+                                       for x in (fixed, moving, warped, *(matched or (moving, warped))))
+    spacing = np.asarray(spacing, float)
+    u, force = np.asarray(u, np.float32) * spacing, np.asarray(force, np.float32) * spacing
+    jac = uncropped(jac, fixed.shape)
+    white = np.percentile(fixed[fixed > 0], 99.5) if (fixed > 0).any() else 1.0
+    brain = ndimage.binary_fill_holes(fixed > 0.05 * white)
+    brain = brain if brain.any() else np.ones_like(brain)
+    centre = np.rint(ndimage.center_of_mass(brain)).astype(int)
+    box = _box(brain | (moving > 0.05 * white), spacing)
+
+    before, after, size = *(np.abs(fixed - x) for x in matched), np.linalg.norm(u, axis=-1)
+    folded = brain & (jac <= 0)
+    log_jac = np.log(np.maximum(jac, 1e-3))
+    bound = max(np.percentile(np.abs(log_jac[brain & ~folded]), 99.5), 0.1)
+    intensity, growth = Normalize(0, white), Normalize(-bound, bound)
+    difference = Normalize(0, max(np.percentile(before[brain], 99.5), 1e-6))
+    length = Normalize(0, max(np.percentile(size[brain], 99.8), 0.1))
+
+    def anatomy(tile, x):
+        tile.image(x, intensity, "gray")
+        if labels is not None:
+            tile.outlines(labels)
+
+    squares = sum(np.arange(n).reshape([-1 if a == axis else 1 for a in range(3)]) * spacing[axis] // SQUARE
+                  for axis, n in enumerate(fixed.shape)) % 2 == 0
+
+    def arrows(tile, vectors, colour):
+        tile.image(fixed, Normalize(0, 1.8 * white), "gray")
+        tile.arrows(vectors, brain, colour)
+
+    def grid(tile):
+        tile.image(moving, Normalize(0, 1.4 * white), "gray")
+        tile.grid(u, SKY)
+
+    def logarithm(tile):
+        shown = tile.image(log_jac, growth, "RdBu_r", inside=brain)
+        tile.image(np.where(folded, 1.0, np.nan), Normalize(0, 1), ListedColormap([YELLOW]))
+        return shown
+
+    blocks = [
+        {"Fixed": lambda tile: anatomy(tile, fixed),
+         "Moving": lambda tile: anatomy(tile, moving),
+         "Warped": lambda tile: anatomy(tile, warped),
+         "|Fixed − Moving|": lambda tile: tile.image(before, difference, "inferno"),
+         "|Fixed − Warped|": lambda tile: tile.image(after, difference, "inferno"),
+         "Checkerboard, before": lambda tile: tile.image(np.where(squares, fixed, matched[0]), intensity, "gray")},
+        {"Deformed grid on Moving": grid,
+         "Displacement": lambda tile: arrows(tile, u, ORANGE),
+         "Driving force": lambda tile: arrows(tile, force, SKY),
+         "|Displacement|": lambda tile: tile.image(size, length, "cividis", inside=brain),
+         "log Jacobian": logarithm,
+         "Checkerboard, after": lambda tile: tile.image(np.where(squares, fixed, matched[1]), intensity, "gray")},
+    ]
+    bars = {"|Fixed − Warped|": (2, "intensity, one scale for both"), "|Displacement|": (1, "mm"),
+            "log Jacobian": (1, "log J" + (", yellow: J ≤ 0" if folded.any() else ""))}
+
+    # One width for all tiles, so that the three views are at the same scale.
+    width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
+    heights = [(box[up].stop - box[up].start) * spacing[up] / width for _, (_, up), _ in VIEWS]
+    sheet = _Sheet(6, heights, title)
+    for block, panels in enumerate(blocks):
+        for column, (name, draw) in enumerate(panels.items()):
+            for row, (view, axes, letters) in enumerate(VIEWS):
+                tile = _Tile(sheet.axes(block, row, column), axes, centre, box, spacing, width)
+                shown = draw(tile)
+                if row == 0:
+                    tile.ax.set_title(name, fontsize=10.5, pad=5)
+                if column == 0:
+                    tile.ax.set_ylabel(view, fontsize=10, labelpad=5)
+                    tile.letters(letters)
+                    tile.scale_bar()
+            if name in bars:
+                columns, label = bars[name]
+                sheet.bar(block, column - columns + 1, column, shown, label)
+    sheet.note(1, "Grid and arrows are the in-plane part of φ; an arrow runs\n"
+                  "from a fixed point to the moving point that it samples.")
+    _save(sheet.figure, path)
+
+
+def uncropped(jac, shape):
+    """A Jacobian determinant on the whole grid `shape`, 1 where `metrics.jacobian` cropped it."""
+    return jac if jac.shape == shape else np.pad(jac, 2, constant_values=1.0)
+
+
+def forces(path, fixed, levels, spacing):
+    """Coarse to fine, a row a level: the two terms of the force, the force, and the displacement that remained.
+
+    The axial plane through the fixed brain's centre of mass. The left three are lengths, each row at a scale of its
+    own, that of the force; arrows are magnified, each tile by the factor that its key gives.
+
+    Args:
+      path: the PNG to write.
+      fixed: (D, H, W).
+      levels: `explanation.LevelForces` (D, H, W, 3) each, in voxels of the image, coarse to fine.
+      spacing: voxel size in mm, (3,).
+    """
+    spacing = np.asarray(spacing, float)
+    brain = metrics.brain(fixed)
+    centre, box = np.rint(ndimage.center_of_mass(brain)).astype(int), _box(brain, spacing)
+    _, axes, letters = VIEWS[0]
+    width, height = ((box[a].stop - box[a].start) * spacing[a] for a in axes)
+    sheet = _Sheet(5, [height / width] * len(levels), "The driving force, coarse to fine", blocks=1)
+    white = np.percentile(fixed[brain], 99.5)
+    for row, level in enumerate(levels):
+        vectors = {name: np.asarray(resize(np.asarray(getattr(level, key), np.float32), fixed.shape)) * spacing
+                   for name, key in (("Demons term", "demons_force"), ("Attention term", "attention_force"),
+                                     ("Driving force", "force"), ("Remaining displacement", "remaining"))}
+        sizes = {name: np.linalg.norm(vectors[name], axis=-1) for name in (
+            "Demons term", "Attention term", "Driving force")}
+        most = max(np.percentile(sizes["Driving force"][brain], 99.5), 1e-3)
+        for column, name in enumerate(("Demons term", "Attention term", "|Driving force|", "Driving force",
+                                       "Remaining displacement")):
+            tile = _Tile(sheet.axes(0, row, column), axes, centre, box, spacing, width)
+            if column < 3:
+                tile.image(sizes[name.strip("|")], Normalize(0, most), "cividis", inside=brain)
+                if column == 2:
+                    tile.ax.text(0.97, 0.97, f"yellow: {most:.1f} mm", transform=tile.ax.transAxes, color="white",
+                                 ha="right", va="top", fontsize=8, path_effects=[HALO])
+            else:
+                tile.image(fixed, Normalize(0, 1.8 * white), "gray")
+                tile.arrows(vectors[name], brain, SKY if column == 3 else ORANGE)
+            if row == 0:
+                tile.ax.set_title(f"|{name}|" if column < 2 else name, fontsize=10.5, pad=5)
+            if column == 0:
+                tile.ax.set_ylabel(f"Level {row + 1}", fontsize=10, labelpad=5)
+                tile.letters(letters)
+                tile.scale_bar()
+    sheet.note(0, "Each level starts from what the coarser ones left. Terms and force of a row at one scale, whose "
+                  "end is written; arrows show the in-plane part.")
+    _save(sheet.figure, path)
+
+
+def curves(path, rows):
+    """Loss, and validation Dice where there is one, over the training step.
+
+    Args:
+      path: the PNG to write.
+      rows: dicts with "step" and "loss" or "val_dice" or both, in order.
+    """
+    panels = []
+    for key, name, colour in (("loss", "Training loss", BLUE), ("val_dice", "Validation Dice", ORANGE)):
+        points = [(row["step"], row[key]) for row in rows if np.isfinite(row.get(key, np.nan))]
+        if points:
+            panels.append((key, name, colour, np.array(points, float).T))
+    figure = Figure(figsize=(5.2 * max(len(panels), 1), 3.6), layout="constrained")
+    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+    for ax, (key, name, colour, (step, value)) in zip(axes, panels, strict=False):
+        window = max(len(value) // 50, 1) if key == "loss" else 1
+        if window > 1:
+            ax.plot(step, value, color=colour, alpha=0.25, linewidth=0.8)
+            value = ndimage.uniform_filter1d(value, window, mode="nearest")
+        marker = "o" if len(value) < 40 else None
+        ax.plot(step, value, color=colour, linewidth=1.8, marker=marker, markersize=3.5)
+        if key == "val_dice":
+            best = int(np.argmax(value))
+            ax.annotate(f"best {value[best]:.4f} at {step[best]:.0f}", (1, 0), (-6, 8),
+                        xycoords="axes fraction", textcoords="offset points", ha="right", color=GREY,
+                        fontsize=9)
+        ax.set_title(name, fontsize=11, loc="left")
+        ax.set_xlabel("step")
+        _plain(ax, "y")
+    _save(figure, path)
+
+
+def dice_boxplot(path, before, after, names=None, most=30):
+    """Dice before and after registration, a pair of boxes a structure, the best structure on top.
+
+    With more than `most` structures, left and right are merged; with still more, `most` of them are drawn,
+    evenly spaced from the best to the worst.
+
+    Args:
+      path: the PNG to write.
+      before, after: {label: [Dice of each pair]}.
+      names: {label: name}; a label without one is shown by its number.
+    """
+    names = names or {}
+    groups = {}
+    for label in after:
+        groups.setdefault(str(names.get(label, label)), []).append(label)
+    if len(groups) > most:
+        merged = {}
+        for name, members in groups.items():
+            merged.setdefault(_without_side(name), []).extend(members)
+        groups = merged
+    pooled = {name: [_finite(v for label in members for v in x.get(label, ())) for x in (before, after)]
+              for name, members in groups.items()}
+    pooled = {name: values for name, values in pooled.items() if values[1].size}
+    order = sorted(pooled, key=lambda name: np.median(pooled[name][1]))
+    total = len(order)
+    if total > most:
+        order = [order[i] for i in np.unique(np.linspace(0, total - 1, most).astype(int))]
+
+    figure = Figure(figsize=(7.2, 1.2 + 0.3 * len(order)), layout="constrained")
+    ax = figure.subplots()
+    for index, (offset, colour, label) in enumerate(((0.2, "#BBBBBB", "before"), (-0.2, BLUE, "after"))):
+        ax.boxplot([pooled[name][index] for name in order], positions=np.arange(len(order)) + offset,
+                   orientation="horizontal", widths=0.32, patch_artist=True, manage_ticks=False,
+                   boxprops={"facecolor": colour, "edgecolor": "none"}, whiskerprops={"color": GREY},
+                   capprops={"visible": False}, medianprops={"color": "black", "linewidth": 1.3},
+                   flierprops={"marker": ".", "markersize": 3, "markeredgecolor": GREY})
+        ax.barh(0, 0, color=colour, label=label)
+    ax.set_yticks(range(len(order)), order, fontsize=8.5)
+    ax.set_ylim(-0.7, len(order) - 0.3)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("Dice" + (f" ({len(order)} of {total} structures)" if total > len(order) else ""))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
+    _plain(ax, "x")
+    _save(figure, path)
+
+
+def boxes(path, groups, label):
+    """A box for each of {name: numbers}, in the order given, the first on top and marked.
+
+    Args:
+      path: the PNG to write.
+      label: what the numbers are.
+    """
+    figure = Figure(figsize=(7.2, 1.0 + 0.42 * len(groups)), layout="constrained")
+    ax = figure.subplots()
+    shown = ax.boxplot(list(groups.values()), orientation="horizontal", widths=0.6, patch_artist=True,
+                       tick_labels=list(groups), whiskerprops={"color": GREY}, capprops={"visible": False},
+                       medianprops={"color": "black", "linewidth": 1.3},
+                       flierprops={"marker": ".", "markersize": 3, "markeredgecolor": GREY})
+    for i, patch in enumerate(shown["boxes"]):
+        patch.set(facecolor=BLUE if i == 0 else "#BBBBBB", edgecolor="none")
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
+    _plain(ax, "x")
+    _save(figure, path)
+
+
+def _box(inside, spacing, margin=7.0):
+    """Slices of the box around `inside` and `margin` mm more."""
+    found = ndimage.find_objects(inside.astype(np.uint8))[0]
+    pad = [int(np.ceil(margin / s)) for s in spacing]
+    return [slice(max(s.start - p, 0), min(s.stop + p, n))
+            for s, p, n in zip(found, pad, inside.shape, strict=True)]
+
+
+def _plain(ax, grid):
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis=grid, color="#E4E4E4", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=9, color=GREY)
+
+
+def _without_side(name):
+    """The name of a structure without its side: Left-X, X_right, ctx-lh-X."""
+    bare = re.sub(r"(?i)(?<![a-z])(left|right|lh|rh)(?![a-z])", " ", name)
+    return re.sub(r"[\s_-]*\s[\s_-]*", " ", bare).strip(" -_") or name
+
+
+def _finite(values):
+    values = np.array(list(values), float)
+    return values[np.isfinite(values)]
+
+
+def _save(figure, path):
+    data = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(data, format="png", dpi=150)
+    _write(path, data.getvalue())

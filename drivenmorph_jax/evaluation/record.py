@@ -1,0 +1,48 @@
+"""Scores of trained parameters on the pairs of a data set, and the report of them."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+
+from drivenmorph_jax.files import read_rows, replacing, rows_text
+from drivenmorph_jax.runtime.provenance import git_commit
+
+
+class Record:
+    """The pairs that a run has scored, `rows` {(fixed, moving): what `_scored` returns}, kept in out/pairs.jsonl.
+
+    The first line says whose they are. Those of another run, or of one that has ended (its summary.json is there), are
+    dropped, and so is a line that was cut short.
+    """
+
+    def __init__(self, out, identity):
+        self.path, summary, head = out / "pairs.jsonl", out / "summary.json", {"run": identity}
+        first, *kept = read_rows(self.path) or [None]
+        if first != head or summary.is_file():
+            kept = []
+        summary.unlink(missing_ok=True)
+        with replacing(self.path) as temporary:
+            temporary.write_text(rows_text([head, *kept]))
+        self.rows = {(row["scores"]["fixed"], row["scores"]["moving"]): row for row in kept}
+
+    def add(self, row):
+        with self.path.open("a") as file:
+            file.write(rows_text([row]))
+        self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = row
+
+
+def _names(pair):
+    return tuple(subject.id for subject in pair)
+
+
+def _identity(config, params, subjects, atlas, refine_steps, l2r):
+    """A digest of all that the scores follow from."""
+    subjects = subjects if atlas is None else (*subjects, atlas)
+    settings = [config.to_dict(), git_commit(), refine_steps, str(l2r), [s.id for s in subjects]]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    arrays = [x for s in subjects for x in (s.image, s.labels) if x is not None]
+    for x in jax.tree.leaves(params) + arrays:
+        digest.update(np.ascontiguousarray(x))
+    return digest.hexdigest()

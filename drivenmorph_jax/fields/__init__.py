@@ -1,0 +1,1 @@
+"""Displacement and velocity fields: grids, warps, integration, inverses, Jacobians, smoothing. Plain functions."""

@@ -1,0 +1,1 @@
+"""Images: reading, writing, orientation, working grids, intensities, bias, contrast, masks."""

@@ -1,0 +1,74 @@
+"""Volumes from NIfTI files, checked; grids to work on; volumes back to NIfTI files.
+
+World coordinates are RAS millimetres throughout. A grid is (shape, affine), and
+world = affine @ (i, j, k, 1).
+"""
+
+from dataclasses import dataclass, replace
+
+import nibabel
+import numpy as np
+from nibabel import orientations
+from scipy import ndimage
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A 3-D image (float32) or label map (int32) on its own voxel grid."""
+
+    data: np.ndarray  # (X, Y, Z), in the file's voxel order
+    affine: np.ndarray  # (4, 4), voxel to RAS mm
+    header: nibabel.Nifti1Header
+    path: str  # as the user gave it
+
+    @property
+    def spacing(self):
+        """Voxel size along each axis: (3,) in mm."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+def same_grid(a, b, tolerance=1e-3):
+    """Whether two Volumes have the same shape, and affines that differ by no more than `tolerance`."""
+    return a.data.shape == b.data.shape and np.allclose(a.affine, b.affine, rtol=0, atol=tolerance)
+
+
+def canonical(volume):
+    """The same volume with its axes permuted and flipped to be nearest to R, A, S; no interpolation."""
+    flips = orientations.io_orientation(volume.affine)
+    affine = volume.affine @ orientations.inv_ornt_aff(flips, volume.data.shape)
+    data = np.ascontiguousarray(orientations.apply_orientation(volume.data, flips))
+    return replace(volume, data=data, affine=affine)
+
+
+def resample(volume, shape, affine, transform=None, order=1):
+    """Sample a Volume on the grid (shape, affine): out(o) = volume(A_volume^-1 T affine o).
+
+    `transform` T (4, 4) maps the grid's world to the volume's, in RAS mm; without it T = I. Order 1 is
+    linear, 0 nearest; outside the volume the value is 0. The result has the volume's own type.
+    """
+    transform = np.eye(4) if transform is None else transform
+    matrix = np.linalg.inv(volume.affine) @ transform @ affine
+    return ndimage.affine_transform(volume.data, matrix, output_shape=tuple(shape), order=order,
+                                    mode="grid-constant", prefilter=False)
+
+
+def smoothed(volume, spacing):
+    """The Volume, blurred where its voxels are finer than `spacing` mm, so that resampling to that does not alias.
+
+    The full width at half maximum of the Gaussian is one coarse voxel.
+    """
+    sigma = np.where(volume.spacing < 0.9 * spacing, spacing / 2.355 / volume.spacing, 0)
+    return replace(volume, data=ndimage.gaussian_filter(volume.data, sigma)) if sigma.any() else volume
+
+
+def with_type(volume, dtype):
+    """The same Volume with a header of that type: what lies on its grid is then stored so, where it fits."""
+    header = volume.header.copy()
+    header.set_data_dtype(dtype)
+    return replace(volume, header=header)
+
+
+def on_grid(shape, affine, header=None, path=""):
+    """A Volume of nothing on a grid, to say where something else lies."""
+    return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(affine, float),
+                  header or nibabel.Nifti1Header(), path)

@@ -1,0 +1,57 @@
+"""Volumes from NIfTI files, checked; grids to work on; volumes back to NIfTI files.
+
+World coordinates are RAS millimetres throughout. A grid is (shape, affine), and
+world = affine @ (i, j, k, 1).
+"""
+
+import nibabel
+import numpy as np
+
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import replacing
+
+ENDINGS = (".nii", ".nii.gz")
+
+
+def save(path, data, like, intent=None):
+    """Write voxels (X, Y, Z, ...) that lie on the grid of the Volume `like` as NIfTI, whole or not at all.
+
+    Affine, qform and sform codes are those of `like`. Floats are stored as float32; whole numbers in the
+    integer type of `like` where they fit, else as int16 or int32. `intent` is a NIfTI intent code.
+
+    Raises InputError where the file cannot be written or its name ends otherwise than in .nii or .nii.gz.
+    """
+    write(path, to_nibabel(data, like, intent))
+
+
+def write(path, image):
+    """Write a nibabel image, whole or not at all; raises as `save` does."""
+    if not str(path).endswith(ENDINGS):
+        raise InputError(f"{path} must end in .nii or .nii.gz to be written")
+    with replacing(path) as temporary:
+        nibabel.save(image, temporary)
+
+
+def to_nibabel(data, like, intent=None):
+    """What `save` writes, as a nibabel image."""
+    image = nibabel.Nifti1Image(data.astype(_storage_type(data, like)), like.affine)
+    codes = int(like.header["qform_code"]), int(like.header["sform_code"])
+    if codes == (0, 0):
+        codes = 0, 1  # without any code each reader places the volume by a rule of its own
+    image.set_qform(like.affine, codes[0])
+    image.set_sform(like.affine, codes[1])
+    image.header.set_xyzt_units("mm")
+    if intent is not None:
+        image.header.set_intent(intent)
+    return image
+
+
+def _storage_type(data, like):
+    if np.issubdtype(data.dtype, np.floating):
+        return np.dtype(np.float32)
+    source = like.header.get_data_dtype().newbyteorder("=")
+    small = source.kind in "iu" and source.itemsize <= 4  # many readers refuse 64-bit integers
+    for dtype in ([source] if small else []) + [np.dtype(np.int16)]:
+        if np.iinfo(dtype).min <= data.min() and data.max() <= np.iinfo(dtype).max:
+            return dtype
+    return np.dtype(np.int32)

@@ -1,0 +1,57 @@
+"""The convolution of the project, and the feature pyramid that both images share."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from drivenmorph_jax.fields.grid import average_pool
+from drivenmorph_jax.fields.smooth import box_mean
+from drivenmorph_jax.network.convolution import Conv
+
+RADIUS, FLOOR = 2, 1e-3  # of `local_norm`
+
+
+def instance_norm(x):
+    """(x - mean) / std over space, per image and channel: (B, D, H, W, C), in float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean((1, 2, 3), keepdims=True)
+    variance = ((x - mean) ** 2).mean((1, 2, 3), keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+
+
+def local_norm(image):
+    """(x - mean) / std over the 5^3 voxels around each: (B, D, H, W, 1), float32, contrast and bias removed.
+
+    The squared difference of two such images is, up to the floor of the variance, 2 - 2 times their local correlation.
+    """
+    mean, square = (jax.vmap(lambda x: box_mean(x, RADIUS))(x[..., 0])[..., None] for x in (image, image * image))
+    return (image - mean) * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + FLOOR)
+
+
+class Encoder(nn.Module):
+    """Image (B, D, H, W, 1) -> features (B, D/s, H/s, W/s, C), float32 and instance-normalised, finest first.
+
+    The first two channels of every level are the image itself, pooled, and the same locally normalised: a Demons force
+    on these is a classical one before anything is learned, and the learned channels add to it. A level of two channels
+    learns nothing, and leaves the next coarser one to begin with the image.
+    """
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image):
+        x, stride, pyramid = image, 1, []
+        for i, (channels, level_stride) in enumerate(zip(self.channels, self.strides, strict=True)):
+            x = average_pool(x, level_stride // stride)
+            stride = level_stride
+            pooled = average_pool(image, stride)
+            features = [pooled, local_norm(pooled)]
+            if channels > 2:
+                # Counted from the coarsest: a level added at the fine end leaves the others their parameters.
+                level = len(self.strides) - 1 - i
+                x = nn.leaky_relu(Conv(channels - 2, self.dtype, name=f"level{level}_a")(x))
+                x = nn.leaky_relu(x + Conv(channels - 2, self.dtype, name=f"level{level}_b")(x))
+                features.append(x)
+            pyramid.append(instance_norm(jnp.concatenate(features, axis=-1)))
+        return pyramid

@@ -1,0 +1,116 @@
+"""Scores of trained parameters on the pairs of a data set, and the report of them."""
+
+import math
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.errors import FlaxError
+
+from drivenmorph_jax.backends.programs import compiler_options, pairs_ahead
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.fields.grid import average_pool, resize_field
+from drivenmorph_jax.network.networks import make_network, multiple
+from drivenmorph_jax.network.outputs import by_level, driving_force
+from drivenmorph_jax.network.refinement import refined
+from drivenmorph_jax.runtime import configuration, sharding
+from drivenmorph_jax.runtime.checkpoint import read_about, read_params, read_shapes
+
+
+def grid_multiple(config):
+    """What every side of an image must be a multiple of."""
+    return config.data.downsample * math.lcm(multiple(config.model), config.get("space", 1))
+
+
+def downsample_to(voxel, spacing):
+    """The whole number that brings voxels of `spacing` mm nearest to those of `voxel` mm."""
+    return max(1, round(voxel / spacing))
+
+
+def make_predict(config, refine_steps=0):
+    """A jitted function (params, fixed, moving (B, D, H, W)) -> u, u_inverse, force (B, D, H, W, 3), and the levels.
+
+    The network sees the images pooled by `data.downsample`; its fields are resampled to their grid, and
+    `refinement.refined`, with `refine_steps` iterations of Demons, carries them further. The force and the levels, its
+    `LevelForces`, coarse to fine, (B, D, H, W, 3) on grids of their own, are those of the first look. All in voxels of
+    the images. A batch that is split over devices is computed there.
+
+    A fourth argument, weights (B, D, H, W, 2) of the fixed and the moving image, is 0 where one of them does not count
+    and 1 elsewhere.
+
+    Called again with the same settings it returns the same function, so that nothing is compiled twice in a process.
+    """
+    return _predict(make_network(config.model), config.data.downsample, refine_steps)
+
+
+@lru_cache(maxsize=8)
+def _predict(model, downsample, refine_steps):
+    @partial(jax.jit, compiler_options=compiler_options())
+    def predict(params, fixed, moving, weights=None):
+        def network(fixed, moving, weights):
+            small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
+            if weights is not None:
+                small.append(average_pool(weights, downsample))
+            try:
+                registration = model.apply({"params": params}, *small)
+            except FlaxError as error:
+                raise InputError("the checkpoint belongs to another version of its model: train it again") from error
+            fields = registration.u, registration.u_inverse, driving_force(registration)
+            levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
+            return *(resize_field(field, fixed.shape[1:]) for field in fields), levels
+
+        if refine_steps:
+            return refined(network, fixed, moving, refine_steps, weights)
+        return network(fixed, moving, weights)
+
+    return predict
+
+
+def predictions(predict, params, pairs, space=1):
+    """For each (fixed, moving) in turn: (what `predict` found, as NumPy arrays without the batch axis; seconds).
+
+    As many pairs at a time as this process has devices, each on one of them, or on `space` where so many are there.
+    Accelerators work on the next pairs while the caller looks at the last ones; a CPU would have to do both at once,
+    and the seconds would tell of both.
+    """
+    mesh = sharding.device_mesh(math.gcd(space, jax.local_device_count()), jax.local_devices())
+    params = jax.device_put(params, sharding.replicated(mesh))
+    at_once = mesh.shape["data"]
+    groups = [pairs[i:i + at_once] for i in range(0, len(pairs), at_once)]
+
+    def run(group):
+        whole = group + group[:1] * (at_once - len(group))
+        start = time.perf_counter()
+        images = (np.stack([pair[role].image for pair in whole]) for role in (0, 1))
+        found = jax.block_until_ready(predict(params, *jax.device_put(tuple(images), sharding.split_batch(mesh))))
+        return jax.device_get(found), (time.perf_counter() - start) / len(group)
+
+    with ThreadPoolExecutor(1) as ahead:
+        running = deque()
+        for i, group in enumerate(groups):
+            running.extend(ahead.submit(run, later) for later in groups[i + len(running):i + 1 + pairs_ahead()])
+            found, seconds = running.popleft().result()
+            for k in range(len(group)):
+                yield jax.tree.map(lambda x, k=k: x[k], found), seconds
+
+
+def load_checkpoint(folder, overrides=()):
+    """(config, params, about) of a checkpoint, its settings overridden by `--config.KEY=VALUE` arguments.
+
+    Raises InputError where it is none, or does not fit the model that the settings describe.
+    """
+    about = read_about(folder)
+    config = configuration.override(configuration.from_dict(about["config"]), overrides)
+    model = make_network(config.model)
+    if config.model == configuration.from_dict(about["config"]["model"]):
+        shapes = read_shapes(folder)
+    else:  # seconds of tracing
+        image = jax.ShapeDtypeStruct((1, *[2 * multiple(config.model)] * 3, 1), jnp.float32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), image, image)["params"]
+    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), shapes)
+    return config, read_params(folder, shapes), about

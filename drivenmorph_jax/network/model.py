@@ -1,0 +1,113 @@
+"""DrivenMorph: the difference of two images becomes a driving force, and the force a diffeomorphism, coarse to fine.
+
+The two streams meet in one array. `DifferenceStream` sees features and returns forces; `NeuralDemonsLayer` sees forces
+and the deformation so far and returns a velocity. Nothing else passes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from drivenmorph_jax import demons
+from drivenmorph_jax.backends.programs import unrolled
+from drivenmorph_jax.backends.warp_tpu import SAMPLED
+from drivenmorph_jax.fields.grid import average_pool, resize_field
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.warp import compose, warp
+from drivenmorph_jax.images.bias import balanced
+from drivenmorph_jax.network.demons_layer import NeuralDemonsLayer
+from drivenmorph_jax.network.difference import DifferenceStream
+from drivenmorph_jax.network.encoder import Encoder
+from drivenmorph_jax.network.outputs import Registration, Update
+from drivenmorph_jax.network.settings import multiple
+
+# Squarings of the flow of one update: with the bound L = 2 voxels of the level, 1 of its field, the first step moves a
+# quarter of one.
+STEPS = 2
+LOG_STEPS = 7
+
+
+class Level(nn.Module):
+    """All updates of one level, with shared parameters: features and state in, state and the `Update`s out.
+
+    The field lies on a grid `field_stride` times coarser than the features: the force is averaged to it, so that
+    smoothing, composition and R cost a part of what they would on the features' grid.
+    """
+    config: Any
+    index: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, fixed, moving, u, u_inverse, v, weights):
+        c, i = self.config, self.index
+        space, stride = fixed.shape[1:4], c.field_stride
+
+        def update(self, state, _):
+            difference = DifferenceStream(c.max_step, c.heads, c.cross_radius[i], c.self_radius[i], c.self_window[i],
+                                          self.dtype)
+            layer = NeuralDemonsLayer(c.max_step / stride, c.demons_features, c.sigma_fluid, self.dtype)
+            u, u_inverse, v = state
+            phi = resize_field(u, space)
+            # What a sample gathers is most of the memory of a TPU's step: in bfloat16 it is half.
+            terms = difference(fixed, warp(moving.astype(self.dtype), phi).astype(jnp.float32))
+            if weights is not None:
+                counted = jnp.minimum(weights[..., :1], warp(weights[..., 1:], phi)) > 0.999
+                terms = (p * counted for p in terms)
+            force, demons_force, attention_force = (average_pool(p, stride) / stride for p in terms)
+            delta = layer(force, u)
+            # Both flows in one call: half the program to compile.
+            if c.update_rule == "log":
+                v = demons.log_update(v, delta, c.sigma_diffusion)
+                u, u_inverse = exponential(jnp.stack([v, -v]), LOG_STEPS)
+            else:
+                forward, backward = exponential(jnp.stack([delta, -delta]), STEPS, layer.max_step)
+                u, u_inverse = compose(u, forward, layer.max_step), compose(backward, u_inverse)
+            return (u, u_inverse, v), (force, demons_force, attention_force, delta, u, u_inverse)
+
+        if c.remat:
+            update = nn.remat(update, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(SAMPLED))
+        # A loop, compiled once; on GPU none, where what it keeps for its backward pass would be copied once more. The
+        # check, by which parameters are made, traces it a second time.
+        loop = nn.scan(update, variable_broadcast="params", split_rngs={"params": False}, length=c.updates[i],
+                       unroll=unrolled(c.updates[i]),
+                       check_constancy_invariants=self.is_initializing())
+        updates, before = (), (u, u_inverse)
+        (u, u_inverse, v), made = loop(self, (u, u_inverse, v), None)
+        for *driven, u_after, u_inverse_after in zip(*made, strict=True):
+            updates += Update(*driven, *before, u_after, u_inverse_after),
+            before = u_after, u_inverse_after
+        return u, u_inverse, v, updates
+
+
+class DrivenMorph(nn.Module):
+    """Register (B, D, H, W, 1) images in [0, 1]; every side a multiple of the coarsest stride times `field_stride`.
+
+    Levels are listed finest first, as in the config: `strides`, `channels`, `updates`, `cross_radius`, `self_radius`,
+    `self_window` (0 is off). phi = exp(delta_1) o ... o exp(delta_n), inverse exp(-delta_n) o ... o exp(-delta_1).
+
+    `weights` (B, D, H, W, 2), of the fixed and the moving image: where one of them is not 1 at a voxel of a level, the
+    force of that voxel is zero.
+    """
+    config: Any
+
+    @nn.compact
+    def __call__(self, fixed, moving, weights=None):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        fixed, moving = balanced(fixed, moving, multiple(c), weights)
+        encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, name="encoder")
+        fixed_pyramid, moving_pyramid = encoder(fixed), encoder(moving)
+        levels = len(c.strides)
+        u = u_inverse = v = jnp.zeros((fixed.shape[0], *(n // multiple(c) for n in fixed.shape[1:4]), 3))
+        updates = ()
+        for i in reversed(range(levels)):
+            space = [n // c.field_stride for n in fixed_pyramid[i].shape[1:4]]
+            u, u_inverse, v = (resize_field(x, space) for x in (u, u_inverse, v))
+            u, u_inverse, v, made = Level(c, i, dtype, name=f"level{levels - 1 - i}")(
+                fixed_pyramid[i], moving_pyramid[i], u, u_inverse, v,
+                None if weights is None else average_pool(weights, c.strides[i]))
+            updates += made
+        space = fixed.shape[1:4]
+        return Registration(resize_field(u, space), resize_field(u_inverse, space), updates)

@@ -1,0 +1,1 @@
+"""Registration of two images, in stages: read, align, plan, prepare, deform, transfer, score."""

@@ -1,0 +1,48 @@
+"""Two images in; aligned image, transforms, force and a picture out.
+
+The fixed image is resampled to a working grid, the moving one to the same grid through the affine alignment. The
+field found there becomes a transform in millimetres, sampled on the images' own grids: only the last step touches
+the voxels that are written.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.images import writing
+from drivenmorph_jax.images.reading import load_image
+from drivenmorph_jax.transforms.points import move_table
+from drivenmorph_jax.transforms.transform import Transform
+
+
+def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None):
+    """Move files by a displacement field, as apply.py does; yields each path that it wrote.
+
+    Args:
+      transform: file of the field; `inverse` takes the way back, on the grid of `reference` where the sidecar does not
+        tell the other image's.
+      out: file for one image or for the points, folder for several images, which keep their names.
+      images: files to resample; or points: a CSV with columns x, y, z, RAS mm.
+      reference: image on whose grid the results lie.
+
+    Raises InputError where a file cannot be used or written.
+    """
+    found, reference = Transform.load(transform), reference and load_image(reference)
+    if inverse:
+        found = (found if found.other or not reference else replace(found, other=reference)).inverse
+    if points is not None:
+        with replacing(out) as temporary:
+            move_table(points, temporary, found)
+        yield out
+        return
+    if len(images) > 1:
+        names = [Path(path).name for path in images]
+        if len(set(names)) < len(names):
+            raise InputError(f"{', '.join(names)}: two images have one name, and would overwrite each other in {out}")
+        places = [make_folder(out) / name for name in names]
+    else:
+        places = [Path(out)]
+    for image, place in zip(images, places, strict=True):
+        writing.write(place, found.apply(image, interpolation, reference))
+        yield place

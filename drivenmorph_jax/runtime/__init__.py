@@ -1,0 +1,1 @@
+"""What a run depends on: devices, checkpoints, configurations, logs, provenance."""

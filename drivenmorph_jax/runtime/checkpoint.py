@@ -1,0 +1,240 @@
+"""Checkpoints, by Orbax: `latest` to go on from, `best` (on the validation pairs) to use.
+
+A checkpoint holds `params`; `about`: the configuration, the git commit and what a user of the parameters must know;
+and in `latest` also `opt_state` and `data`, the state of the input pipeline.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.runtime.shipped import shipped
+
+SHIPPED = shipped("weights", "brain-t1")
+
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step that it takes
+
+
+class Damaged(InputError):
+    """A checkpoint that cannot be read, or holds other values than were written."""
+
+
+def manager(folder):
+    """Writer of checkpoints in `folder`; the last two stay, should the newer one be damaged."""
+    # Not asynchronous: a run that is killed repeats one interval at most, and a disk that is full is known at once.
+    # Parameters and optimizer take less than a second to write.
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+
+def save(manager, step, about, params, opt_state=None, data=None):
+    """Write one checkpoint; returns when it is on disk. `about` and `data` are made of what JSON knows.
+
+    Raises InputError where it cannot be written.
+    """
+    items = {"params": params, "about": about}
+    if opt_state is not None:
+        items |= {"opt_state": opt_state, "data": data}
+    about = about | {"checksums": {name: digest(item) for name, item in items.items()}}
+    arguments = {name: ocp.args.StandardSave(item) if name in ("params", "opt_state") else ocp.args.JsonSave(item)
+                 for name, item in (items | {"about": about}).items()}
+    try:
+        with _json_once():
+            manager.save(step, args=ocp.args.Composite(**arguments))
+    except Exception as error:  # Orbax raises nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{manager.directory} cannot be written ({reason[:200]}): make room; the same command goes on "
+                         "from the last checkpoint that is whole") from error
+
+
+@contextmanager
+def _json_once():
+    """TensorStore never frees the text of JSON that it turns into Python objects (0.1.76 to 0.1.86). With every array
+    Orbax asks for the normal form of one path, and for statistics that it only logs: 60 KB and more a save. Here it
+    gets the first once, and no statistics."""
+    to_json, known = tensorstore.KvStore.Spec.to_json, {}
+
+    def once(spec, *args, **kwargs):
+        key = repr((spec, args, kwargs))
+        if key not in known:
+            known[key] = to_json(spec, *args, **kwargs)
+        return copy.deepcopy(known[key])
+
+    with (mock.patch.object(tensorstore.KvStore.Spec, "to_json", once),
+          mock.patch.object(tensorstore, "experimental_collect_matching_metrics", lambda *_: [])):
+        yield
+
+
+def digest(item):
+    """SHA-256 of the values of a tree of arrays, or of what JSON knows, as text."""
+    found = hashlib.sha256()
+    for path, x in jax.tree.leaves_with_path(item):
+        if isinstance(x, jax.Array):
+            x = np.asarray(x.addressable_data(0))  # replicated: every device has all of it
+        found.update(jax.tree_util.keystr(path).encode())
+        found.update(x.tobytes() if isinstance(x, np.ndarray) else json.dumps(x).encode())
+    return found.hexdigest()
+
+
+def _verify(path, name, item, checksums):
+    """Raises Damaged where the item is not what was written; checkpoints of before there were checksums have none."""
+    if checksums and checksums.get(name) != digest(item):
+        raise _damaged(path)
+
+
+def restore(manager, params, opt_state):
+    """(step, params, opt_state, data) of the newest checkpoint that is whole; the two given as ShapeDtypeStructs with
+    shardings. A damaged one is named and removed. None where there is no checkpoint.
+
+    Raises InputError where the checkpoint belongs to another model or holds a link, and Damaged where all of them are
+    damaged.
+    """
+    damaged = None
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            found = _restore_step(manager, step, params, opt_state)
+        except Damaged as error:
+            print(f"{manager.directory / str(step)} is damaged: an older checkpoint is looked for", file=sys.stderr)
+            damaged = error
+            continue
+        for later in [s for s in manager.all_steps() if s > step]:
+            manager.delete(later)
+        return step, found.params, found.opt_state, found.data
+    if damaged is not None:
+        raise damaged
+    return None
+
+
+def _restore_step(manager, step, params, opt_state):
+    path = _own(Path(manager.directory) / str(step))
+    checksums = _about(path)["checksums"]
+    _check(path, params)
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(params), data=ocp.args.JsonRestore(),
+                              opt_state=ocp.args.StandardRestore(opt_state))
+    try:
+        found = manager.restore(step, args=args)
+    except Exception as error:
+        raise _damaged(path) from error
+    for name in ("params", "opt_state", "data"):
+        _verify(path, name, found[name], checksums)
+    return found
+
+
+def read_about(folder):
+    """`about` of the checkpoint in a training's folder, or in its `best` or `latest`.
+
+    Raises InputError where there is none, and Damaged where it holds other values than were written.
+    """
+    return _about(_newest(folder))
+
+
+def _about(path):
+    try:
+        about = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "about")
+        checksums = about.pop("checksums", {})
+    except Exception as error:
+        raise _damaged(path) from error
+    _verify(path, "about", about, checksums)
+    return about | {"checksums": checksums}
+
+
+def _damaged(path):
+    return Damaged(f"{path} is a damaged checkpoint, or none: delete it where an older one lies beside it, or give "
+                   "another")
+
+
+def read_shapes(folder):
+    """The parameters' shapes and types, as ShapeDtypeStructs; `folder` as in `read_about`.
+
+    Raises Damaged where they cannot be read.
+    """
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _stored(_newest(folder)))
+
+
+def read_params(folder, params):
+    """The parameters, in the shapes and shardings of the ShapeDtypeStructs `params`; `folder` as in `read_about`.
+
+    Raises InputError where they belong to another model, and Damaged where they are not what was written.
+    """
+    path = _newest(folder)
+    _check(path, params)
+    try:
+        found = ocp.StandardCheckpointer().restore(path / "params", params)
+    except Exception as error:
+        raise _damaged(path) from error
+    _verify(path, "params", found, _about(path)["checksums"])
+    return found
+
+
+def read_into(folder, params):
+    """`params` with those that the checkpoint holds in their place: a model may have levels that it has not.
+
+    Raises InputError where the checkpoint holds parameters that `params` lacks or has in another shape.
+    """
+    path, found = _newest(folder), flatten_dict(params)
+    stored = flatten_dict(_stored(path))
+    for name, x in stored.items():
+        if name not in found or found[name].shape != x.shape:
+            wanted = found[name].shape if name in found else "none"
+            raise InputError(f"{folder} cannot begin this model: it holds {'/'.join(name)} of shape {tuple(x.shape)}, "
+                             f"the model {wanted}; give one whose levels are the coarsest of this model")
+    return unflatten_dict(found | flatten_dict(read_params(
+        folder, unflatten_dict({name: jax.ShapeDtypeStruct(found[name].shape, found[name].dtype,
+                                                           sharding=found[name].sharding) for name in stored}))))
+
+
+def _newest(folder):
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist: give the --workdir of a training")
+    for place in (folder / "best", folder / "latest", folder):
+        steps = [int(path.name) for path in place.glob("*") if path.name.isdigit()] if place.is_dir() else []
+        if steps:
+            return _own(place / str(max(steps)))
+    if (folder / "params").is_dir():
+        return _own(folder)
+    raise InputError(f"{folder} holds no checkpoint: give the --workdir of a training, or its best or latest")
+
+
+def _own(path):
+    """The path of a checkpoint that is all there. TensorStore follows links: a stranger's checkpoint could take other
+    files in as parameters, which are shared with what is trained from them (flax issue 5487).
+
+    Raises InputError where it holds anything but files and folders.
+    """
+    for part in path.rglob("*"):
+        if part.is_symlink() or not (part.is_file() or part.is_dir()):
+            raise InputError(f"{part} is a link or no file, which a checkpoint must not hold: if you trust it, copy "
+                             "what it leads to in its place (cp -rL)")
+    return path
+
+
+def _stored(path):
+    """Shapes and types of the parameters on disk."""
+    try:
+        return ocp.StandardCheckpointHandler().metadata(Path(path) / "params").tree
+    except Exception as error:
+        raise _damaged(path) from error
+
+
+def _check(path, wanted):
+    """Compare shapes before anything is read: Orbax restores a part of a tree without a word, and of another shape it
+    complains once more, with a traceback, when the program ends."""
+    stored = _stored(path)
+    same = jax.tree.structure(stored) == jax.tree.structure(wanted) and all(
+        a.shape == b.shape for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(wanted), strict=True))
+    if not same:
+        raise InputError(f"{path} belongs to another model: use it with the settings that it was trained with")

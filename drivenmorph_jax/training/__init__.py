@@ -1,0 +1,1 @@
+"""Training: the step, the loop, and how a run is stopped and resumed."""

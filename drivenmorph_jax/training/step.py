@@ -1,0 +1,89 @@
+"""Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from drivenmorph_jax.backends import programs
+from drivenmorph_jax.data.augmentation import augmented
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.network.losses import total_loss
+from drivenmorph_jax.network.networks import make_network
+from drivenmorph_jax.runtime import sharding
+
+
+def make_optimizer(config):
+    """Adam with global-norm clipping, and a learning rate that warms up linearly and falls as a cosine."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps,
+                                                  max(config.steps, config.warmup_steps + 1))
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
+
+
+def make_train_step(model, optimizer, config, mesh):
+    """Jitted (params, opt_state, batch) -> (params, opt_state, row); donates the state, splits the batch over `mesh`.
+
+    The loss is a mean over the global batch, so that its gradient is the same on any number of devices. A step whose
+    loss or gradient is not finite leaves the state as it is.
+    """
+    def loss(params, batch):
+        return total_loss(config.loss, model.apply({"params": params}, batch["fixed"], batch["moving"]), batch)
+
+    def train_step(params, opt_state, batch):
+        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        norm = optax.tree.norm(gradient)
+        update, new_state = optimizer.update(gradient, opt_state, params)
+        new = optax.apply_updates(params, update), new_state
+        row = {"loss": value, **parts, "gradient_norm": norm, "update_norm": optax.tree.norm(update),
+               "parameter_norm": optax.tree.norm(new[0])}
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        return *jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (params, opt_state)), row
+
+    whole = sharding.replicated(mesh)
+    return jax.jit(train_step, donate_argnums=(0, 1), in_shardings=(whole, whole, sharding.split_batch(mesh)),
+                   out_shardings=whole, compiler_options=programs.compiler_options())
+
+# What `compiled_step` tries, in this order, to need less memory.
+SMALLER = ({}, {"remat": True}, {"remat": True, "dtype": "bfloat16"})
+
+
+def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None):
+    """(the step compiled for these shapes, the configuration that it has); tells its memory before any of it is taken.
+
+    Args:
+      memory: bytes that it may take of each device: the first of `SMALLER` that keeps to it is taken. By default those
+        that the device has, and the configuration stays as it is.
+
+    Raises InputError where that does not suffice.
+    """
+    limit = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)  # a CPU tells nothing
+    for settings in SMALLER if memory else SMALLER[:1]:
+        config = config.copy_and_resolve_references()
+        config.model.update({key: value for key, value in settings.items() if key in config.model})
+        train_step = make_train_step(make_network(config.model), optimizer, config, mesh)
+        compiled, needed = sharding.compiled_and_memory(train_step.lower(params, opt_state, batch), limit)
+        if needed <= limit:
+            break
+    shape = "x".join(map(str, batch["fixed"].shape[1:4]))
+    taken = "".join(f", {key} {config.model[key]}" for key in settings if key in config.model)
+    told = f"a step on images of {shape}{taken} takes {needed / 2**30:.1f} GiB of each device"
+    if needed > limit:
+        remedy = "" if memory else "--memory for remat and bfloat16, "
+        raise InputError(f"{told}, more than {limit / 2**30:.1f}: set {remedy}a --config.data.crop, or more devices to "
+                         "a volume by --config.space")
+    if jax.process_index() == 0:
+        print(told)
+    return compiled, config
+
+
+def make_augment(config, mesh, labels=None):
+    """Jitted: a batch of `training_batches` over `mesh` -> that of a step, changed at random as `config.data` says, and
+    its label maps, where it has any, as one channel for each of `labels`."""
+    settings = {key: config.data[key] for key in ("crop", "flip", "affine", "intensity", "bias", "noise")}
+
+    def augment(batch):
+        batch = augmented(batch, **settings)
+        return batch | {key: (x[..., None] == labels).astype(jnp.float32) for key, x in batch.items()
+                        if key.endswith("labels")}
+
+    return jax.jit(augment, out_shardings=sharding.split_batch(mesh), compiler_options=programs.compiler_options())

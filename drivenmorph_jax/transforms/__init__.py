@@ -1,0 +1,1 @@
+"""Transforms between the worlds of two images, in millimetres: their files, points, and affine alignment."""
