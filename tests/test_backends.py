@@ -42,7 +42,8 @@ def operations():
                       lambda form: lambda q, k, v: form(q, k, v, 1),
                       tuple(scale * normal(1, 4, 3, 5, 2, 3) for scale in (1.0, 0.5, 2.0))),
         "sums over channels": (channels.FORMS, lambda a, b: [x.sum(-1) for x in products(a, b)],
-                               lambda form: lambda a, b: form(products, (a, b)), (normal(4, 5, 6), normal(4, 5, 6) + 1)),
+                               lambda form: lambda a, b: form(products, (a, b)),
+                               (normal(4, 5, 6), normal(4, 5, 6) + 1)),
     }
 
 

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from drivenmorph_jax.fields.grid import average_pool
 from drivenmorph_jax.network.convolution import conv3d
-from drivenmorph_jax.network.encoder import FLOOR, Encoder, instance_norm, local_norm
+from drivenmorph_jax.network.encoder import VARIANCE_FLOOR, Encoder, instance_norm, local_norm
 
 RNG = np.random.default_rng(0)
 
@@ -59,7 +59,7 @@ def test_local_normalisation_is_scipys_and_blind_to_contrast():
     image = RNG.random((1, 12, 14, 16, 1), np.float32)
     x = image[0, ..., 0]
     mean, square = (ndimage.uniform_filter(y, 5, mode="constant") for y in (x, x * x))
-    expected = (x - mean) / np.sqrt(np.maximum(square - mean**2, 0) + FLOOR)
+    expected = (x - mean) / np.sqrt(np.maximum(square - mean**2, 0) + VARIANCE_FLOOR)
     np.testing.assert_allclose(local_norm(image)[0, ..., 0], expected, atol=1e-4)
     inside = (0, *(slice(2, -2),) * 3, 0)  # beyond the border is zero
     np.testing.assert_allclose(local_norm(3 * image + 1)[inside], local_norm(image)[inside], atol=0.02)

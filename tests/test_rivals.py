@@ -23,7 +23,7 @@ def test_the_table_has_means_spread_and_the_test():
     ours = [{"dice": 0.6 + 0.01 * x, "seconds": 5.0} for x in rng.standard_normal(12)]
     other = [{"dice": row["dice"] - 0.02 + 0.005 * x, "seconds": 30.0}
              for row, x in zip(ours, rng.standard_normal(12), strict=True)]
-    table = rivals.markdown({"drivenmorph": ours, "other": other}).splitlines()
+    table = rivals.rivals_table({"drivenmorph": ours, "other": other}).splitlines()
     p = stats.wilcoxon([a["dice"] - b["dice"] for a, b in zip(ours, other, strict=True)]).pvalue
     assert table[0] == "| | pairs | Dice | Seconds a pair | p (Dice) |"
     assert table[2].startswith("| drivenmorph | 12 | 0.6") and table[2].endswith("| 5 ± 0 | |")

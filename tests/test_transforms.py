@@ -10,15 +10,15 @@ from scipy import ndimage
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.reading import load_image
 from drivenmorph_jax.images.volume import Volume, resample
-from drivenmorph_jax.transforms import world
 from drivenmorph_jax.transforms.files import read_displacement, write_displacement
 from drivenmorph_jax.transforms.itk import read_affine, write_affine
 from drivenmorph_jax.transforms.world import (
     jacobian_determinant_of_displacement,
+    pull_back,
     total_displacement,
     total_inverse_displacement,
     transform_points,
-    unfolded,
+    unfolded_in_world,
 )
 
 TURN = nibabel.eulerangles.euler2mat
@@ -82,7 +82,7 @@ def test_simpleitk_resamples_with_our_file_to_our_image(tmp_path, fixed_grid, mo
     moving = volume_on(tmp_path / "moving.nii.gz", *GRIDS[moving_grid])
     displacement = total_displacement(fixed.data.shape, fixed.affine, smooth_field(WORK[0], 1.5),
                                                  WORK[1], T)
-    ours = world.apply(moving, displacement, fixed.affine)
+    ours = pull_back(moving, displacement, fixed.affine)
     path = tmp_path / "displacement.nii.gz"
     write_displacement(path, displacement, fixed, "fixed to moving", frame)
 
@@ -90,7 +90,7 @@ def test_simpleitk_resamples_with_our_file_to_our_image(tmp_path, fixed_grid, mo
     theirs = sitk.Resample(sitk.ReadImage(moving.path), sitk.ReadImage(fixed.path), field, sitk.sitkLinear)
     theirs = sitk.GetArrayFromImage(theirs).transpose(2, 1, 0)
     ones = Volume(np.ones_like(moving.data), moving.affine, None, "")
-    inside = world.apply(ones, displacement, fixed.affine) > 0.999
+    inside = pull_back(ones, displacement, fixed.affine) > 0.999
     assert inside.mean() > 0.3
     assert np.abs(ours - theirs)[inside].mean() < 0.002 * np.ptp(ours)
     unmoved = resample(moving, fixed.data.shape, fixed.affine)
@@ -139,7 +139,7 @@ def test_blob_moves_as_its_point_does():
     fixed = narrow(points_of(shape, affine))
     moving = Volume(narrow(points_of(shape, affine) - shift), affine, None, "")
     displacement = np.broadcast_to(shift.astype(np.float32), (*shape, 3))
-    warped = world.apply(moving, displacement, affine)
+    warped = pull_back(moving, displacement, affine)
     np.testing.assert_allclose(peak(moving.data) - peak(fixed), shift, atol=0.05)
     np.testing.assert_allclose(peak(warped), peak(fixed), atol=0.05)
     np.testing.assert_allclose(transform_points(peak(fixed)[None], displacement, affine)[0],
@@ -149,7 +149,7 @@ def test_blob_moves_as_its_point_does():
 def test_apply_keeps_labels_whole_and_is_zero_outside():
     labels = np.random.default_rng(0).integers(1, 9, (6, 7, 8)).astype(np.int32)
     shift = np.broadcast_to(np.float32([2.4, 0, 0]), (6, 7, 8, 3))
-    out = world.apply(Volume(labels, np.eye(4), None, ""), shift, np.eye(4), order=0)
+    out = pull_back(Volume(labels, np.eye(4), None, ""), shift, np.eye(4), order=0)
     assert out.dtype == np.int32
     np.testing.assert_array_equal(out[:-2], labels[2:])
     assert not out[-2:].any()
@@ -250,6 +250,6 @@ def test_a_coarse_grids_samples_of_a_field_that_folds_nowhere_do_not_fold_either
         got = total(shape, affine, u, np.eye(4), np.eye(4))
         assert jacobian_determinant_of_displacement(u[::4, ::4, ::4], affine).min() < -0.3
         assert jacobian_determinant_of_displacement(got, affine).min() > 0
-        np.testing.assert_array_equal(unfolded(u, np.eye(4), np.eye(4)), u)
+        np.testing.assert_array_equal(unfolded_in_world(u, np.eye(4), np.eye(4)), u)
         assert jacobian_determinant_of_displacement(
             total(shape, affine, 0 * u, np.eye(4), turned), affine).max() == pytest.approx(-1)

@@ -10,7 +10,7 @@ import numpy as np
 from drivenmorph_jax.backends.fusion import alone
 
 
-def _at_once(queries, keys, values, radius):
+def _gathered(queries, keys, values, radius):
     """All shifts side by side, for GPU, where the hundreds of small kernels of a loop take longer to start than to run.
     What is gathered lies in no memory, but is summed as it comes: in the backward pass too, which is written out."""
     pad = [(0, 0)] + [(radius, radius)] * 3 + [(0, 0)] * 2
@@ -82,7 +82,7 @@ def _along_planes(queries, keys, values, radius):
     def planes(x, first, mode, more):
         """(B, D, H, W, heads, C) -> (B, heads, C, D, voxels of a plane), `first` planes and `more` voxels about it."""
         x = jnp.pad(jnp.moveaxis(x, (4, 5), (1, 2)), [(0, 0)] * 3 + [(first, first), (r, r), (r, r)], mode=mode)
-        return _padded(x.reshape(*x.shape[:4], -1), more)
+        return _extended(x.reshape(*x.shape[:4], -1), more)
 
     def voxels(x):
         return x.reshape(*x.shape[:-1], *wide)[..., r:r + space[1], r:r + space[2]]
@@ -93,7 +93,7 @@ def _along_planes(queries, keys, values, radius):
     return jnp.moveaxis(voxels(attended / total), (1, 2), (4, 5)), moved
 
 
-def _padded(x, voxels):
+def _extended(x, voxels):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(voxels, voxels)])
 
 
@@ -154,7 +154,7 @@ def _planes_backward(radius, row, residuals, cotangents):
     (q, k, v, bound), (g_total, g_attended, g_moved) = residuals, cotangents
     shifts = _shifts_in_plane(radius, row)
     more = k.shape[-1] - q.shape[-1]  # twice the reach
-    wide_q, wide_g = _padded(q, more), _padded(g_attended, more)
+    wide_q, wide_g = _extended(q, more), _extended(g_attended, more)
 
     def weigh(q, near_k, near_v, g_attended, g_total, g_moved, shift):
         """The weights and the cotangents of their logits, padded."""
@@ -163,8 +163,8 @@ def _planes_backward(radius, row, residuals, cotangents):
             weight = jnp.exp(_dot(q, near_k, start) - bound)
             of_weight = _dot(g_attended, near_v, start) + g_total
             of_weight += shift.astype(jnp.float32) * g_moved[0] + y * g_moved[1] + z * g_moved[2]
-            weights.append(_padded(weight, more))
-            of_logits.append(_padded(weight * of_weight, more))
+            weights.append(_extended(weight, more))
+            of_logits.append(_extended(weight * of_weight, more))
         return weights, of_logits
 
     def of_queries(g_q, of_logits, near_k):
@@ -191,4 +191,4 @@ def _planes_backward(radius, row, residuals, cotangents):
 _planes.defvjp(_planes_forward, _planes_backward)
 
 
-FORMS = {"cpu": _along_planes, "gpu": _at_once, "tpu": _along_planes}
+FORMS = {"cpu": _along_planes, "gpu": _gathered, "tpu": _along_planes}

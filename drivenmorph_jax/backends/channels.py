@@ -11,10 +11,10 @@ def summed(products, arrays):
 
     Floor: the arrays are read once.
     """
-    return chosen(FORMS, _at_once)(products, arrays)
+    return chosen(FORMS, _in_one_kernel)(products, arrays)
 
 
-def _at_once(products, arrays):
+def _in_one_kernel(products, arrays):
     """A few kernels. On GPU those of a loop take longer to start than to run."""
     return [product.sum(-1) for product in products(*arrays)]
 
@@ -30,7 +30,7 @@ def _one_by_one(products, arrays):
     return jax.lax.scan(add, [jnp.zeros_like(arrays[0][..., 0])] * count, channels)[0]
 
 
-FORMS = {"cpu": _one_by_one, "gpu": _at_once, "tpu": _one_by_one}
+FORMS = {"cpu": _one_by_one, "gpu": _in_one_kernel, "tpu": _one_by_one}
 
 
 def mapped(f, arrays):

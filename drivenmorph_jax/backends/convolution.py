@@ -22,7 +22,7 @@ BLOCK = (1, 2, 2)  # voxels that make one of fewer
 
 
 @jax.custom_vjp
-def _shifted(x, kernel):
+def _sum_of_shifts(x, kernel):
     """Channel by channel: 27 I products a value, in float32, each along the last axis of a volume."""
     (b, *space), channels = x.shape[:4], jnp.moveaxis(x.astype(jnp.float32), -1, 0)
     padded = jnp.pad(channels, ((0, 0), (0, 0), (1, 1), (1, 1), (1, 1)))
@@ -40,17 +40,17 @@ def _shifted(x, kernel):
     return jnp.moveaxis(out, 0, -1).astype(x.dtype)
 
 
-def _shifted_forward(x, kernel):
-    return _shifted(x, kernel), (x, kernel)
+def _sum_of_shifts_forward(x, kernel):
+    return _sum_of_shifts(x, kernel), (x, kernel)
 
 
-def _shifted_backward(residuals, g):
+def _sum_of_shifts_backward(residuals, g):
     x, kernel = residuals
     back = jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
-    return _shifted(g, back), jax.vjp(lambda kernel: _stacked_planes(x, kernel), kernel)[1](g)[0]
+    return _sum_of_shifts(g, back), jax.vjp(lambda kernel: _stacked_planes(x, kernel), kernel)[1](g)[0]
 
 
-_shifted.defvjp(_shifted_forward, _shifted_backward)
+_sum_of_shifts.defvjp(_sum_of_shifts_forward, _sum_of_shifts_backward)
 
 
 def _blocked(x, kernel):
@@ -89,15 +89,15 @@ def _convolve(x, kernel, stride=1):
 
 
 @jax.custom_vjp
-def _planes(x, kernel):
+def _planewise(x, kernel):
     return _convolve(x, kernel)
 
 
-def _planes_forward(x, kernel):
+def _planewise_forward(x, kernel):
     return _convolve(x, kernel), (x, kernel)
 
 
-def _planes_backward(residuals, g):
+def _planewise_backward(residuals, g):
     # The order of the axes is written out: in a loop XLA on CPU leaves them to the convolution, which is then some
     # forty times slower.
     x, kernel = residuals
@@ -105,14 +105,14 @@ def _planes_backward(residuals, g):
     return _convolve(g, jnp.swapaxes(kernel[::-1, ::-1], 2, 3)), of_kernel
 
 
-_planes.defvjp(_planes_forward, _planes_backward)
-_stacked_planes = partial(_stacked, convolve=_planes)
+_planewise.defvjp(_planewise_forward, _planewise_backward)
+_stacked_planes = partial(_stacked, convolve=_planewise)
 
 
 def _on_cpu(x, kernel, stride=1):
     if stride > 1:
         return _stacked(x, kernel, stride)
-    return _shifted(x, kernel) if math.prod(kernel.shape[3:]) <= FEW else _stacked_planes(x, kernel)
+    return _sum_of_shifts(x, kernel) if math.prod(kernel.shape[3:]) <= FEW else _stacked_planes(x, kernel)
 
 
 def _on_gpu(x, kernel, stride=1):

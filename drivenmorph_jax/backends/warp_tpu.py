@@ -18,7 +18,7 @@ from drivenmorph_jax.backends.cell import cell
 def warped(image, u, near=False):
     """Samples of image (*space, C) at x + u(x); `near` promises that u moves nothing by more than a voxel."""
     if near:
-        return _shifted(image, u)
+        return _of_slices(image, u)
     at_once = LANES >> u.shape[-1]
     return jnp.concatenate([_rows(image[..., k:k + at_once], u) for k in range(0, image.shape[-1], at_once)], -1)
 
@@ -26,7 +26,7 @@ SHIFTS = -1, 0, 1
 
 
 @jax.custom_vjp
-def _shifted(image, u):
+def _of_slices(image, u):
     """out(x) = sum over k in {-1, 0, 1}^n of image(x + k) prod_a max(0, 1 - |u_a(x) - k_a|), for |u_a| <= 1: no
     gather, and its adjoint is no scatter."""
     padded, weights, space = _edge_padded(image), _hats(u), image.shape[:-1]
@@ -44,11 +44,11 @@ def _hats(u):
     return [{k: jnp.maximum(0, 1 - jnp.abs(u[..., axis] - k)) for k in SHIFTS} for axis in range(u.shape[-1])]
 
 
-def _shifted_forward(image, u):
-    return _shifted(image, u), (image, u)
+def _of_slices_forward(image, u):
+    return _of_slices(image, u), (image, u)
 
 
-def _shifted_backward(residuals, g):
+def _of_slices_backward(residuals, g):
     """The image gets a sum of slices as well. Autodiff's would be one of padded arrays, each of which the compiler for
     TPU writes to memory, at twice the traffic."""
     image, u = residuals
@@ -62,10 +62,10 @@ def _shifted_backward(residuals, g):
 
     g_padded = sum(map(back, itertools.product(SHIFTS, repeat=len(space))))
     g_image, = jax.linear_transpose(_edge_padded, image)(g_padded)
-    return g_image, jax.vjp(lambda u: _shifted.__wrapped__(image, u), u)[1](g)[0]
+    return g_image, jax.vjp(lambda u: _of_slices.__wrapped__(image, u), u)[1](g)[0]
 
 
-_shifted.defvjp(_shifted_forward, _shifted_backward)
+_of_slices.defvjp(_of_slices_forward, _of_slices_backward)
 
 SAMPLED = "sampled"  # the name of what a TPU gathered: too dear to gather again where activations are computed again
 LANES = 128  # values that lie side by side in a TPU's memory: up to here one gather costs the same

@@ -99,13 +99,13 @@ def _anatomy(spacing):
     names = read_label_names(atlases / "labels_neuromorphometrics.csv")
 
     template = load_mni152_template(resolution=1)
-    image, affine = _padded(template.get_fdata(dtype=np.float32), template.affine)
+    image, affine = _with_margin(template.get_fdata(dtype=np.float32), template.affine)
     # A Gaussian whose full width at half maximum is the working voxel: against aliasing.
     image = gaussian_filter(image, spacing / 2.355 / np.diag(affine)[:3])
-    return (image, affine), _padded(labels, atlas.affine), names
+    return (image, affine), _with_margin(labels, atlas.affine), names
 
 
-def _padded(data, affine, margin=8):
+def _with_margin(data, affine, margin=8):
     """Zeros around: `warp` repeats the outermost voxels, and the template ends inside the brain stem."""
     affine = affine.copy()
     affine[:3, 3] -= affine[:3, :3] @ np.full(3, margin)

@@ -12,9 +12,9 @@ from drivenmorph_jax import data
 from drivenmorph_jax.data.folder import IMAGE
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import explanation, metrics, page, rivals
-from drivenmorph_jax.evaluation.explanation import by_name, markdown, of_pair
+from drivenmorph_jax.evaluation.explanation import by_name, force_table, of_pair
 from drivenmorph_jax.evaluation.figures import curves, dice_boxplot, forces, overview
-from drivenmorph_jax.evaluation.record import Record, _identity, _names
+from drivenmorph_jax.evaluation.record import Record, identity_of, names_of
 from drivenmorph_jax.evaluation.tables import OF_FORCE, markdown_table, pairs_csv, report_md
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.files import make_folder, replacing
@@ -49,11 +49,11 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
     out = make_folder(out)
     predict, space = make_predict(config, refine_steps), config.get("space", 1)
-    record = Record(out, _identity(config, params, subjects, dataset.atlas, refine_steps, l2r))
+    record = Record(out, identity_of(config, params, subjects, dataset.atlas, refine_steps, l2r))
     # The control of a fixed image's pairs: the force between two images of which neither is this one, if there are.
     jobs = []
     for k, fixed in enumerate(subjects):
-        left = [pair for pair in pairs if pair[0] is fixed and _names(pair) not in record.rows]
+        left = [pair for pair in pairs if pair[0] is fixed and names_of(pair) not in record.rows]
         if left:
             other, next_but_one = (subjects[(k + i) % len(subjects)] for i in (1, 2))
             jobs += [(True, (other, dataset.atlas or next_but_one)), *((False, pair) for pair in left)]
@@ -71,7 +71,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
                 _write_l2r(l2r, config.data.root, *pair, fields[0])
             pairs_csv(out / "pairs.csv", [one["scores"] for one in record.rows.values()])
             bar.update()
-    found = [record.rows[_names(pair)] for pair in pairs]
+    found = [record.rows[names_of(pair)] for pair in pairs]
     rows = [one["scores"] for one in found]
 
     figures, viewers = {}, []
@@ -101,7 +101,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *of_force, "brain")},
                "force": statistics, **scores}
-    force = markdown(statistics) if statistics else ""
+    force = force_table(statistics) if statistics else ""
     report_md(out / "report.md", scores, rows, figures, force)
     page.report(out / "report.html", f"{dataset.name}, {split}", scores, rows, force, figures, viewers)
     with replacing(out / "summary.json") as temporary:

@@ -49,7 +49,7 @@ def statistics(own, control):
                     for name in OF_FORCE} for level in own[0]}
 
 
-def markdown(table):
+def force_table(table):
     """The table of `statistics`, each number with its interval."""
     lines = ["| Level | " + " | ".join(f"{LABELS[name]} | control" for name in OF_FORCE) + " |",
              "| --- |" + " ---: |" * (2 * len(OF_FORCE))]

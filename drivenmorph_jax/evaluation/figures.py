@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from drivenmorph_jax.evaluation import metrics
-from drivenmorph_jax.evaluation.tables import _write
-from drivenmorph_jax.evaluation.tiles import BLUE, GREY, HALO, ORANGE, SKY, VIEWS, YELLOW, _Sheet, _Tile
+from drivenmorph_jax.evaluation.tables import write_bytes
+from drivenmorph_jax.evaluation.tiles import BLUE, GREY, HALO, ORANGE, SKY, VIEWS, YELLOW, Sheet, Tile
 from drivenmorph_jax.fields.grid import resize
 
 SQUARE = 16.0  # mm, of a checkerboard
@@ -100,11 +100,11 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     # One width for all tiles, so that the three views are at the same scale.
     width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
     heights = [(box[up].stop - box[up].start) * spacing[up] / width for _, (_, up), _ in VIEWS]
-    sheet = _Sheet(6, heights, title)
+    sheet = Sheet(6, heights, title)
     for block, panels in enumerate(blocks):
         for column, (name, draw) in enumerate(panels.items()):
             for row, (view, axes, letters) in enumerate(VIEWS):
-                tile = _Tile(sheet.axes(block, row, column), axes, centre, box, spacing, width)
+                tile = Tile(sheet.axes(block, row, column), axes, centre, box, spacing, width)
                 shown = draw(tile)
                 if row == 0:
                     tile.ax.set_title(name, fontsize=10.5, pad=5)
@@ -142,7 +142,7 @@ def forces(path, fixed, levels, spacing):
     centre, box = np.rint(ndimage.center_of_mass(brain)).astype(int), _box(brain, spacing)
     _, axes, letters = VIEWS[0]
     width, height = ((box[a].stop - box[a].start) * spacing[a] for a in axes)
-    sheet = _Sheet(5, [height / width] * len(levels), "The driving force, coarse to fine", blocks=1)
+    sheet = Sheet(5, [height / width] * len(levels), "The driving force, coarse to fine", blocks=1)
     white = np.percentile(fixed[brain], 99.5)
     for row, level in enumerate(levels):
         vectors = {name: np.asarray(resize(np.asarray(getattr(level, key), np.float32), fixed.shape)) * spacing
@@ -153,7 +153,7 @@ def forces(path, fixed, levels, spacing):
         most = max(np.percentile(sizes["Driving force"][brain], 99.5), 1e-3)
         for column, name in enumerate(("Demons term", "Attention term", "|Driving force|", "Driving force",
                                        "Remaining displacement")):
-            tile = _Tile(sheet.axes(0, row, column), axes, centre, box, spacing, width)
+            tile = Tile(sheet.axes(0, row, column), axes, centre, box, spacing, width)
             if column < 3:
                 tile.image(sizes[name.strip("|")], Normalize(0, most), "cividis", inside=brain)
                 if column == 2:
@@ -302,4 +302,4 @@ def _save(figure, path):
     data = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(data, format="png", dpi=150)
-    _write(path, data.getvalue())
+    write_bytes(path, data.getvalue())

@@ -33,11 +33,11 @@ class Record:
         self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = row
 
 
-def _names(pair):
+def names_of(pair):
     return tuple(subject.id for subject in pair)
 
 
-def _identity(config, params, subjects, atlas, refine_steps, l2r):
+def identity_of(config, params, subjects, atlas, refine_steps, l2r):
     """A digest of all that the scores follow from."""
     subjects = subjects if atlas is None else (*subjects, atlas)
     settings = [config.to_dict(), git_commit(), refine_steps, str(l2r), [s.id for s in subjects]]

@@ -212,7 +212,7 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
                 progress.update()
     if reused:
         print(f"{reused} of {len(pairs) * len(names)} runs were in {record} already; delete it to do them again")
-    table = markdown(rows)
+    table = rivals_table(rows)
     with replacing(out / "rivals.md") as temporary:
         temporary.write_text(table)
     if all("dice" in row for row in rows["drivenmorph"]):
@@ -236,7 +236,7 @@ def _key(method, arguments, files, exclude):
     return digest.hexdigest()
 
 
-def markdown(rows):
+def rivals_table(rows):
     """The table of {method: rows of pairs}, its first method being the one that the others are tested against."""
     from drivenmorph_jax.evaluation import metrics, tables
 

@@ -34,7 +34,7 @@ def pairs_csv(path, rows):
     writer = csv.DictWriter(text, _keys(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(path, text.getvalue().encode())
+    write_bytes(path, text.getvalue().encode())
 
 
 def markdown_table(summary):
@@ -75,7 +75,7 @@ def report_md(path, summary, rows, figures, force):
     parts += ["## The driving force\n", ABOUT_FORCE + "\n", force, of_force + "\n"] if force else []
     parts += ["## Pairs\n", pairs_table(rows)]
     parts += ["## Figures\n", *pictures] if pictures else []
-    _write(path, "\n".join(parts).encode())
+    write_bytes(path, "\n".join(parts).encode())
 
 
 def _keys(rows):
@@ -86,7 +86,7 @@ def _digits(value):
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
-def _write(path, data):
+def write_bytes(path, data):
     path = Path(path)
     make_folder(path.parent)
     with replacing(path) as temporary:

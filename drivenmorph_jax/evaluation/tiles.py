@@ -17,7 +17,7 @@ HALO = withStroke(linewidth=3, foreground="black")
 VIEWS = (("Axial", (0, 1), "LRPA"), ("Coronal", (0, 2), "LRIS"), ("Sagittal", (1, 2), "PAIS"))
 
 
-class _Tile:
+class Tile:
     """One plane of a volume on black, in mm; arrays are cut where the tile needs them."""
 
     def __init__(self, ax, axes, centre, box, spacing, width):
@@ -101,7 +101,7 @@ class _Tile:
                      ha="center", va="bottom", path_effects=[HALO])
 
 
-class _Sheet:
+class Sheet:
     """A page of blocks of tiles, placed in inches, with a strip for colour bars below each."""
 
     def __init__(self, columns, heights, title, blocks=2, tile=2.2, gap=0.04, left=0.36, head=0.3, strip=0.62):

@@ -10,7 +10,7 @@ from drivenmorph_jax.fields.grid import average_pool, resize
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 
 SIGMA = 1.25  # cells
-FLOOR = 0.01  # of a mean: a cell that neither brain reaches says nothing
+MEAN_FLOOR = 0.01  # of a mean: a cell that neither brain reaches says nothing
 
 
 def differential_bias(fixed, moving, cell, weights=None):
@@ -26,7 +26,7 @@ def differential_bias(fixed, moving, cell, weights=None):
     if weights is not None:
         w = w * weights.min(-1, keepdims=True)
     means = gaussian_smooth(average_pool(jnp.concatenate([w * fixed, w * moving], axis=-1), cell), SIGMA)
-    log = jnp.log(means + FLOOR)
+    log = jnp.log(means + MEAN_FLOOR)
     return resize(log[..., :1] - log[..., 1:], fixed.shape[1:4])
 
 

@@ -16,7 +16,7 @@ from drivenmorph_jax.network.attention import CrossAttention, SelfAttention
 from drivenmorph_jax.network.convolution import Conv
 
 # Features have unit variance; below this squared slope a voxel is flat, and only amplifies noise.
-FLOOR = 1e-2
+SLOPE_FLOOR = 1e-2
 
 
 class DifferenceStream(nn.Module):
@@ -49,7 +49,7 @@ class DifferenceStream(nn.Module):
         head = Conv(channels + 1, self.dtype, nn.initializers.normal(1e-2), name="head",
                     used=channels + bool(self.cross_radius))(tokens).astype(jnp.float32)
         weights = jax.nn.softplus(head[..., :channels])
-        force = partial(feature_force, max_step=self.max_step, floor=FLOOR)
+        force = partial(feature_force, max_step=self.max_step, floor=SLOPE_FLOOR)
         demons_force = jax.vmap(lambda d, slope, w: force(d, slope, weights=w))(d, 0.5 * (fixed + attended), weights)
         attention_force = jax.nn.sigmoid(head[..., channels:]) * offset if self.cross_radius else offset
         return squash(demons_force + attention_force, self.max_step), demons_force, attention_force

@@ -8,7 +8,7 @@ from drivenmorph_jax.fields.grid import average_pool
 from drivenmorph_jax.fields.smooth import box_mean
 from drivenmorph_jax.network.convolution import Conv
 
-RADIUS, FLOOR = 2, 1e-3  # of `local_norm`
+RADIUS, VARIANCE_FLOOR = 2, 1e-3  # of `local_norm`
 
 
 def instance_norm(x):
@@ -25,7 +25,7 @@ def local_norm(image):
     The squared difference of two such images is, up to the floor of the variance, 2 - 2 times their local correlation.
     """
     mean, square = (jax.vmap(lambda x: box_mean(x, RADIUS))(x[..., 0])[..., None] for x in (image, image * image))
-    return (image - mean) * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + FLOOR)
+    return (image - mean) * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + VARIANCE_FLOOR)
 
 
 class Encoder(nn.Module):

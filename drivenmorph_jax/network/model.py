@@ -21,7 +21,7 @@ from drivenmorph_jax.network.demons_layer import NeuralDemonsLayer
 from drivenmorph_jax.network.difference import DifferenceStream
 from drivenmorph_jax.network.encoder import Encoder
 from drivenmorph_jax.network.outputs import Registration, Update
-from drivenmorph_jax.network.settings import multiple
+from drivenmorph_jax.network.settings import field_multiple
 
 # Squarings of the flow of one update: with the bound L = 2 voxels of the level, 1 of its field, the first step moves a
 # quarter of one.
@@ -96,11 +96,11 @@ class DrivenMorph(nn.Module):
     def __call__(self, fixed, moving, weights=None):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        fixed, moving = balanced(fixed, moving, multiple(c), weights)
+        fixed, moving = balanced(fixed, moving, field_multiple(c), weights)
         encoder = Encoder(tuple(c.channels), tuple(c.strides), dtype, name="encoder")
         fixed_pyramid, moving_pyramid = encoder(fixed), encoder(moving)
         levels = len(c.strides)
-        u = u_inverse = v = jnp.zeros((fixed.shape[0], *(n // multiple(c) for n in fixed.shape[1:4]), 3))
+        u = u_inverse = v = jnp.zeros((fixed.shape[0], *(n // field_multiple(c) for n in fixed.shape[1:4]), 3))
         updates = ()
         for i in reversed(range(levels)):
             space = [n // c.field_stride for n in fixed_pyramid[i].shape[1:4]]

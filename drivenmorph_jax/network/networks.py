@@ -6,7 +6,7 @@ from drivenmorph_jax.network.model import DrivenMorph
 from drivenmorph_jax.network.settings import with_dtype
 
 NETWORKS = {  # name: (module, what checks its settings, what every side of its images must be a multiple of)
-    "drivenmorph": (DrivenMorph, settings.checked, settings.multiple),
+    "drivenmorph": (DrivenMorph, settings.checked, settings.field_multiple),
     "voxelmorph": (baselines.VoxelMorph, with_dtype, lambda config: 2 ** len(config.encoder)),
     "transmorph": (baselines.TransMorph, with_dtype, lambda config: 2 ** (len(config.channels) + 1)),
 }

@@ -9,7 +9,7 @@ from ml_collections import FrozenConfigDict
 from drivenmorph_jax.errors import InputError
 
 
-def multiple(config):
+def field_multiple(config):
     """What every side of the model's images must be a multiple of."""
     return config.strides[-1] * config.field_stride
 

@@ -20,7 +20,7 @@ from drivenmorph_jax.files import replacing
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.reading import open_nifti, read_voxels
 from drivenmorph_jax.transforms.itk import FLIP, to_itk
-from drivenmorph_jax.transforms.world import _by_planes, _map
+from drivenmorph_jax.transforms.world import by_planes, map_points
 
 INTENTS = {"LPS": 1007, "RAS": 1006}  # vector; displacement vector
 
@@ -84,8 +84,8 @@ def read_displacement(path):
 def write_composite(path, transform):
     """Write a `Transform` as ITK's composite, .h5: the field on its grid, x -> linear^-1(x + d(x)), then the affine."""
     back, grid = np.linalg.inv(transform.linear), transform.grid
-    near = _by_planes(transform.displacement.shape, grid.affine,
-                      lambda i, x: _map(back, x + transform.displacement[i]) - x)
+    near = by_planes(transform.displacement.shape, grid.affine,
+                      lambda i, x: map_points(back, x + transform.displacement[i]) - x)
     field = sitk.GetImageFromArray((near * np.diag(FLIP)[:3]).transpose(2, 1, 0, 3).astype(float), isVector=True)
     lps, spacing = FLIP @ grid.affine, grid.spacing
     field.SetSpacing(spacing.tolist())

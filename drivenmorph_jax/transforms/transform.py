@@ -23,12 +23,12 @@ from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
 from drivenmorph_jax.transforms.files import read_displacement, read_sidecar, write_composite, write_displacement
 from drivenmorph_jax.transforms.itk import write_affine
 from drivenmorph_jax.transforms.world import (
-    _by_planes,
     _channels_first,
-    _map,
     _sample,
-    apply,
+    by_planes,
     linear_part,
+    map_points,
+    pull_back,
     total_inverse_displacement,
     transform_points,
 )
@@ -75,8 +75,8 @@ class Transform:
         if backward is None:
             # linear^-1 o self lies near the identity, in the first world, where it is inverted in voxels.
             back = np.linalg.inv(self.linear)
-            near = _by_planes(self.displacement.shape, self.grid.affine,
-                              lambda i, x: _map(back, x + self.displacement[i]) - x)
+            near = by_planes(self.displacement.shape, self.grid.affine,
+                              lambda i, x: map_points(back, x + self.displacement[i]) - x)
             u = near @ np.linalg.inv(self.grid.affine[:3, :3]).T.astype(np.float32)
             backward = total_inverse_displacement(self.other.data.shape, self.other.affine, np.asarray(inverse(u)),
                                                   self.grid.affine, self.linear)
@@ -90,8 +90,8 @@ class Transform:
 
             def plane(i, x):
                 y = x + first.displacement[i]
-                return y + _sample(field, _map(to_voxel, y)) - x
-            return _by_planes(first.displacement.shape, first.grid.affine, plane)
+                return y + _sample(field, map_points(to_voxel, y)) - x
+            return by_planes(first.displacement.shape, first.grid.affine, plane)
 
         known = self.backward is not None and then.backward is not None
         return Transform(follow(self, then), self.grid, then.linear @ self.linear, then.other,
@@ -119,10 +119,10 @@ class Transform:
         grid, displacement = self.grid, self.displacement
         if reference is not None:
             grid, field, to_voxel = reference, _channels_first(displacement), np.linalg.inv(self.grid.affine)
-            displacement = _by_planes((*grid.data.shape, 3), grid.affine,
-                                      lambda i, x: _sample(field, _map(to_voxel, x)))
+            displacement = by_planes((*grid.data.shape, 3), grid.affine,
+                                      lambda i, x: _sample(field, map_points(to_voxel, x)))
         like = with_type(grid, source.get_data_dtype())
-        moved = [apply(Volume(volume, source.affine, source.header, name),
+        moved = [pull_back(Volume(volume, source.affine, source.header, name),
                        displacement, grid.affine, order)
                  for volume in (np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])]
         out = to_nibabel(np.stack(moved, -1) if voxels.ndim == 4 else moved[0], like)
@@ -155,6 +155,7 @@ class Transform:
     def save_learn2reg(self, path):
         """Write Learn2Reg's field: A_other^-1 (x + d(x)) - i at voxel i of the grid, (X, Y, Z, 3), voxels."""
         to_fixed, to_moving = (np.linalg.inv(grid.affine) for grid in (self.grid, self.other))
-        writing.save(path, _by_planes(self.displacement.shape, self.grid.affine,
-                                    lambda i, x: _map(to_moving, x + self.displacement[i]) - _map(to_fixed, x)),
-                   self.grid)
+
+        def plane(i, x):
+            return map_points(to_moving, x + self.displacement[i]) - map_points(to_fixed, x)
+        writing.save(path, by_planes(self.displacement.shape, self.grid.affine, plane), self.grid)

@@ -23,7 +23,7 @@ def linear_part(displacement, affine):
     """The affine (4, 4) nearest to x -> x + displacement(x), in RAS mm: least squares over every fourth voxel."""
     some = tuple(slice(None, None, 4) for _ in range(3))
     index = np.moveaxis(np.indices(displacement.shape[:3]), 0, -1)[some].reshape(-1, 3)
-    x = _map(affine, index)
+    x = map_points(affine, index)
     y = x + displacement[some].reshape(-1, 3)
     found, *_ = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)
     out = np.eye(4)
@@ -35,24 +35,25 @@ def total_displacement(shape, affine, u, work_affine, transform):
     """T d(x) - x, from fixed to moving, at every voxel of the fixed grid: (X, Y, Z, 3), RAS mm.
 
     (shape, affine) is the fixed grid; u (D, H, W, 3), in voxels of the grid with affine `work_affine`, is
-    sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world. It is `unfolded`.
+    sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world. It is made without folds by `unfolded_in_world`.
     """
     deform = _deformation(u, work_affine)
-    return unfolded(_displacement(shape, affine, lambda x: _map(transform, deform(x))), affine, transform)
+    displacement = _displacement(shape, affine, lambda x: map_points(transform, deform(x)))
+    return unfolded_in_world(displacement, affine, transform)
 
 
 def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform):
     """d^-1(T^-1 y) - y, from moving to fixed, at every voxel of the moving grid: (X, Y, Z, 3), RAS mm.
 
     (shape, affine) is the moving grid; u_inverse (D, H, W, 3) lies on the same working grid as u, and
-    `transform` is the same T. It is `unfolded`.
+    `transform` is the same T. It is made without folds by `unfolded_in_world`.
     """
     deform, back = _deformation(u_inverse, work_affine), np.linalg.inv(transform)
-    return unfolded(_displacement(shape, affine, lambda y: deform(_map(back, y))), affine, back)
+    return unfolded_in_world(_displacement(shape, affine, lambda y: deform(map_points(back, y))), affine, back)
 
 
-def unfolded(displacement, affine, transform):
-    """A displacement (X, Y, Z, 3) in RAS mm with Jacobian determinants above 0, as `demons.unfolded` makes it.
+def unfolded_in_world(displacement, affine, transform):
+    """A displacement (X, Y, Z, 3) in RAS mm with Jacobian determinants above 0, as `fields.unfold.unfolded` makes it.
 
     On a grid coarser than the one it was found on, samples of a field that folds nowhere can fold: a difference over
     two voxels bridges what turns within them. Where they do not, or where the affine part, `transform` (4, 4), is a
@@ -67,10 +68,11 @@ def unfolded(displacement, affine, transform):
 def force_on_grid(shape, affine, force, work_affine):
     """Forces (D, H, W, 3) in voxels of the working grid as vectors in RAS mm on another grid: (X, Y, Z, 3)."""
     to_voxel, channels = np.linalg.inv(work_affine), _channels_first(force)
-    return _by_planes((*shape, 3), affine, lambda i, x: _sample(channels, _map(to_voxel, x)) @ work_affine[:3, :3].T)
+    back = work_affine[:3, :3].T
+    return by_planes((*shape, 3), affine, lambda i, x: _sample(channels, map_points(to_voxel, x)) @ back)
 
 
-def apply(volume, displacement, affine, order=1):
+def pull_back(volume, displacement, affine, order=1):
     """Pull a Volume back: out(x) = volume(x + displacement(x)), (X, Y, Z) in the volume's own type.
 
     `displacement` (X, Y, Z, 3) in RAS mm lies on the grid with `affine`. Order 1 is linear, 0 nearest;
@@ -79,9 +81,9 @@ def apply(volume, displacement, affine, order=1):
     to_voxel = np.linalg.inv(volume.affine)
 
     def plane(i, x):
-        voxel = np.moveaxis(_map(to_voxel, x + displacement[i]), -1, 0)
+        voxel = np.moveaxis(map_points(to_voxel, x + displacement[i]), -1, 0)
         return ndimage.map_coordinates(volume.data, voxel, order=order, mode="grid-constant", prefilter=False)
-    return _by_planes(displacement.shape[:3], affine, plane, volume.data.dtype)
+    return by_planes(displacement.shape[:3], affine, plane, volume.data.dtype)
 
 
 def transform_points(points, displacement, affine):
@@ -90,7 +92,7 @@ def transform_points(points, displacement, affine):
     A pull-back displacement from fixed to moving moves points of the fixed image to the moving one.
     """
     points = np.asarray(points, np.float64)
-    return points + _sample(_channels_first(displacement), _map(np.linalg.inv(affine), points))
+    return points + _sample(_channels_first(displacement), map_points(np.linalg.inv(affine), points))
 
 
 def jacobian_determinant_of_displacement(displacement, affine):
@@ -114,17 +116,17 @@ def _deformation(u, affine):
     to_voxel, field = np.linalg.inv(affine), _channels_first(u)
 
     def deform(points):
-        voxel = _map(to_voxel, points)
-        return _map(affine, voxel + _sample(field, voxel))
+        voxel = map_points(to_voxel, points)
+        return map_points(affine, voxel + _sample(field, voxel))
 
     return deform
 
 
 def _displacement(shape, affine, move):
-    return _by_planes((*shape, 3), affine, lambda i, x: move(x) - x)
+    return by_planes((*shape, 3), affine, lambda i, x: move(x) - x)
 
 
-def _by_planes(shape, affine, plane, dtype=np.float32):
+def by_planes(shape, affine, plane, dtype=np.float32):
     """plane(i, world points (Y, Z, 3)) for every plane i of a grid (X, Y, Z, ...), as one array.
 
     Planes run on all cores, and one by one: all points of a head at once, in float64, would fill memory.
@@ -134,14 +136,14 @@ def _by_planes(shape, affine, plane, dtype=np.float32):
     out = np.empty(shape, dtype)
 
     def fill(i):
-        out[i] = plane(i, _map(affine, first + (i, 0, 0)))
+        out[i] = plane(i, map_points(affine, first + (i, 0, 0)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(shape[0])))
     return out
 
 
-def _map(matrix, points):
+def map_points(matrix, points):
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
