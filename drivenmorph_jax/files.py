@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 from pathlib import Path
 
@@ -45,7 +46,20 @@ def read_rows(path):
 
 def rows_text(rows):
     """Rows as JSON lines."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(json_text(row) + "\n" for row in rows)
+
+
+def json_text(x, indent=None):
+    """x as JSON, in which a number that is not finite is null: JSON has no NaN, and strict readers refuse it."""
+    return json.dumps(_finite(x), indent=indent, allow_nan=False)
+
+
+def _finite(x):
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def check_folder(path):

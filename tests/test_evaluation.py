@@ -10,7 +10,7 @@ from test_training import finish, start
 from drivenmorph_jax.data import Dataset
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate as evaluate_module
-from drivenmorph_jax.evaluation.evaluate import _scored, evaluate, evaluate_checkpoint
+from drivenmorph_jax.evaluation.evaluate import evaluate, evaluate_checkpoint
 from drivenmorph_jax.evaluation.record import Record
 
 PROMISED = ("dice", "dice_initial", "hd95", "sdlogj", "sdlogj_l2r", "fold_pct", "ndv_pct", "inverse_mm", "seconds")
@@ -90,8 +90,8 @@ def test_a_split_without_pairs_is_refused(tmp_path):
 
 def test_an_evaluation_that_was_stopped_goes_on_from_the_finished_pairs(smoke, brains, tmp_path, monkeypatch):
     (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001", "sub-002"]}))
-    scored, score = [], _scored
-    monkeypatch.setattr(evaluate_module, "_scored", lambda pair, *rest: scored.append(pair) or score(pair, *rest))
+    scored, score = [], evaluate_module.scored
+    monkeypatch.setattr(evaluate_module, "scored", lambda pair, *rest: scored.append(pair) or score(pair, *rest))
     whole = evaluate_checkpoint(smoke[0], tmp_path, root=brains)
     lines = (tmp_path / "pairs.jsonl").read_text().splitlines(keepends=True)
     assert len(scored) == 6 and len(lines) == 7

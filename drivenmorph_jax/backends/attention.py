@@ -1,6 +1,6 @@
 """`network.attention.neighbours_attended` on each device."""
 
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 
 import jax
@@ -119,48 +119,56 @@ def _shifts_in_plane(radius, row):
 # of padded arrays, each of which a TPU writes to memory. In both, weights are made alone: once for all channels.
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _planes(q, k, v, radius, row):
-    """The sums over all shifts of exp(q . k), of that times v, and times each component of the shift."""
+    """The sums over all shifts of w = exp(q . k - m), of w v, and of w times each component of the shift.
+
+    m is the largest logit q . k of the voxel, so no sum can overflow or vanish. It has no derivative: it cancels in the
+    quotients that the caller takes.
+    """
     return _planes_forward(q, k, v, radius, row)[0]
 
 
 def _planes_forward(q, k, v, radius, row):
-    # exp needs no running maximum: no logit is above this bound, nor further below it than twice its size.
-    bound = jnp.sqrt((q * q).sum(2).max() * (k * k).sum(2).max())
     shifts = _shifts_in_plane(radius, row)
 
-    def weigh(q, near_k):
-        return [jnp.exp(_dot(q, near_k, start) - bound) for start, *_ in shifts]
+    def weigh(q, near_k, highest):
+        """The largest logit of every voxel so far, and the weights of this plane's shifts relative to it."""
+        logits = [_dot(q, near_k, start) for start, *_ in shifts]
+        highest = reduce(jnp.maximum, logits, highest)
+        return highest, [jnp.exp(x - highest) for x in logits]
 
-    def gather(attended, weights, near_v):
-        return sum((w * _from(near_v, start, q) for w, (start, *_) in zip(weights, shifts, strict=True)), attended)
+    def gather(attended, fade, weights, near_v):
+        return sum((w * _from(near_v, start, q) for w, (start, *_) in zip(weights, shifts, strict=True)),
+                   fade * attended)
 
     def visit(carry, shift):
-        total, attended, *moved = carry
+        highest, total, attended, *moved = carry
         near = partial(jax.lax.dynamic_slice_in_dim, start_index=shift + radius, slice_size=q.shape[3], axis=3)
-        weights = alone(weigh, q, near(k))
+        new, weights = alone(weigh, q, near(k), highest)
+        fade = jnp.exp(highest - new)  # sums of the earlier planes are relative to their own largest logit
         here = sum(weights)
-        moved = (moved[0] + shift.astype(jnp.float32) * here,
-                 moved[1] + sum(y * w for w, (_, y, _) in zip(weights, shifts, strict=True)),
-                 moved[2] + sum(z * w for w, (_, _, z) in zip(weights, shifts, strict=True)))
-        return (total + here, alone(gather, attended, weights, near(v)), *moved), None
+        moved = (fade * moved[0] + shift.astype(jnp.float32) * here,
+                 fade * moved[1] + sum(y * w for w, (_, y, _) in zip(weights, shifts, strict=True)),
+                 fade * moved[2] + sum(z * w for w, (_, _, z) in zip(weights, shifts, strict=True)))
+        return (new, fade * total + here, alone(gather, attended, fade, weights, near(v)), *moved), None
 
     zero = jnp.zeros_like(q[:, :, :1])
-    start = zero, jnp.zeros((*q.shape[:2], v.shape[2], *q.shape[3:]), v.dtype), zero, zero, zero
-    (total, attended, *moved), _ = jax.lax.scan(visit, start, jnp.arange(-radius, radius + 1))
-    return (total, attended, moved), (q, k, v, bound)
+    attended = jnp.zeros((*q.shape[:2], v.shape[2], *q.shape[3:]), v.dtype)
+    start = jnp.full_like(zero, -jnp.inf), zero, attended, zero, zero, zero
+    (highest, total, attended, *moved), _ = jax.lax.scan(visit, start, jnp.arange(-radius, radius + 1))
+    return (total, attended, moved), (q, k, v, highest)
 
 
 def _planes_backward(radius, row, residuals, cotangents):
-    (q, k, v, bound), (g_total, g_attended, g_moved) = residuals, cotangents
+    (q, k, v, highest), (g_total, g_attended, g_moved) = residuals, cotangents
     shifts = _shifts_in_plane(radius, row)
     more = k.shape[-1] - q.shape[-1]  # twice the reach
     wide_q, wide_g = _extended(q, more), _extended(g_attended, more)
 
-    def weigh(q, near_k, near_v, g_attended, g_total, g_moved, shift):
+    def weigh(q, near_k, near_v, highest, g_attended, g_total, g_moved, shift):
         """The weights and the cotangents of their logits, padded."""
         weights, of_logits = [], []
         for start, y, z in shifts:
-            weight = jnp.exp(_dot(q, near_k, start) - bound)
+            weight = jnp.exp(_dot(q, near_k, start) - highest)
             of_weight = _dot(g_attended, near_v, start) + g_total
             of_weight += shift.astype(jnp.float32) * g_moved[0] + y * g_moved[1] + z * g_moved[2]
             weights.append(_extended(weight, more))
@@ -178,7 +186,7 @@ def _planes_backward(radius, row, residuals, cotangents):
     def visit(carry, shift):
         (g_q, g_k, g_v), at = carry, shift + radius
         near = partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=q.shape[3], axis=3)
-        weights, of_logits = alone(weigh, q, near(k), near(v), g_attended, g_total, g_moved, shift)
+        weights, of_logits = alone(weigh, q, near(k), near(v), highest, g_attended, g_total, g_moved, shift)
         g_q = alone(of_queries, g_q, of_logits, near(k))
         g_k, g_v = (jax.lax.dynamic_update_slice_in_dim(x, alone(back, near(x), maps, wide), at, 3)
                     for x, maps, wide in ((g_k, of_logits, wide_q), (g_v, weights, wide_g)))

@@ -1,6 +1,5 @@
-"""Scores of trained parameters on the pairs of a data set, and the report of them."""
+"""Scores of a checkpoint on the ordered pairs of a data set, and the report of them."""
 
-import json
 import resource
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from tqdm import tqdm
 from drivenmorph_jax import data
 from drivenmorph_jax.data.folder import IMAGE
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.evaluation import explanation, metrics, page, rivals
-from drivenmorph_jax.evaluation.explanation import by_name, force_table, of_pair
-from drivenmorph_jax.evaluation.figures import curves, dice_boxplot, forces, overview
+from drivenmorph_jax.evaluation import explanation, figures, metrics, page, rivals
+from drivenmorph_jax.evaluation.explanation import force_table
 from drivenmorph_jax.evaluation.record import Record, identity_of, names_of
+from drivenmorph_jax.evaluation.scoring import ranked, scored
 from drivenmorph_jax.evaluation.tables import OF_FORCE, markdown_table, pairs_csv, report_md
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.files import json_text, make_folder, replacing
 from drivenmorph_jax.images.reading import load_image
 from drivenmorph_jax.network.inference import downsample_to, grid_multiple, load_checkpoint, make_predict, predictions
 from drivenmorph_jax.runtime import configuration, logs
@@ -27,18 +26,18 @@ from drivenmorph_jax.transforms.world import total_displacement
 
 
 def evaluate(config, params, dataset, split, out, training=None, refine_steps=0, l2r=None):
-    """Score every ordered pair of a split, and write what was found to `out`.
+    """Score every ordered pair of a split, and write the scores to `out`.
 
-    `summary.json`, `pairs.csv`, figures, and the same to read as `report.html` and `report.md`. `pairs.jsonl` grows by
-    a line a pair, with the Dice of every label besides: a run that was stopped goes on from there, if network, settings
-    and images are still the same.
+    `summary.json`, `pairs.csv`, figures, and the same to read as `report.html` and `report.md`. `pairs.jsonl` gets a
+    line a pair, with the Dice of every label: a run that was stopped continues from there, if network, settings and
+    images are still the same.
 
     Args:
       config: the training's, with `data` for this data set.
       params: of the network of `config.model`.
       split: "train", "val" or "test".
       training: folder whose `metrics.jsonl` gives the training curves, where there is one.
-      refine_steps: iterations of Demons in `refinement.refined`; 0: the network alone.
+      refine_steps: iterations of Demons in `network.refinement.refined`; 0: one pass of the network.
       l2r: folder for Learn2Reg's fields of the pairs, where the data set is one of files.
 
     Returns:
@@ -48,50 +47,22 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     if len(subjects) < 2:
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
     out = make_folder(out)
-    predict, space = make_predict(config, refine_steps), config.get("space", 1)
+
+    def predicted(some):
+        return predictions(make_predict(config, refine_steps), params, some, config.get("space", 1))
+
     record = Record(out, identity_of(config, params, subjects, dataset.atlas, refine_steps, l2r))
-    # The control of a fixed image's pairs: the force between two images of which neither is this one, if there are.
-    jobs = []
-    for k, fixed in enumerate(subjects):
-        left = [pair for pair in pairs if pair[0] is fixed and names_of(pair) not in record.rows]
-        if left:
-            other, next_but_one = (subjects[(k + i) % len(subjects)] for i in (1, 2))
-            jobs += [(True, (other, dataset.atlas or next_but_one)), *((False, pair) for pair in left)]
-    if jobs:
-        for _ in predictions(predict, params, pairs[:1], space):  # compiles
-            pass
-    with tqdm(total=len(pairs), initial=len(record.rows), unit="pair", desc=split, dynamic_ncols=True) as bar:
-        found = predictions(predict, params, [pair for _, pair in jobs], space)
-        for (is_control, pair), (fields, seconds) in zip(jobs, found, strict=True):
-            if is_control:
-                control = fields
-                continue
-            record.add(_scored(pair, fields, control, seconds, dataset))
-            if l2r:
-                _write_l2r(l2r, config.data.root, *pair, fields[0])
-            pairs_csv(out / "pairs.csv", [one["scores"] for one in record.rows.values()])
-            bar.update()
+    for pair, u in _score_pairs(predicted, dataset, split, record):
+        pairs_csv(out / "pairs.csv", [one["scores"] for one in record.rows.values()])
+        if l2r:
+            _write_l2r(l2r, config.data.root, *pair, u)
     found = [record.rows[names_of(pair)] for pair in pairs]
     rows = [one["scores"] for one in found]
-
-    figures, viewers = {}, []
-    rank = np.argsort([row.get("dice", row["sdlogj"]) for row in rows])
-    shown = {"Worst": rank[0], "Median": rank[len(rank) // 2], "Best": rank[-1]}
     statistics = explanation.statistics([one["force"] for one in found], [one["control"] for one in found])
-    again = predictions(predict, params, [pairs[place] for place in shown.values()], space)
-    for (name, place), ((u, _, force, levels), _) in zip(shown.items(), again, strict=True):
-        figures[f"{name} pair"] = out / f"{name.lower()}.png"
-        viewers.append(_show(figures[f"{name} pair"], *pairs[place], u, force, rows[place], dataset.spacing))
-        if name == "Median" and statistics:
-            figures["Force by level, median pair"] = out / "forces.png"
-            forces(out / "forces.png", pairs[place][0].image, levels, (dataset.spacing,) * 3)
-    if any(one["dice"] for one in found):
-        figures["Dice by structure"] = out / "dice.png"
-        dice_boxplot(figures["Dice by structure"], *_by_label(found), dataset.label_names)
-    steps = logs.read(training) if training else []
-    if steps:
-        figures["Training"] = out / "training.png"
-        curves(figures["Training"], steps)
+    drawn, viewers = _draw(out, dataset, pairs, found, predicted, statistics)
+    if training and (steps := logs.read(training)):
+        drawn["Training"] = out / "training.png"
+        figures.curves(drawn["Training"], steps)
 
     scores = metrics.summarise(rows)
     of_force = OF_FORCE if statistics else ()
@@ -102,28 +73,52 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
                "definitions": {key: metrics.DEFINITIONS[key] for key in (*scores, *of_force, "brain")},
                "force": statistics, **scores}
     force = force_table(statistics) if statistics else ""
-    report_md(out / "report.md", scores, rows, figures, force)
-    page.report(out / "report.html", f"{dataset.name}, {split}", scores, rows, force, figures, viewers)
+    report_md(out / "report.md", scores, rows, drawn, force)
+    page.report(out / "report.html", f"{dataset.name}, {split}", scores, rows, force, drawn, viewers)
     with replacing(out / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.write_text(json_text(summary, indent=2) + "\n")
     return summary
 
 
-def _scored(pair, fields, control, seconds, dataset):
-    """What is kept of a pair, as JSON has it: its scores, Dice of each label before and after, and its force's."""
-    (fixed, moving), (u, u_inverse, force, levels) = pair, fields
-    brain = metrics.brain(fixed.image)
-    u_true = data.true_displacement(fixed, moving) if fixed.to_template is not None else None
-    scores = metrics.pair_metrics(u, u_inverse, fixed.labels, moving.labels, (dataset.spacing,) * 3, brain,
-                                  dataset.exclude, u_true=u_true)
-    dice = {}
-    if "dice" in scores:
-        before, after = (metrics.dice(fixed.labels, labels, dataset.exclude, moving.labels)
-                         for labels in (moving.labels, metrics.warp_labels(moving.labels, u)))
-        dice = {str(label): [before[label], value] for label, value in after.items()}
-    own, other = (by_name(*found) for found in ((u, force, levels), (control[0], *control[2:])))
-    return {"scores": {"fixed": fixed.id, "moving": moving.id, **scores, "seconds": seconds}, "dice": dice,
-            "force": of_pair(own, own, brain), "control": of_pair(other, own, brain)}
+def _score_pairs(predicted, dataset, split, record):
+    """Score the pairs that `record` does not hold yet; yields each (pair, u) once it is recorded."""
+    subjects, pairs = getattr(dataset, split), dataset.pairs(split)
+    # The control of a fixed image's pairs: the force between two images of which neither is this one, where there are.
+    jobs = []
+    for k, fixed in enumerate(subjects):
+        left = [pair for pair in pairs if pair[0] is fixed and names_of(pair) not in record.rows]
+        if left:
+            other, next_but_one = (subjects[(k + i) % len(subjects)] for i in (1, 2))
+            jobs += [(True, (other, dataset.atlas or next_but_one)), *((False, pair) for pair in left)]
+    if jobs:
+        for _ in predicted(pairs[:1]):  # compiles, so that the seconds of the first pair are those of the others
+            pass
+    with tqdm(total=len(pairs), initial=len(record.rows), unit="pair", desc=split, dynamic_ncols=True) as bar:
+        for (is_control, pair), (fields, seconds) in zip(jobs, predicted([pair for _, pair in jobs]), strict=True):
+            if is_control:
+                control = fields
+                continue
+            record.add(scored(pair, fields, control, seconds, dataset))
+            yield pair, fields[0]
+            bar.update()
+
+
+def _draw(out, dataset, pairs, found, predicted, statistics):
+    """({caption: figure}, viewers): the worst, the median and the best pair, the force by level, Dice by structure."""
+    drawn, viewers = {}, []
+    rank = ranked([one["scores"] for one in found])
+    shown = {"Worst": rank[0], "Median": rank[len(rank) // 2], "Best": rank[-1]}
+    again = predicted([pairs[place] for place in shown.values()])
+    for (name, place), ((u, _, force, levels), _) in zip(shown.items(), again, strict=True):
+        drawn[f"{name} pair"] = out / f"{name.lower()}.png"
+        viewers.append(_show(drawn[f"{name} pair"], *pairs[place], u, force, found[place]["scores"], dataset.spacing))
+        if name == "Median" and statistics:
+            drawn["Force by level, median pair"] = out / "forces.png"
+            figures.forces(out / "forces.png", pairs[place][0].image, levels, (dataset.spacing,) * 3)
+    if any(one["dice"] for one in found):
+        drawn["Dice by structure"] = out / "dice.png"
+        figures.dice_boxplot(drawn["Dice by structure"], *_by_label(found), dataset.label_names)
+    return drawn, viewers
 
 
 def _by_label(found):
@@ -149,10 +144,10 @@ def _show(path, fixed, moving, u, force, row, spacing):
     spacing = (spacing,) * 3
     warped = np.asarray(warp(jnp.asarray(moving.image)[..., None], u)[..., 0])
     title = f"{moving.id} to {fixed.id}"
-    if "dice" in row:
+    if row.get("dice") is not None:
         title += f"\nDice {row['dice_initial']:.3f} before, {row['dice']:.3f} after; J ≤ 0 in {row['fold_pct']:.4f} %"
     volumes = fixed.image, moving.image, warped, u, force, metrics.jacobian(u), spacing
-    overview(path, *volumes, title)
+    figures.overview(path, *volumes, title)
     return page.viewer(title.replace("\n", ": "), *volumes)
 
 
@@ -169,7 +164,7 @@ def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refi
     if root is not None:
         config.data = {"name": "folder", "root": str(root), "exclude": tuple(config.data.get("exclude", ())),
                        "splits": None, "atlas": None, "downsample": 0}
-    configuration.override(config, overrides)
+    config = configuration.override(config, overrides)
     if overrides:
         params = load_checkpoint(folder, [o for o in overrides if not o.startswith("--config.data.")])[1]
     dataset = data.load(config.data, (split,))

@@ -65,7 +65,8 @@ def _cell(mean, low, high):
 
 
 def _bootstrap(values):
-    values = np.array(values)[np.isfinite(values)]
+    values = np.array(values, float)  # None, as JSON has it, becomes nan
+    values = values[np.isfinite(values)]
     if not values.size:
         return None, None, None
     drawn = np.random.default_rng(0).choice(values, (RESAMPLES, values.size)).mean(1)

@@ -182,7 +182,7 @@ def curves(path, rows):
     """
     panels = []
     for key, name, colour in (("loss", "Training loss", BLUE), ("val_dice", "Validation Dice", ORANGE)):
-        points = [(row["step"], row[key]) for row in rows if np.isfinite(row.get(key, np.nan))]
+        points = [(row["step"], row[key]) for row in rows if np.isfinite(np.array(row.get(key), float))]
         if points:
             panels.append((key, name, colour, np.array(points, float).T))
     figure = Figure(figsize=(5.2 * max(len(panels), 1), 3.6), layout="constrained")

@@ -19,6 +19,8 @@ DEFINITIONS = {
     "hd95": "95th percentile of the surface distances (weighted by surfel area) of each direction, the "
             "larger of the two, in mm, as the package surface-distance and Learn2Reg compute it; labels as "
             "for Dice, without those that warping has lost.",
+    "lncc": "Mean squared local correlation of the fixed and the warped moving image in boxes of 9 voxels, cut at the "
+            "border.",
     "sdlogj": "Standard deviation of log J inside the fixed brain; J = det(I + grad u) by central "
               "differences in voxels, clipped at 1e-9, 2 voxels cropped at each side of the grid.",
     "sdlogj_l2r": "Learn2Reg's form, standard deviation of log(clip(J + 3, 1e-9, 1e9)) inside the fixed "

@@ -1,4 +1,4 @@
-"""Scores of trained parameters on the pairs of a data set, and the report of them."""
+"""The pairs that an evaluation has scored, kept on disk: a run that was stopped continues from there."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from drivenmorph_jax.runtime.provenance import git_commit
 
 
 class Record:
-    """The pairs that a run has scored, `rows` {(fixed, moving): what `_scored` returns}, kept in out/pairs.jsonl.
+    """The pairs that a run has scored, kept in out/pairs.jsonl: `rows` is {(fixed, moving): what `scored` returns}.
 
-    The first line says whose they are. Those of another run, or of one that has ended (its summary.json is there), are
-    dropped, and so is a line that was cut short.
+    The first line holds the identity of the run. Pairs of another run, or of one that has ended (its summary.json is
+    there), are dropped, and so is a line that was cut short.
     """
 
     def __init__(self, out, identity):
@@ -28,12 +28,14 @@ class Record:
         self.rows = {(row["scores"]["fixed"], row["scores"]["moving"]): row for row in kept}
 
     def add(self, row):
+        text = rows_text([row])
         with self.path.open("a") as file:
-            file.write(rows_text([row]))
-        self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = row
+            file.write(text)
+        self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = json.loads(text)  # as from the file
 
 
 def names_of(pair):
+    """(id of the fixed, id of the moving subject)."""
     return tuple(subject.id for subject in pair)
 
 

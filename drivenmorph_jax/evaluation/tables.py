@@ -16,7 +16,7 @@ from drivenmorph_jax.evaluation.metrics import DEFINITIONS
 from drivenmorph_jax.files import make_folder, replacing
 
 LABELS = {
-    "dice": "Dice", "dice_initial": "Dice before", "hd95": "HD95 (mm)", "sdlogj": "SDlogJ",
+    "dice": "Dice", "dice_initial": "Dice before", "hd95": "HD95 (mm)", "lncc": "Local correlation", "sdlogj": "SDlogJ",
     "sdlogj_l2r": "SDlogJ (Learn2Reg)", "fold_pct": "J ≤ 0 (%)", "ndv_pct": "NDV (%)",
     "inverse_mm": "Inverse consistency (mm)", "tre_mm": "TRE (mm)", "seconds": "Seconds a pair",
     "cosine": "Force cosine", "pearson": "Force Pearson r", "spearman": "Force Spearman ρ", "r2": "Force R²",
@@ -83,6 +83,8 @@ def _keys(rows):
 
 
 def _digits(value):
+    if value is None:
+        return "–"
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
 
 

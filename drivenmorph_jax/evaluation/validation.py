@@ -1,4 +1,4 @@
-"""Scores of trained parameters on the pairs of a data set, and the report of them."""
+"""Validation while a network trains: mean scores over the pairs of the val split."""
 
 import jax
 import numpy as np
@@ -8,20 +8,36 @@ from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.network.inference import predictions
 from drivenmorph_jax.network.losses import lncc
 
+WINDOW = 9  # voxels
+
 
 def validate(predict, params, dataset, space=1):
-    """Mean over the ordered val pairs: Dice and folding, or the LNCC of the images where there are no labels."""
+    """Means over the ordered val pairs.
+
+    Returns:
+      {"val_dice", "val_fold_pct"} over the pairs whose images have a label in common, if there are any; else
+      {"val_lncc"}, the local correlation of the images, over all pairs.
+    """
     rows, pairs = [], dataset.pairs("val")
     for (fixed, moving), ((u, *_), _) in zip(pairs, predictions(predict, params, pairs, space), strict=True):
-        if fixed.labels is None or moving.labels is None:
-            rows.append({"val_lncc": float(_similarity(fixed.image, moving.image, u))})
-            continue
-        moved = metrics.warp_labels(moving.labels, u)
-        rows.append({"val_dice": metrics.mean_dice(fixed.labels, moved, dataset.exclude, moving.labels),
-                     "val_fold_pct": metrics.fold_pct(metrics.jacobian(u), metrics.brain(fixed.image))})
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        dice = np.nan
+        if fixed.labels is not None and moving.labels is not None:
+            moved = metrics.warp_labels(moving.labels, u)
+            dice = metrics.mean_dice(fixed.labels, moved, dataset.exclude, moving.labels)
+        if np.isfinite(dice):
+            rows.append({"val_dice": dice,
+                         "val_fold_pct": metrics.fold_pct(metrics.jacobian(u), metrics.brain(fixed.image))})
+        else:
+            rows.append({"val_lncc": similarity(fixed.image, moving.image, u)})
+    labelled = [row for row in rows if "val_dice" in row]
+    return {key: float(np.mean([row[key] for row in labelled or rows])) for key in (labelled or rows)[0]}
+
+
+def similarity(fixed, moving, u):
+    """Mean squared local correlation of the fixed and the warped moving image (D, H, W), boxes of `WINDOW` voxels."""
+    return float(_similarity(fixed, moving, u))
 
 
 @jax.jit
 def _similarity(fixed, moving, u):
-    return lncc(warp(moving[..., None], u)[None], fixed[None, ..., None], 9)
+    return lncc(warp(moving[..., None], u)[None], fixed[None, ..., None], WINDOW)

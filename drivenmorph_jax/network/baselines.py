@@ -23,8 +23,8 @@ def integrated(flow):
     v = average_pool(flow.astype(jnp.float32), 2) / 2
     u, u_inverse = exponential(jnp.stack([v, -v]), STEPS)
     zero = jnp.zeros_like(v)
-    update = Update(force=zero, demons_force=zero, attention_force=zero, velocity=v, u_before=zero,
-                    u_inverse_before=zero, u=u, u_inverse=u_inverse)
+    update = Update(force=zero, demons_force=zero, attention_force=zero, velocity=v, u_inverse_before=zero,
+                    u=u, u_inverse=u_inverse)
     return Registration(*(resize_field(x, flow.shape[1:4]) for x in (u, u_inverse)), (update,))
 
 

@@ -1,4 +1,4 @@
-"""Scores of trained parameters on the pairs of a data set, and the report of them."""
+"""Trained networks at work: checkpoints loaded, pairs of images registered."""
 
 import math
 import time
@@ -32,50 +32,59 @@ def downsample_to(voxel, spacing):
 
 
 def make_predict(config, refine_steps=0):
-    """A jitted function (params, fixed, moving (B, D, H, W)) -> u, u_inverse, force (B, D, H, W, 3), and the levels.
+    """A function (params, fixed, moving, weights=None) that registers a batch of images (B, D, H, W).
 
-    The network sees the images pooled by `data.downsample`; its fields are resampled to their grid, and
-    `refinement.refined`, with `refine_steps` iterations of Demons, carries them further. The force and the levels, its
-    `LevelForces`, coarse to fine, (B, D, H, W, 3) on grids of their own, are those of the first look. All in voxels of
-    the images. A batch that is split over devices is computed there.
-
-    A fourth argument, weights (B, D, H, W, 2) of the fixed and the moving image, is 0 where one of them does not count
-    and 1 elsewhere.
+    It returns u, u_inverse and the force, (B, D, H, W, 3), and the levels, all in voxels of the images. With
+    `refine_steps` above 0 it is `refinement.refined` with as many iterations of Demons, else `network_pass`. The force
+    and the levels are those of the network's first pass. A batch that is split over devices is computed there.
 
     Called again with the same settings it returns the same function, so that nothing is compiled twice in a process.
     """
-    return _predict(make_network(config.model), config.data.downsample, refine_steps)
+    network = network_pass(config)
+    return _refining(network, refine_steps) if refine_steps else network
 
 
 @lru_cache(maxsize=8)
-def _predict(model, downsample, refine_steps):
-    @partial(jax.jit, compiler_options=compiler_options())
+def _refining(network, steps):
     def predict(params, fixed, moving, weights=None):
-        def network(fixed, moving, weights):
-            small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
-            if weights is not None:
-                small.append(average_pool(weights, downsample))
-            try:
-                registration = model.apply({"params": params}, *small)
-            except FlaxError as error:
-                raise InputError("the checkpoint belongs to another version of its model: train it again") from error
-            fields = registration.u, registration.u_inverse, driving_force(registration)
-            levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
-            return *(resize_field(field, fixed.shape[1:]) for field in fields), levels
-
-        if refine_steps:
-            return refined(network, fixed, moving, refine_steps, weights)
-        return network(fixed, moving, weights)
+        return refined(partial(network, params), fixed, moving, steps, weights)
 
     return predict
+
+
+def network_pass(config):
+    """One pass of the network, jitted: (params, fixed, moving, weights=None) -> (u, u_inverse, force, levels).
+
+    The images are (B, D, H, W). The network gets them pooled by `data.downsample`, and its fields are resampled to the
+    images' grid. `levels` are its `LevelForces`, coarse to fine, (B, D, H, W, 3) on grids of their own. `weights`
+    (B, D, H, W, 2), of the fixed and the moving image, are 0 where one of them does not count and 1 elsewhere.
+    """
+    return _network_pass(make_network(config.model), config.data.downsample)
+
+
+@lru_cache(maxsize=8)
+def _network_pass(model, downsample):
+    @partial(jax.jit, compiler_options=compiler_options())
+    def network(params, fixed, moving, weights=None):
+        small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
+        if weights is not None:
+            small.append(average_pool(weights, downsample))
+        try:
+            registration = model.apply({"params": params}, *small)
+        except FlaxError as error:
+            raise InputError("the checkpoint belongs to another version of its model: train it again") from error
+        fields = registration.u, registration.u_inverse, driving_force(registration)
+        levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
+        return *(resize_field(field, fixed.shape[1:]) for field in fields), levels
+
+    return network
 
 
 def predictions(predict, params, pairs, space=1):
     """For each (fixed, moving) in turn: (what `predict` found, as NumPy arrays without the batch axis; seconds).
 
-    As many pairs at a time as this process has devices, each on one of them, or on `space` where so many are there.
-    Accelerators work on the next pairs while the caller looks at the last ones; a CPU would have to do both at once,
-    and the seconds would tell of both.
+    As many pairs at a time as this process has devices, each on one device, or on `space` devices where there are so
+    many. An accelerator computes the next pairs while the caller works on the last ones (`backends.programs`).
     """
     mesh = sharding.device_mesh(math.gcd(space, jax.local_device_count()), jax.local_devices())
     params = jax.device_put(params, sharding.replicated(mesh))
@@ -99,7 +108,7 @@ def predictions(predict, params, pairs, space=1):
 
 
 def load_checkpoint(folder, overrides=()):
-    """(config, params, about) of a checkpoint, its settings overridden by `--config.KEY=VALUE` arguments.
+    """(config, params, about) of a checkpoint, its settings changed by `--config.KEY=VALUE` arguments.
 
     Raises InputError where it is none, or does not fit the model that the settings describe.
     """

@@ -18,8 +18,12 @@ def lncc(a, b, window, weight=None):
     cc(x) = cov(a, b)^2 / (var(a) var(b)) over the box around x, cut at the border; float32. Flat boxes count zero.
     With `weight` (B, D, H, W) the mean is a weighted one.
 
+    Raises ValueError where `window` is not odd.
+
     Reference: Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", 2008.
     """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window is {window}: a box around a voxel has an odd number of voxels on each side")
     axes, radius = (1, 2, 3), window // 2
 
     def prepared(x):
@@ -80,7 +84,8 @@ def total_loss(config, registration, batch):
     """The training loss of one batch, and its parts for the log.
 
     L = sim(M o phi, F) + sim(F o phi^-1, M) over two + smoothness * mean over updates of diffusion(v)
-        + level * mean over levels of sim(M_l o phi_l, F_l) + force * mean over updates of 1 - cos(p, remaining)
+        + level * mean over updates but the last of sim(M_l o phi_l, F_l)
+        + force * mean over updates of 1 - cos(p, remaining)
         + dice * soft Dice, where the batch has label maps
 
     Args:

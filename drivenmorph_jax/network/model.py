@@ -73,11 +73,11 @@ class Level(nn.Module):
         loop = nn.scan(update, variable_broadcast="params", split_rngs={"params": False}, length=c.updates[i],
                        unroll=unrolled(c.updates[i]),
                        check_constancy_invariants=self.is_initializing())
-        updates, before = (), (u, u_inverse)
+        updates, before = (), u_inverse
         (u, u_inverse, v), made = loop(self, (u, u_inverse, v), None)
         for *driven, u_after, u_inverse_after in zip(*made, strict=True):
-            updates += Update(*driven, *before, u_after, u_inverse_after),
-            before = u_after, u_inverse_after
+            updates += Update(*driven, before, u_after, u_inverse_after),
+            before = u_inverse_after
         return u, u_inverse, v, updates
 
 

@@ -21,7 +21,6 @@ class Update:
     demons_force: chex.Array
     attention_force: chex.Array
     velocity: chex.Array
-    u_before: chex.Array
     u_inverse_before: chex.Array
     u: chex.Array
     u_inverse: chex.Array

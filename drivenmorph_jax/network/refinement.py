@@ -1,7 +1,15 @@
-"""A network's registration carried further: both ways, by Demons, and by the network again on what is left."""
+"""The default pipeline around the network, as a list of steps: `refined`.
 
+Each step is a function that takes and returns a `State`. Every step is a program of its own, so the network is compiled
+once for all its passes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -11,16 +19,30 @@ from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import compose, warp
 
-LEFT = 2  # times that the network is asked for what is left
+RESIDUAL_PASSES = 2
 SIGMA = 0.7  # voxels
+INVERSE_STEPS = 8  # of `coarse_inverse`; the refined field is rougher than that of Demons, which needs 4
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Images (B, D, H, W), their weights (B, D, H, W, 2) or None, and what is found so far, u (B, D, H, W, 3)."""
+
+    fixed: chex.Array
+    moving: chex.Array
+    weights: chex.Array | None
+    u: chex.Array | None = None
+    u_inverse: chex.Array | None = None
+    found: tuple[Any, ...] = ()  # what the network returned besides u and u_inverse in its first pass
 
 
 def refined(network, fixed, moving, steps, weights=None):
-    """phi = G * (psi o D o psi_1 o psi_2): psi by the network both ways, D by Demons after it, psi_1 and psi_2 by the
-    network on what is left, G a Gaussian of .7 voxels.
+    """phi = G * (psi o D o psi_1 o psi_2), without folds: the network, Demons after it, the network on the residual.
 
-    Both ways: the mean of u(F, M) and of the inverse that comes with u(M, F). On what Demons leaves the network finds
-    more than further iterations would (docs/method.md has the numbers).
+    psi: the network forward and backward, averaged: the mean of u(F, M) and of the inverse that comes with u(M, F).
+    D: `steps` iterations of Demons from there. psi_1, psi_2: the network between F and the warped moving image, the
+    residual. G: a Gaussian of `SIGMA` voxels. On what Demons leaves the network finds more than further iterations
+    would (docs/notes/decisions.md has the numbers).
 
     Args:
       network: function (fixed, moving, weights) -> (u, u_inverse, what else it found), u (B, D, H, W, 3) in voxels.
@@ -31,32 +53,77 @@ def refined(network, fixed, moving, steps, weights=None):
     Returns:
       u and u_inverse, J > 0 everywhere, and what else the network found between the images as they came.
     """
-    def by_demons(u):
-        def one(fixed, moving, u, weights):
-            weights = None if weights is None else (weights[..., :1], weights[..., 1:])
-            return demons.refine(fixed[..., None], moving[..., None], u, steps, weights)
-        return _each(one, fixed, moving, u, weights)
+    state = State(fixed, moving, weights)
+    for step in pipeline(network, steps):
+        state = step(state)
+    return state.u, state.u_inverse, *state.found
 
-    def look(u, number):
-        """Both ways first, numbers 0 and 1, then what is left."""
-        along = jnp.where(number < 2, 0, u)
-        warped, counted = warp(moving[..., None], along)[..., 0], None
-        if weights is not None:
-            counted = jnp.concatenate([weights[..., :1], warp(weights[..., 1:], along)], -1)
-        swapped = warped, fixed, None if weights is None else counted[..., ::-1]
-        way = jax.tree.map(lambda x, y: jnp.where(number == 1, y, x), (fixed, warped, counted), swapped)
-        there, back, *found = network(*way)
-        return jax.lax.switch(jnp.minimum(number, 2), [
-            lambda: there, lambda: by_demons(0.5 * (u + back)), lambda: compose(u, there)]), found
 
-    # A loop: the network is compiled once.
-    u, found = jax.lax.scan(look, jnp.zeros((*fixed.shape, 3)), jnp.arange(2 + LEFT))
-    u = _each(unfolded, gaussian_smooth(u, SIGMA))
-    return u, _each(partial(coarse_inverse, steps=8), u), *jax.tree.map(lambda x: x[0], found)
+def pipeline(network, iterations) -> list[Callable[[State], State]]:
+    """The steps of `refined`, in their order."""
+    return [partial(forward_and_backward, network=network),
+            partial(by_demons, iterations=iterations),
+            *[partial(residual_pass, network=network)] * RESIDUAL_PASSES,
+            smoothed, without_folds, with_inverse]
+
+
+def forward_and_backward(state, network):
+    """u <- (u(F, M) + u_inverse(M, F)) / 2."""
+    u, _, *found = network(state.fixed, state.moving, state.weights)
+    back = network(state.moving, state.fixed, None if state.weights is None else state.weights[..., ::-1])[1]
+    return replace(state, u=_mean(u, back), found=tuple(found))
+
+
+def by_demons(state, iterations):
+    """u <- up to `iterations` iterations of Demons by local correlation from u, where they find anything."""
+    def one(fixed, moving, u, weights):
+        weights = None if weights is None else (weights[..., :1], weights[..., 1:])
+        return demons.refine(fixed[..., None], moving[..., None], u, iterations, weights)
+
+    return replace(state, u=_each(one, state.fixed, state.moving, state.u, state.weights))
+
+
+def residual_pass(state, network):
+    """u <- u o u(F, M o phi): the network between the fixed and the warped moving image, composed with u."""
+    there, *_ = network(state.fixed, *_warped(state.moving, state.weights, state.u))
+    return replace(state, u=_composed(state.u, there))
+
+
+def smoothed(state):
+    """u <- G * u, a Gaussian of `SIGMA` voxels."""
+    return replace(state, u=_smooth(state.u))
+
+
+def without_folds(state):
+    """u <- u with J > 0 everywhere, see `fields.unfold`."""
+    return replace(state, u=_each(unfolded, state.u))
+
+
+def with_inverse(state):
+    """u_inverse <- the inverse of u, see `fields.inverse.coarse_inverse`."""
+    return replace(state, u_inverse=_each(partial(coarse_inverse, steps=INVERSE_STEPS), state.u))
+
+
+@jax.jit
+def _mean(a, b):
+    return 0.5 * (a + b)
+
+
+@jax.jit
+def _warped(moving, weights, u):
+    """The warped moving image, and the weights with that of the moving image warped too."""
+    if weights is not None:
+        weights = jnp.concatenate([weights[..., :1], warp(weights[..., 1:], u)], -1)
+    return warp(moving[..., None], u)[..., 0], weights
+
+
+_composed = jax.jit(compose)
+_smooth = jax.jit(partial(gaussian_smooth, sigma=SIGMA))
 
 
 def _each(function, *arrays):
-    """vmap of a function whose loop ends by itself; which would go over its state once more, so one alone is spared."""
+    """`function` of every pair of the batch. Under vmap a loop that ends by itself computes its state once more, so one
+    pair alone goes without."""
     if len(arrays[0]) > 1:
         return jax.vmap(function)(*arrays)
     return function(*(None if x is None else x[0] for x in arrays))[None]

@@ -1,1 +1,21 @@
-"""Registration of two images, in stages: read, align, plan, prepare, deform, transfer, score."""
+"""Registration of two images, in stages: read, align, plan, prepare, deform, transfer, score.
+
+Each stage is a function that takes what the stage before returned, a frozen dataclass, and returns its own, which has
+those fields and its own. `register` runs them in their order:
+
+    request = Request("a.nii.gz", "b.nii.gz")
+    result = result_of(score(transfer(deform(prepare(plan(align(read(request))))))))
+"""
+
+from drivenmorph_jax.registration.align import Aligned, align
+from drivenmorph_jax.registration.deform import Deformed, deform
+from drivenmorph_jax.registration.plan import Planned, plan
+from drivenmorph_jax.registration.prepare import Prepared, prepare
+from drivenmorph_jax.registration.read import Pair, Request, read
+from drivenmorph_jax.registration.register import register
+from drivenmorph_jax.registration.result import Result, result_of
+from drivenmorph_jax.registration.score import Scored, score
+from drivenmorph_jax.registration.transfer import Transferred, transfer
+
+__all__ = ["Aligned", "Deformed", "Pair", "Planned", "Prepared", "Request", "Result", "Scored", "Transferred", "align",
+           "deform", "plan", "prepare", "read", "register", "result_of", "score", "transfer"]

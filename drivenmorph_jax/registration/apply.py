@@ -1,9 +1,4 @@
-"""Two images in; aligned image, transforms, force and a picture out.
-
-The fixed image is resampled to a working grid, the moving one to the same grid through the affine alignment. The
-field found there becomes a transform in millimetres, sampled on the images' own grids: only the last step touches
-the voxels that are written.
-"""
+"""Images, label maps, series and points moved by a transform in a file."""
 
 from dataclasses import replace
 from pathlib import Path

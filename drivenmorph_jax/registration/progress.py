@@ -1,16 +1,11 @@
-"""Two images in; aligned image, transforms, force and a picture out.
-
-The fixed image is resampled to a working grid, the moving one to the same grid through the affine alignment. The
-field found there becomes a transform in millimetres, sampled on the images' own grids: only the last step touches
-the voxels that are written.
-"""
+"""What a registration prints while it runs."""
 
 import time
 from contextlib import contextmanager
 
 
-class _Stages:
-    """`with stages(name):` tells the stage and its seconds, and keeps them in `seconds`."""
+class Progress:
+    """`with progress(name):` prints a stage's name and its seconds, and keeps them in `seconds`."""
 
     def __init__(self, quiet):
         self.quiet, self.seconds = quiet, {}
@@ -28,5 +23,6 @@ class _Stages:
         self.tell(f"{self.seconds[name]:.1f} s")
 
     def tell(self, *words, end="\n"):
+        """Print at once, unless the registration is quiet."""
         if not self.quiet:
             print(*words, end=end, flush=True)

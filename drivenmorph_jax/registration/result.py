@@ -1,11 +1,5 @@
-"""Two images in; aligned image, transforms, force and a picture out.
+"""The result of a registration, and its files."""
 
-The fixed image is resampled to a working grid, the moving one to the same grid through the affine alignment. The
-field found there becomes a transform in millimetres, sampled on the images' own grids: only the last step touches
-the voxels that are written.
-"""
-
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +7,18 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from drivenmorph_jax.evaluation import figures, page
-from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.evaluation import figures, metrics, page
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.files import json_text, make_folder, replacing
 from drivenmorph_jax.images import writing
+from drivenmorph_jax.images.volume import resample, with_type
+from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.transforms.files import write_force
 from drivenmorph_jax.transforms.transform import Transform
 
-NETWORK_FORCE = "driving force of the network's first look: the sum over its updates, on the fixed grid"
-DEMONS_FORCE = "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"
+FORCE_IS = {
+    "drivenmorph": "driving force of the network's first pass: the sum over its updates, on the fixed grid",
+    "demons": "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +30,8 @@ class Result:
     transform: Transform  # from the fixed to the moving image, affine and deformable, with its inverse
     force: np.ndarray  # (X, Y, Z, 3), RAS mm
     jacobian: np.ndarray  # (X, Y, Z), determinant of the transform
-    summary: dict  # similarity, Dice, folding, seconds, each with its definition
-    pictured: dict  # what `report.overview` draws, on the working grid
+    summary: dict  # what summary.json holds: similarity, Dice, folding, seconds, each with its definition
+    pictured: dict  # what `evaluation.figures.overview` draws, on the working grid
 
     def overview(self, path):
         """Draw the picture of the registration to a PNG file."""
@@ -54,7 +52,7 @@ class Result:
         return path
 
     def save(self, out, formats=("itk",), bids=None):
-        """Write everything to the folder `out`, as register.py does.
+        """Write everything to the folder `out`, as `drivenmorph register` does.
 
         Args:
           formats: of the transform and its inverse: "itk" displacement fields, LPS mm, and the affine; "ras" the
@@ -64,30 +62,11 @@ class Result:
 
         Raises InputError where something cannot be written.
         """
-        out, (fixed, moving) = make_folder(out), (self.transform.grid, self.transform.other)
-        names = ["displacement", "inverse_displacement"]
-        if bids:
-            prefix, *spaces = bids
-            names = [f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1])]
+        out = make_folder(out)
 
         def volumes():
-            for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
-                if image is not None:
-                    writing.write(out / f"{name}.nii.gz", image)
-            for name, transform in zip(names, (self.transform, self.transform.inverse), strict=True):
-                if "itk" in formats:
-                    transform.save(out / f"{name}.nii.gz")
-                if "ras" in formats:
-                    transform.save(out / f"{name}_ras.nii.gz", "RAS")
-                if "h5" in formats:
-                    transform.save(out / f"{name}.h5")
-            if "itk" in formats:
-                self.transform.save(out / "affine.tfm")
-            if "l2r" in formats:
-                self.transform.save_learn2reg(out / f"disp_{_stem(fixed.path)}_{_stem(moving.path)}.nii.gz")
-            writing.save(out / "jacobian.nii.gz", self.jacobian, fixed)
-            write_force(out / "force.nii.gz", self.force, fixed,
-                                   NETWORK_FORCE if self.summary["method"] == "drivenmorph" else DEMONS_FORCE)
+            self._save_images(out)
+            self._save_transforms(out, formats, bids)
 
         # Compressing takes as long as drawing, and only one of them needs Python.
         with ThreadPoolExecutor(1) as pool:
@@ -96,7 +75,57 @@ class Result:
             self._page(out / "report.html", out / "overview.png")
             written.result()
         with replacing(out / "summary.json") as temporary:
-            temporary.write_text(json.dumps(self.summary, indent=2) + "\n")
+            temporary.write_text(json_text(self.summary, indent=2) + "\n")
+
+    def _save_images(self, out):
+        for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
+            if image is not None:
+                writing.write(out / f"{name}.nii.gz", image)
+        writing.save(out / "jacobian.nii.gz", self.jacobian, self.transform.grid)
+        write_force(out / "force.nii.gz", self.force, self.transform.grid, FORCE_IS[self.summary["method"]])
+
+    def _save_transforms(self, out, formats, bids):
+        names = ["displacement", "inverse_displacement"]
+        if bids:
+            prefix, *spaces = bids
+            names = [f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1])]
+        for name, transform in zip(names, (self.transform, self.transform.inverse), strict=True):
+            if "itk" in formats:
+                transform.save(out / f"{name}.nii.gz")
+            if "ras" in formats:
+                transform.save(out / f"{name}_ras.nii.gz", "RAS")
+            if "h5" in formats:
+                transform.save(out / f"{name}.h5")
+        if "itk" in formats:
+            self.transform.save(out / "affine.tfm")
+        if "l2r" in formats:
+            fixed, moving = self.transform.grid, self.transform.other
+            self.transform.save_learn2reg(out / f"disp_{_stem(fixed.path)}_{_stem(moving.path)}.nii.gz")
+
+
+def result_of(scored: Scored, seconds=None) -> Result:
+    """The `Result` of a scored registration, with the seconds of each stage in its summary where they are given."""
+    summary = scored.summary
+    if seconds is not None:
+        summary = summary | {"seconds": seconds | {"total": sum(seconds.values())}}
+    labels = scored.warped_labels
+    if labels is not None:
+        kind = scored.moving_labels.header.get_data_dtype()
+        labels = writing.to_nibabel(labels, with_type(scored.fixed, kind))
+    return Result(writing.to_nibabel(scored.warped, scored.fixed), labels, scored.transform, scored.vectors,
+                  scored.jacobian, summary, _pictured(scored))
+
+
+def _pictured(scored):
+    """What `evaluation.figures.overview` draws."""
+    alike = outlines = None
+    if scored.contrast == "other":
+        alike = [np.asarray(x) for x in (scored.seen, warp(scored.seen[..., None], scored.u)[..., 0])]
+    if scored.fixed_labels is not None:
+        outlines = resample(scored.fixed_labels, scored.shape, scored.grid, order=0)
+    return {"fixed": np.asarray(scored.fixed_on_grid), "moving": np.asarray(scored.moving_on_grid),
+            "warped": scored.moved, "u": scored.u, "force": scored.force, "jac": metrics.jacobian(scored.u),
+            "spacing": (scored.spacing,) * 3, "labels": outlines, "matched": alike}
 
 
 def _stem(path):
@@ -109,6 +138,6 @@ def _title(summary):
              f"J ≤ 0 in {summary['fold_pct']:.4f} %"]
     if summary["contrast"] == "other":
         lines[1] += "; differences and checkerboards with the values of the fixed image"
-    if "dice_after" in summary:
+    if summary.get("dice_after") is not None:
         lines[1] = f"Dice {summary['dice_before']:.3f} before, {summary['dice_after']:.3f} after; " + lines[1]
     return "\n".join(lines)

@@ -7,11 +7,9 @@ and in `latest` also `opt_state` and `data`, the state of the input pipeline.
 import copy
 import hashlib
 import json
-import logging
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import jax
 import numpy as np
@@ -23,9 +21,6 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.runtime.shipped import shipped
 
 SHIPPED = shipped("weights", "brain-t1")
-
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step that it takes
 
 
 class Damaged(InputError):
@@ -62,9 +57,9 @@ def save(manager, step, about, params, opt_state=None, data=None):
 
 @contextmanager
 def _json_once():
-    """TensorStore never frees the text of JSON that it turns into Python objects (0.1.76 to 0.1.86). With every array
-    Orbax asks for the normal form of one path, and for statistics that it only logs: 60 KB and more a save. Here it
-    gets the first once, and no statistics."""
+    """Keeps a save from losing memory. TensorStore (0.1.76 to 0.1.86) never frees the text of JSON that it turns into
+    Python objects. For every array Orbax asks it for the normal form of one path, and for statistics that it only logs:
+    60 KB and more a save. Within the block Orbax gets the first answer again, and no statistics."""
     to_json, known = tensorstore.KvStore.Spec.to_json, {}
 
     def once(spec, *args, **kwargs):
@@ -73,9 +68,19 @@ def _json_once():
             known[key] = to_json(spec, *args, **kwargs)
         return copy.deepcopy(known[key])
 
-    with (mock.patch.object(tensorstore.KvStore.Spec, "to_json", once),
-          mock.patch.object(tensorstore, "experimental_collect_matching_metrics", lambda *_: [])):
+    with (_replaced(tensorstore.KvStore.Spec, "to_json", once),
+          _replaced(tensorstore, "experimental_collect_matching_metrics", lambda *_: [])):
         yield
+
+
+@contextmanager
+def _replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def digest(item):

@@ -4,6 +4,7 @@ The mesh has two axes: "data", over which pairs are split, and "space", over whi
 What crosses a border between two parts of a volume (convolutions, box sums, attention, warps) XLA exchanges by itself.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -33,6 +34,7 @@ def start(distributed=False, deterministic=False, **process):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "drivenmorph_jax"))
     # By default what compiles within a second is not kept: a program of many small parts waits for all of them again.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every step that it takes
     if distributed:
         jax.distributed.initialize(**process)
 

@@ -161,9 +161,9 @@ def _train_and_evaluate(config, workdir, memory):
                 scores = validate(predict, here, dataset, config.space)
                 trim_memory()
                 unsaved.set()
-                score = scores.get("val_dice", scores.get("val_lncc"))
+                score = scores["val_dice" if "val_dice" in scores else "val_lncc"]
                 record(scores)
-                if score > best_score:
+                if score > best_score or not best.latest_step():  # a first score may be nan
                     best_score = score
                     checkpoint.save(best, step, about | {"score": score, "step": step}, params)
             if step % config.checkpoint_every == 0 or last or ending:

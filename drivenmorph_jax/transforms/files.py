@@ -16,7 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import replacing
+from drivenmorph_jax.files import json_text, replacing
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.reading import open_nifti, read_voxels
 from drivenmorph_jax.transforms.itk import FLIP, to_itk
@@ -51,7 +51,7 @@ def _write_vectors(path, vectors, like, frame, sidecar):
     sidecar = sidecar | {"Frame": frame, "Unit": "mm", "GridShape": list(vectors.shape[:3]),
                          "GridAffineRAS": like.affine.tolist()}
     with replacing(_sidecar(path)) as temporary:
-        temporary.write_text(json.dumps(sidecar, indent=2) + "\n")
+        temporary.write_text(json_text(sidecar, indent=2) + "\n")
 
 
 def read_sidecar(path):

@@ -35,7 +35,8 @@ def total_displacement(shape, affine, u, work_affine, transform):
     """T d(x) - x, from fixed to moving, at every voxel of the fixed grid: (X, Y, Z, 3), RAS mm.
 
     (shape, affine) is the fixed grid; u (D, H, W, 3), in voxels of the grid with affine `work_affine`, is
-    sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world. It is made without folds by `unfolded_in_world`.
+    sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world. It is made
+    without folds by `unfolded_in_world`.
     """
     deform = _deformation(u, work_affine)
     displacement = _displacement(shape, affine, lambda x: map_points(transform, deform(x)))

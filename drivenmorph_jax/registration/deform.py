@@ -1,0 +1,59 @@
+"""Stage 5: the deformation on the working grid."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drivenmorph_jax.fields.inverse import coarse_inverse
+from drivenmorph_jax.fields.unfold import unfolded
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.images.contrast import SAME, correlation, matched
+from drivenmorph_jax.images.masks import fill
+from drivenmorph_jax.registration.prepare import Prepared
+from drivenmorph_jax.registration.read import kept
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Deformed(Prepared):
+    """Prepared images and what deforms one to the other, on the working grid, (D, H, W, 3) in voxels."""
+
+    contrast: str  # "same" or "other"
+    correlation: float | None  # of the images' values, where it decided on the contrast
+    seen: jax.Array  # the moving image as it was registered; where contrast is "other", with the fixed one's values
+    u: np.ndarray
+    u_inverse: np.ndarray
+    force: np.ndarray
+    counted: jax.Array | None  # (D, H, W) bool, where both images count; None without masks
+
+
+def deform(prepared: Prepared) -> Deformed:
+    """Run the method on the prepared images."""
+    contrast, r = _contrast(prepared)
+    seen = prepared.moving_on_grid
+    if contrast == "other":
+        def once(fixed, moving):
+            return prepared.once(fixed, moving, prepared.weights)
+        seen = matched(once, prepared.fixed_on_grid, prepared.moving_on_grid, prepared.weights)
+    u, u_inverse, force = prepared.whole(prepared.fixed_on_grid, seen, prepared.weights)
+    counted = None
+    if prepared.masks is not None:
+        of_fixed, of_moving = prepared.masks
+        out = of_fixed | (warp(of_moving[..., None].astype(jnp.float32), u)[..., 0] > 0)
+        u, force, counted = unfolded(fill(u, out[..., None])), force * ~out[..., None], ~out
+    if u_inverse is None or prepared.masks is not None:
+        u_inverse = coarse_inverse(u)
+    return Deformed(**kept(prepared), contrast=contrast, correlation=r, seen=seen, counted=counted,
+                    **{name: np.asarray(x) for name, x in (("u", u), ("u_inverse", u_inverse), ("force", force))})
+
+
+def _contrast(prepared):
+    """("same" or "other", the correlation that decided it, or None)."""
+    request, weights = prepared.request, prepared.weights
+    if request.contrast != "auto":
+        return request.contrast, None
+    counted = None if weights is None else jnp.minimum(*weights)[..., 0]
+    r = float(correlation(prepared.fixed_on_grid, prepared.moving_on_grid, counted))
+    by_mind = request.method == "demons" and request.force == "mind"  # descriptors are for any contrast as they are
+    return ("same" if by_mind or r >= SAME else "other"), r

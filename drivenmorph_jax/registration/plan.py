@@ -1,0 +1,120 @@
+"""Stage 3: the working grid, the method that will run on it, and the memory that it needs."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drivenmorph_jax import demons
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.fields.grid import resize
+from drivenmorph_jax.images.working_grid import working_grid
+from drivenmorph_jax.network.inference import grid_multiple, network_pass
+from drivenmorph_jax.network.refinement import refined
+from drivenmorph_jax.registration.align import Aligned
+from drivenmorph_jax.registration.read import kept
+from drivenmorph_jax.runtime import sharding
+
+DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
+BASE_BYTES = 600e6  # Python, JAX and SimpleITK
+# A voxel's share of what lies on the images' own grids: images, two displacements and the force, three float32 each,
+# Jacobian, and a copy of the largest while it is written; of what Demons has on its working grid; and of what lies
+# there between the passes of the network: images, three fields, and the forces of every level.
+FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, PASS_BYTES = 64, 24, 160, 60
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Planned(Aligned):
+    """An aligned pair, the working grid, and the method as two functions of images (D, H, W) on that grid.
+
+    `once`(fixed, moving, weights) -> u. `whole`(fixed, moving, weights) -> (u, u_inverse or None, force). Fields are
+    (D, H, W, 3) in voxels; weights are (fixed, moving), (D, H, W, 1) each, 0 where an image does not count, or None.
+    """
+
+    shape: tuple[int, int, int]
+    grid: np.ndarray  # (4, 4), voxel to RAS mm
+    spacing: float  # mm
+    needed: float  # bytes, estimated
+    once: Callable
+    whole: Callable
+
+
+def plan(aligned: Aligned) -> Planned:
+    """Choose the working grid and compile what runs on it.
+
+    Raises InputError where the memory does not suffice.
+    """
+    limit = aligned.request.memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = BASE_BYTES + FIXED_BYTES * aligned.fixed.data.size + MOVING_BYTES * aligned.moving.data.size
+    planned = (_network if aligned.network else _demons)(aligned, limit - host)
+    needed = planned["needed"] + host
+    if needed > limit:
+        remedy = "give more" if aligned.request.memory else "give --memory with less"
+        raise InputError(f"{aligned.fixed.path} and {aligned.moving.path} need about {needed / 1e9:.1f} GB of memory, "
+                         f"more than {limit / 1e9:.1f} GB: {remedy}, crop or downsample them")
+    return Planned(**kept(aligned), **planned | {"needed": needed})
+
+
+def _demons(aligned, limit):
+    """The fields of `Planned` for the classical algorithm."""
+    spacing, force = max(DEMONS_SPACING, float(aligned.fixed.spacing.min())), aligned.request.force
+    shape, grid = working_grid(aligned.fixed, spacing, demons.MULTIPLE)
+
+    def once(fixed, moving, weights):
+        return demons.registered(fixed[..., None], moving[..., None], force, weights)
+
+    def whole(fixed, moving, weights):
+        f, m = fixed[..., None], moving[..., None]
+        u = demons.registered(f, m, force, weights)
+        if aligned.refine_steps:
+            u = demons.refine(f, m, u, aligned.refine_steps, weights, "mind" if force == "mind" else "lncc")
+        features, settings = demons.FORCES[force]
+        features, driven = demons.weighted((features(f), features(m)), weights, settings["force"])
+        return u, None, resize(driven(*features, settings["max_step"])[0], shape)
+
+    return {"shape": shape, "grid": grid, "spacing": spacing, "needed": DEMONS_BYTES * int(np.prod(shape)),
+            "once": once, "whole": whole}
+
+
+def _network(aligned, limit):
+    """The fields of `Planned` for the network: of full, half and quarter resolution the finest that keeps to the
+    limit, else the last."""
+    config, params, about = aligned.network
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
+    for coarser in (1, 2, 4):
+        config = config.copy_and_resolve_references()
+        config.data.downsample = coarser * aligned.network[0].data.downsample
+        shape, grid = working_grid(aligned.fixed, about["spacing"], grid_multiple(config))
+        beside = np.prod(shape) * (PASS_BYTES if aligned.refine_steps else 0)
+        program, needed = _program(network_pass(config), tree, tuple(leaves), shape, aligned.masked, limit - beside)
+        needed = max(needed, np.prod(shape) * (DEMONS_BYTES if aligned.refine_steps else 0)) + beside
+        if needed <= limit:
+            break
+
+    def network(fixed, moving, weights):
+        return program(params, fixed, moving, weights)
+
+    def once(fixed, moving, weights):
+        return network(fixed[None], moving[None], _of_a_batch(weights))[0][0]
+
+    def whole(fixed, moving, weights):
+        run = partial(refined, network, steps=aligned.refine_steps) if aligned.refine_steps else network
+        return tuple(x[0] for x in run(fixed[None], moving[None], weights=_of_a_batch(weights))[:3])
+
+    return {"shape": shape, "grid": grid, "spacing": about["spacing"], "needed": needed, "once": once, "whole": whole}
+
+
+def _of_a_batch(weights):
+    return None if weights is None else jnp.concatenate(weights, -1)[None]
+
+
+@lru_cache(maxsize=4)
+def _program(network, tree, leaves, shape, masked, limit):
+    """What `sharding.compiled_and_memory` returns; once, where many images of one size are registered."""
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    weights = jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32) if masked else None
+    return sharding.compiled_and_memory(network.lower(jax.tree.unflatten(tree, leaves), image, image, weights), limit)

@@ -1,0 +1,46 @@
+"""Stage 4: both images on the working grid, their intensities in [0, 1], masks taken out."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.intensity import normalise
+from drivenmorph_jax.images.masks import fill
+from drivenmorph_jax.images.volume import resample, smoothed
+from drivenmorph_jax.registration.plan import Planned
+from drivenmorph_jax.registration.read import kept
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared(Planned):
+    """A planned registration and its images on the working grid (D, H, W), the moving one through the affine."""
+
+    fixed_on_grid: jax.Array
+    moving_on_grid: jax.Array
+    masks: tuple[jax.Array, jax.Array] | None  # (D, H, W) bool, True where the fixed, the moving image does not count
+    weights: tuple[jax.Array, jax.Array] | None  # (D, H, W, 1), 0 there
+
+
+def prepare(planned: Planned) -> Prepared:
+    """Resample both images to the working grid and normalise them; what masks cover is interpolated from around.
+
+    Raises InputError where the moving image does not overlap the fixed one.
+    """
+    shape, grid = planned.shape, planned.grid
+    sides = ((planned.fixed, planned.fixed_mask, None), (planned.moving, planned.moving_mask, planned.affine))
+    images = [jnp.asarray(resample(smoothed(volume, planned.spacing), shape, grid, through))
+              for volume, _, through in sides]
+    masks = weights = None
+    if planned.masked:
+        masks = tuple(jnp.zeros(shape, bool) if mask is None else
+                      jnp.asarray(resample(mask, shape, grid, through, order=0) > 0) for _, mask, through in sides)
+        images = [fill(x[..., None], mask[..., None])[..., 0] for x, mask in zip(images, masks, strict=True)]
+        weights = tuple(1.0 - mask[..., None] for mask in masks)
+    f, m = (jnp.asarray(normalise(np.asarray(x))) for x in images)
+    if not (m > 0).any():
+        raise InputError(f"{planned.moving.path} does not overlap {planned.fixed.path} in world coordinates: "
+                         "leave out --no-affine")
+    return Prepared(**kept(planned), fixed_on_grid=f, moving_on_grid=m, masks=masks, weights=weights)

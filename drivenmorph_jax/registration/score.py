@@ -1,0 +1,79 @@
+"""Stage 7: similarity, Dice, folding and the rest, each with its definition."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.images.intensity import normalise
+from drivenmorph_jax.images.volume import resample
+from drivenmorph_jax.network.losses import lncc
+from drivenmorph_jax.registration.read import kept
+from drivenmorph_jax.registration.transfer import Transferred
+from drivenmorph_jax.runtime.provenance import environment
+
+WINDOW = 9  # voxels, of the local correlation that is reported
+DEFINITIONS = {
+    "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, without "
+                  "what masks leave out; before: after the affine.",
+    "memory_gb": "Estimated before the work: the compiled network's own account, and the arrays around it.",
+    "dice": metrics.DEFINITIONS["dice"] + " Before: after the affine. Without label 0; null where the images have no "
+            "label in common.",
+    "fold_pct": "Percentage of voxels of the fixed brain where the Jacobian determinant of the total transform is 0 or "
+                "less.",
+    "sdlogj": "Standard deviation of its logarithm there.",
+    "inverse_mm": metrics.DEFINITIONS["inverse_mm"]}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scored(Transferred):
+    """A registration and its numbers."""
+
+    moved: np.ndarray  # (D, H, W), the moving image warped on the working grid
+    summary: dict  # what summary.json holds
+
+
+def score(transferred: Transferred) -> Scored:
+    """Score a registration; numbers that are not finite become None, which JSON knows."""
+    pair, request = transferred, transferred.request
+    jacobian = pair.jacobian[metrics.brain(normalise(pair.fixed.data) > 0.02)]
+    moved = np.asarray(warp(pair.moving_on_grid[..., None], pair.u)[..., 0])
+    numbers = {
+        "similarity_before": _similarity(pair.fixed_on_grid, pair.moving_on_grid, pair.counted),
+        "similarity_after": _similarity(pair.fixed_on_grid, moved, pair.counted),
+        "fold_pct": float(100 * np.mean(jacobian <= 0)),
+        "sdlogj": float(np.log(np.maximum(jacobian, 1e-9)).std()),
+        "inverse_mm": metrics.inverse_consistency(pair.u, pair.u_inverse, (pair.spacing,) * 3,
+                                                  metrics.brain(np.asarray(pair.fixed_on_grid))),
+        **_dice(pair)}
+    summary = {
+        "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
+        "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
+        "contrast": pair.contrast, "refine_steps": pair.refine_steps,
+        "affine": pair.given_affine if isinstance(pair.given_affine, bool) else pair.affine.tolist(),
+        "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
+        "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
+        **{name: value if np.isfinite(value) else None for name, value in numbers.items()}}
+    return Scored(**kept(transferred), moved=moved, summary=summary)
+
+
+def _dice(pair):
+    """Dice after the affine and after the whole transform, where both images have labels."""
+    if pair.fixed_labels is None or pair.moving_labels is None:
+        return {}
+    fixed, moving = pair.fixed_labels, pair.moving_labels
+    start = resample(moving, pair.fixed.data.shape, pair.fixed.affine, pair.affine, order=0)
+    return {f"dice_{when}": metrics.mean_dice(fixed.data, labels, moving_labels=moving.data)
+            for when, labels in (("before", start), ("after", pair.warped_labels))}
+
+
+@jax.jit
+def _mean_lncc(fixed, moving, weight):
+    return lncc(fixed[None, ..., None], moving[None, ..., None], WINDOW, weight)
+
+
+def _similarity(fixed, moving, counted):
+    return float(_mean_lncc(fixed, moving, None if counted is None else counted[None].astype(jnp.float32)))

@@ -1,0 +1,43 @@
+"""Stage 6: from the working grid to the images' own grids, in millimetres."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from drivenmorph_jax.registration.deform import Deformed
+from drivenmorph_jax.registration.read import kept
+from drivenmorph_jax.transforms.transform import Transform
+from drivenmorph_jax.transforms.world import (
+    force_on_grid,
+    jacobian_determinant_of_displacement,
+    pull_back,
+    total_displacement,
+    total_inverse_displacement,
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Transferred(Deformed):
+    """A deformation and what it makes on the grid of the fixed image, (X, Y, Z)."""
+
+    transform: Transform  # from the fixed to the moving image, with its inverse
+    warped: np.ndarray
+    warped_labels: np.ndarray | None
+    jacobian: np.ndarray  # determinant of the total transform
+    vectors: np.ndarray  # (X, Y, Z, 3), the force in RAS mm
+
+
+def transfer(deformed: Deformed) -> Transferred:
+    """The total transform, affine and deformable, and the moving image, labels, Jacobian and force through it."""
+    fixed, moving, grid, affine = deformed.fixed, deformed.moving, deformed.grid, deformed.affine
+    displacement = total_displacement(fixed.data.shape, fixed.affine, deformed.u, grid, affine)
+    backward = total_inverse_displacement(moving.data.shape, moving.affine, deformed.u_inverse, grid, affine)
+    vectors = force_on_grid(fixed.data.shape, fixed.affine, deformed.force, grid)
+    if deformed.fixed_mask is not None:
+        vectors[deformed.fixed_mask.data > 0] = 0  # between two voxels of the working grid there is no sharp edge
+    labels = deformed.moving_labels
+    return Transferred(
+        **kept(deformed), transform=Transform(displacement, fixed, affine, moving, backward),
+        warped=pull_back(moving, displacement, fixed.affine),
+        warped_labels=None if labels is None else pull_back(labels, displacement, fixed.affine, order=0),
+        jacobian=jacobian_determinant_of_displacement(displacement, fixed.affine), vectors=vectors)
