@@ -1,4 +1,4 @@
-"""Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
+"""The training loop: data, state, steps, validation, checkpoints, and the scores at the end."""
 
 import time
 from contextlib import closing, nullcontext
@@ -17,7 +17,6 @@ from drivenmorph_jax.network.inference import grid_multiple, make_predict
 from drivenmorph_jax.network.losses import SIMILARITIES
 from drivenmorph_jax.network.networks import make_network, multiple
 from drivenmorph_jax.runtime import checkpoint, sharding
-from drivenmorph_jax.runtime.checkpoint import manager, read_about, read_into, read_params, restore
 from drivenmorph_jax.runtime.logs import Logs
 from drivenmorph_jax.runtime.provenance import environment
 from drivenmorph_jax.training.step import compiled_step, make_augment, make_optimizer
@@ -27,7 +26,7 @@ MAX_SKIPPED = 10  # steps in a row that are not finite, before a run gives up
 
 
 def train_and_evaluate(config, workdir, memory=None):
-    """Train a network, or go on where the last run in `workdir` was stopped, and score it on held-out pairs.
+    """Train a network, or continue the last run in `workdir` where it stopped, and score it on held-out pairs.
 
     Args:
       config: as `configs/default.py` makes it; `init` names a checkpoint to begin with, whose levels are the coarsest
@@ -36,8 +35,8 @@ def train_and_evaluate(config, workdir, memory=None):
       memory: as in `compiled_step`.
 
     Returns:
-      The summary of `evaluate` on the test pairs; None from any process but the first, and from a run that SIGTERM
-      stopped: it saves the step that it is at and ends.
+      The summary of `evaluate` on the test pairs. None from any process but the first, and from a run that SIGTERM
+      stopped: such a run saves the step that it has reached and ends.
 
     Raises:
       InputError: a setting that does not fit the data or the devices, a checkpoint of another model, another run in
@@ -45,24 +44,158 @@ def train_and_evaluate(config, workdir, memory=None):
     """
     workdir = make_folder(workdir)
     with alone_in(workdir) if jax.process_index() == 0 else nullcontext():
-        return _train_and_evaluate(config, workdir, memory)
+        run = Run(config, workdir, memory)
+        with terminated() as (stopping, unsaved), closing(run.logs), closing(run.latest), closing(run.best):
+            finished = _steps(run, stopping, unsaved)
+        return run.scores() if finished else None
 
 
-def _train_and_evaluate(config, workdir, memory):
-    model, mesh = make_network(config.model), sharding.device_mesh(config.space)
+def _steps(run, stopping, unsaved):
+    """Every step that is left, with validations and checkpoints; False where the run was stopped before the last."""
+    config, alone = run.config, jax.process_count() == 1
+    for step in range(run.start + 1, config.steps + 1):
+        last = step == config.steps
+        validates = step % config.val_every == 0 or last
+        if validates and step - 1 > (run.latest.latest_step() or 0):
+            # A run that is stopped while it validates, which may take minutes, continues from here.
+            run.keep(step - 1)
+        run.read_batch()
+        unsaved.set()
+        run.step(step)
+        # Several processes must end at the same step: the runtime agrees on one.
+        ending = stopping.is_set() if alone else run.latest.reached_preemption(step)
+        if validates:
+            if ending and alone:
+                return _stopped(step - 1)
+            unsaved.clear()
+            scores = run.validate()
+            unsaved.set()
+            run.record(scores)
+            run.keep_best(step, scores)
+        if step % config.checkpoint_every == 0 or last or ending:
+            run.keep(step)
+        if ending and not last:
+            return _stopped(step)
+    return True
+
+
+def _stopped(step):
+    if jax.process_index() == 0:
+        print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
+    return False
+
+
+class Run:
+    """One run: its data, its state (parameters, optimizer, place in the data), its writers.
+
+    `start` is the step of the checkpoint that the run continues from, 0 where there is none.
+    """
+
+    def __init__(self, config, workdir, memory):
+        self.config, self.workdir, self.memory = config, workdir, memory
+        self.mesh = sharding.device_mesh(config.space)
+        _check(config, self.mesh)
+        self.dataset, self.batches, self.augment = _data(config, self.mesh)
+        self.training_pairs, self.optimizer = self.dataset.pairs("train"), make_optimizer(config)
+        self.latest, self.best = (checkpoint.manager(workdir / name) for name in ("latest", "best"))
+        self.shapes, self.start, self.params, self.opt_state = _state(self)
+        self.about = {"config": config.to_dict(), "environment": environment(), "spacing": self.dataset.spacing,
+                      "data": self.dataset.name, "exclude": list(self.dataset.exclude)}
+        best = self.best.latest_step()
+        self.best_score = checkpoint.read_about(workdir / "best")["score"] if best else -np.inf
+        self.logs = Logs(workdir, self.start, config.steps, jax.process_index() == 0)
+        self.compiled = self.waiting = None
+        self.skipped, self.began = 0, time.perf_counter()
+
+    def read_batch(self):
+        """Read the next batch, and compile the step for its shapes where that has not been done."""
+        batch = next(self.batches)
+        self.pairs = batch.pop("pair")
+        self.batch = self.augment(sharding.global_batch(batch, self.mesh))
+        if self.compiled is None:
+            self.compiled, self.config = compiled_step(self.optimizer, self.config, self.mesh, self.params,
+                                                       self.opt_state, self.batch, self.memory)
+            self.about["config"], self.predict = self.config.to_dict(), make_predict(self.config)
+
+    def step(self, step):
+        """One step on the batch that was read; logs the step before, so that nothing waits for its numbers."""
+        self.params, self.opt_state, row = self.compiled(self.params, self.opt_state, self.batch)
+        row["seconds"] = time.perf_counter() - self.began
+        self.record()
+        self.waiting = step, self.pairs, row
+
+    def record(self, extra=None):
+        """Log the step whose numbers are waiting, `extra` numbers with them; raises after MAX_SKIPPED bad ones."""
+        if self.waiting is None:
+            return
+        (step, pairs, row), self.waiting = self.waiting, None
+        row = {key: float(value) for key, value in jax.device_get(row).items()}
+        bad = [name for name in ("loss", "gradient_norm") if not np.isfinite(row[name])]
+        if not bad:
+            self.skipped = 0
+            self.logs.write(step, row | (extra or {}))
+            return
+        self.skipped += 1
+        names = ", ".join(f"{moving.id} to {fixed.id}" for fixed, moving in (self.training_pairs[i] for i in pairs))
+        told = f"{bad[0]} is {row[bad[0]]} at step {step}, {names}"
+        if self.skipped == MAX_SKIPPED:
+            raise InputError(f"{told}, and so were the {self.skipped - 1} steps before: lower learning_rate or look at "
+                             f"these images; {self.workdir / 'latest'} holds the last good checkpoint")
+        self.logs.skip(step, f"{told}: the step is skipped", extra)
+
+    def keep(self, step):
+        """Save the state after this step, from which the next run continues."""
+        self.record()
+        checkpoint.save(self.latest, step, self.about | {"step": step}, self.params, self.opt_state,
+                        self.batches.get_state())
+
+    def validate(self):
+        """Scores of the val pairs. A copy on one device: every process scores all pairs by itself."""
+        here = jax.tree.map(lambda x: x.addressable_data(0), self.params)
+        scores = validate(self.predict, here, self.dataset, self.config.space)
+        trim_memory()
+        return scores
+
+    def keep_best(self, step, scores):
+        """Save the parameters where their score is the best so far, or the first, which may be nan."""
+        score = scores["val_dice" if "val_dice" in scores else "val_lncc"]
+        if score > self.best_score or not self.best.latest_step():
+            self.best_score = score
+            checkpoint.save(self.best, step, self.about | {"score": score, "step": step}, self.params)
+
+    def scores(self):
+        """`evaluate` the best parameters on the test pairs, or on the val pairs where there are none to test."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        params = checkpoint.read_params(self.workdir / "best", jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), self.shapes))
+        split = "test" if len(self.dataset.test) > 1 else "val"
+        if jax.process_index() == 0:
+            return evaluate(self.config, params, self.dataset, split, self.workdir / "evaluation",
+                            training=self.workdir)
+
+
+def _check(config, mesh):
+    """Raises InputError for settings that do not fit each other or the devices."""
+    make_network(config.model)
     if config.loss.similarity not in SIMILARITIES:
         raise InputError(f"loss.similarity is {config.loss.similarity!r}: set it to one of {', '.join(SIMILARITIES)}")
+    if config.loss.window < 1 or config.loss.window % 2 == 0:
+        raise InputError(f"loss.window is {config.loss.window}: set it to an odd number of voxels")
     shares = mesh.shape["data"]
     if config.batch_size % shares:
         raise InputError(f"batch_size is {config.batch_size}, which {mesh.size} devices, {config.space} to a volume, "
                          f"cannot share: set --config.batch_size={shares * -(-config.batch_size // shares)}")
-    dataset = data.load(config.data, multiple=grid_multiple(config))
-    if len(dataset.val) < 2:
-        raise InputError(f"{dataset.name} has {len(dataset.val)} subjects in its val split: put at least 2 there")
     sides = grid_multiple(config) // config.data.downsample
     if any(side % sides for side in config.data.crop):
         raise InputError(f"data.crop is {tuple(config.data.crop)}: make every side a multiple of {sides}, or 0 for the "
                          "whole image")
+
+
+def _data(config, mesh):
+    """(the data set, its training batches, what changes a batch at random)."""
+    dataset = data.load(config.data, multiple=grid_multiple(config))
+    if len(dataset.val) < 2:
+        raise InputError(f"{dataset.name} has {len(dataset.val)} subjects in its val split: put at least 2 there")
     with_labels = config.loss.dice > 0
     batches = data.training_batches(dataset.train, config.batch_size // jax.process_count(), config.seed,
                                     atlas=dataset.atlas, downsample=config.data.downsample, with_labels=with_labels)
@@ -71,109 +204,28 @@ def _train_and_evaluate(config, workdir, memory):
         raise InputError(f"data.crop is {tuple(config.data.crop)}, larger than the images of {tuple(whole)}: "
                          "set it lower")
     labels = np.setdiff1d(np.unique([s.labels for s in dataset.train]), dataset.exclude) if with_labels else None
-    augment = make_augment(config, mesh, labels)
+    return dataset, batches, make_augment(config, mesh, labels)
 
-    optimizer = make_optimizer(config)
+
+def _state(run):
+    """(shapes of the parameters, step, parameters, optimizer's state): of the newest checkpoint, else initial."""
+    config, model = run.config, make_network(run.config.model)
     side = 2 * multiple(config.model)
     image = jnp.zeros((1, side, side, side, 1))
 
     def init():
         # XLA on CPU takes a second to compile threefry, JAX's usual generator, for each of the kernels.
         params = model.init(jax.random.key(config.seed, impl="rbg"), image, image)["params"]
-        return params, optimizer.init(params)
+        return params, run.optimizer.init(params)
 
-    whole = sharding.replicated(mesh)
+    whole = sharding.replicated(run.mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init))
-    latest, best = (manager(workdir / name) for name in ("latest", "best"))
-    found, start = restore(latest, *shapes), 0
+    found = checkpoint.restore(run.latest, *shapes)
     if found:
-        start, params, opt_state, state = found
-        batches.set_state(state)
-    else:
-        params, opt_state = jax.jit(init, out_shardings=whole, compiler_options=programs.compiler_options())()
-        if config.init:
-            params = read_into(config.init, params)
-    about = {"config": config.to_dict(), "environment": environment(), "spacing": dataset.spacing,
-             "data": dataset.name, "exclude": list(dataset.exclude)}
-    best_score = read_about(workdir / "best")["score"] if best.latest_step() else -np.inf
-
-    training_pairs, compiled = dataset.pairs("train"), None
-    logs = Logs(workdir, start, config.steps, jax.process_index() == 0)
-    waiting, skipped = None, 0
-
-    def record(extra=None):
-        """Log the step before the one that runs now: waiting for its numbers costs no time then."""
-        nonlocal waiting, skipped
-        if waiting is None:
-            return
-        (step, pairs, row), waiting = waiting, None
-        row = {key: float(value) for key, value in jax.device_get(row).items()}
-        bad = [name for name in ("loss", "gradient_norm") if not np.isfinite(row[name])]
-        if not bad:
-            skipped = 0
-            logs.write(step, row | (extra or {}))
-            return
-        skipped += 1
-        names = ", ".join(f"{moving.id} to {fixed.id}" for fixed, moving in (training_pairs[i] for i in pairs))
-        told = f"{bad[0]} is {row[bad[0]]} at step {step}, {names}"
-        if skipped == MAX_SKIPPED:
-            raise InputError(f"{told}, and so were the {skipped - 1} steps before: lower learning_rate or look at "
-                             f"these images; {workdir / 'latest'} holds the last good checkpoint")
-        logs.skip(step, f"{told}: the step is skipped", extra)
-
-    began = time.perf_counter()
-
-    def keep(step):
-        """Save the state after this step, with which the next run goes on."""
-        record()
-        checkpoint.save(latest, step, about | {"step": step}, params, opt_state, batches.get_state())
-
-    def stopped(step):
-        if jax.process_index() == 0:
-            print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
-
-    with terminated() as (stopping, unsaved), closing(logs), closing(latest), closing(best):
-        for step in range(start + 1, config.steps + 1):
-            last = step == config.steps
-            validates = step % config.val_every == 0 or last
-            if validates and step - 1 > (latest.latest_step() or 0):
-                # A run that is stopped while it validates, which may take minutes, goes on from here.
-                keep(step - 1)
-            batch = next(batches)
-            pairs = batch.pop("pair")
-            batch = augment(sharding.global_batch(batch, mesh))
-            if compiled is None:
-                compiled, config = compiled_step(optimizer, config, mesh, params, opt_state, batch, memory)
-                about["config"], predict = config.to_dict(), make_predict(config)
-            unsaved.set()
-            params, opt_state, row = compiled(params, opt_state, batch)
-            row["seconds"] = time.perf_counter() - began
-            record()
-            waiting = step, pairs, row
-            # Several processes must end at the same step: the runtime agrees on one.
-            ending = stopping.is_set() if jax.process_count() == 1 else latest.reached_preemption(step)
-            if validates:
-                if ending and jax.process_count() == 1:
-                    return stopped(step - 1)
-                unsaved.clear()
-                # A copy on one device: every process scores all pairs by itself.
-                here = jax.tree.map(lambda x: x.addressable_data(0), params)
-                scores = validate(predict, here, dataset, config.space)
-                trim_memory()
-                unsaved.set()
-                score = scores["val_dice" if "val_dice" in scores else "val_lncc"]
-                record(scores)
-                if score > best_score or not best.latest_step():  # a first score may be nan
-                    best_score = score
-                    checkpoint.save(best, step, about | {"score": score, "step": step}, params)
-            if step % config.checkpoint_every == 0 or last or ending:
-                keep(step)
-            if ending and not last:
-                return stopped(step)
-
-    params = read_params(workdir / "best", jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
-                                       sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])), shapes[0]))
-    split = "test" if len(dataset.test) > 1 else "val"
-    if jax.process_index() == 0:
-        return evaluate(config, params, dataset, split, workdir / "evaluation", training=workdir)
+        start, params, opt_state, place = found
+        run.batches.set_state(place)
+        return shapes[0], start, params, opt_state
+    params, opt_state = jax.jit(init, out_shardings=whole, compiler_options=programs.compiler_options())()
+    if config.init:
+        params = checkpoint.read_into(config.init, params)
+    return shapes[0], 0, params, opt_state
