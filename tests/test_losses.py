@@ -40,8 +40,12 @@ def test_lncc_does_not_see_gain_and_offset_and_has_a_maximum_of_one():
     assert float(losses.lncc(a, b, 5)) < 0.1
 
 
-IMAGES = arrays(np.float32, (1, 5, 5, 5, 1), elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1.0]),
-                fill=st.floats(-1e6, 1e6, width=32))
+IMAGES = arrays(
+    np.float32,
+    (1, 5, 5, 5, 1),
+    elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1.0]),
+    fill=st.floats(-1e6, 1e6, width=32),
+)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -49,8 +53,10 @@ IMAGES = arrays(np.float32, (1, 5, 5, 5, 1), elements=st.floats(-1e6, 1e6, width
 def test_no_image_gives_a_loss_or_a_gradient_that_is_not_finite(kind, dtype):
     @jax.jit
     def both(a, b):
-        return jax.value_and_grad(lambda a, b: losses.dissimilarity(a.astype(dtype), b.astype(dtype), kind, 3).astype(
-            jnp.float32), argnums=(0, 1))(a, b)
+        return jax.value_and_grad(
+            lambda a, b: losses.dissimilarity(a.astype(dtype), b.astype(dtype), kind, 3).astype(jnp.float32),
+            argnums=(0, 1),
+        )(a, b)
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(IMAGES, IMAGES)
@@ -135,3 +141,10 @@ def check_loss(similarity):
     step = 1e-4 / norm
     up, down = (loss(jax.tree.map(lambda p, g, h=h: p + h * g, params, gradient), 0.0)[0] for h in (step, -step))
     assert float(up - down) / (2 * step * norm**2) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_a_window_without_a_middle_voxel_is_refused(window):
+    image = np.zeros((1, 9, 9, 9, 1), np.float32)
+    with pytest.raises(ValueError, match=f"window is {window}: a box around a voxel has an odd number"):
+        lncc(image, image, window)
