@@ -9,22 +9,8 @@ import drivenmorph_jax
 
 PACKAGE = Path(drivenmorph_jax.__file__).parent
 # From the bottom up: a room imports only what stands before it.
-ROOMS = (
-    "errors",
-    "files",
-    "backends",
-    "runtime",
-    "fields",
-    "demons",
-    "images",
-    "network",
-    "transforms",
-    "data",
-    "evaluation",
-    "training",
-    "registration",
-    "cli",
-)
+ROOMS = ("errors", "files", "backends", "runtime", "fields", "demons", "images", "network", "transforms", "data",
+         "evaluation", "training", "registration", "cli")
 
 
 def imports(path):
@@ -47,18 +33,14 @@ def test_rooms_import_only_what_stands_before_them():
 
 
 def test_one_place_asks_for_the_backend():
-    asking = [
-        path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "default_backend" in path.read_text()
-    ]
+    asking = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
+              if "default_backend" in path.read_text()]
     assert asking == ["backends/__init__.py"]
 
 
 def test_importing_every_module_changes_nothing_outside_the_package():
-    modules = [
-        ".".join(("drivenmorph_jax", *path.relative_to(PACKAGE).with_suffix("").parts))
-        for path in PACKAGE.rglob("*.py")
-        if path.name != "__init__.py"
-    ]
+    modules = [".".join(("drivenmorph_jax", *path.relative_to(PACKAGE).with_suffix("").parts))
+               for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
     code = f"""
 import importlib, logging, os, signal, warnings
 import jax, tensorstore, flax, orbax.checkpoint, matplotlib, nibabel, SimpleITK, grain

@@ -40,12 +40,8 @@ def test_lncc_does_not_see_gain_and_offset_and_has_a_maximum_of_one():
     assert float(losses.lncc(a, b, 5)) < 0.1
 
 
-IMAGES = arrays(
-    np.float32,
-    (1, 5, 5, 5, 1),
-    elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1.0]),
-    fill=st.floats(-1e6, 1e6, width=32),
-)
+IMAGES = arrays(np.float32, (1, 5, 5, 5, 1), elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1.0]),
+                fill=st.floats(-1e6, 1e6, width=32))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -53,10 +49,8 @@ IMAGES = arrays(
 def test_no_image_gives_a_loss_or_a_gradient_that_is_not_finite(kind, dtype):
     @jax.jit
     def both(a, b):
-        return jax.value_and_grad(
-            lambda a, b: losses.dissimilarity(a.astype(dtype), b.astype(dtype), kind, 3).astype(jnp.float32),
-            argnums=(0, 1),
-        )(a, b)
+        return jax.value_and_grad(lambda a, b: losses.dissimilarity(a.astype(dtype), b.astype(dtype), kind, 3).astype(
+            jnp.float32), argnums=(0, 1))(a, b)
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(IMAGES, IMAGES)

@@ -14,21 +14,9 @@ from drivenmorph_jax.registration.register import register
 from drivenmorph_jax.runtime import sharding
 from drivenmorph_jax.transforms.itk import write_affine
 
-FILES = {
-    "warped.nii.gz",
-    "displacement.nii.gz",
-    "displacement.json",
-    "inverse_displacement.nii.gz",
-    "inverse_displacement.json",
-    "jacobian.nii.gz",
-    "force.nii.gz",
-    "force.json",
-    "warped_labels.nii.gz",
-    "overview.png",
-    "report.html",
-    "summary.json",
-    "affine.tfm",
-}
+FILES = {"warped.nii.gz", "displacement.nii.gz", "displacement.json", "inverse_displacement.nii.gz",
+         "inverse_displacement.json", "jacobian.nii.gz", "force.nii.gz", "force.json", "warped_labels.nii.gz",
+         "overview.png", "report.html", "summary.json", "affine.tfm"}
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +31,18 @@ def pair(brains, tmp_path_factory):
         data = np.pad(np.asarray(image.dataobj), ((2, 1), (0, 3), (1, 1)))
         affine = turn @ image.affine @ np.array([[1, 0, 0, -2], [0, 1, 0, 0], [0, 0, 1, -1], [0, 0, 0, 1.0]])
         nib.save(nib.Nifti1Image(data, affine), folder / f"moving_{ending}.nii.gz")
-    return tuple(
-        str(path)
-        for path in (
-            brains / "sub-000_t1.nii.gz",
-            folder / "moving_t1.nii.gz",
-            brains / "sub-000_seg.nii.gz",
-            folder / "moving_seg.nii.gz",
-        )
-    )
+    return tuple(str(path) for path in (
+        brains / "sub-000_t1.nii.gz", folder / "moving_t1.nii.gz", brains / "sub-000_seg.nii.gz",
+        folder / "moving_seg.nii.gz"))
 
 
 @pytest.fixture(scope="module", params=["drivenmorph", "demons", "refined"])
 def result(request, smoke, pair, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "new" / "folder"
     method = "demons" if request.param == "demons" else "drivenmorph"
-    found = register(
-        *pair[:2],
-        checkpoint=smoke[0] if method == "drivenmorph" else None,
-        method=method,
-        refine_steps=5 if request.param == "refined" else 0,
-        fixed_labels=pair[2],
-        moving_labels=pair[3],
-    )
+    found = register(*pair[:2], checkpoint=smoke[0] if method == "drivenmorph" else None, method=method,
+                     refine_steps=5 if request.param == "refined" else 0,
+                     fixed_labels=pair[2], moving_labels=pair[3])
     found.save(out)
     return out, found.summary
 
@@ -73,7 +50,6 @@ def result(request, smoke, pair, tmp_path_factory):
 def test_images_of_one_size_are_compiled_for_once(smoke, pair, monkeypatch):
     def refused(*_):
         raise AssertionError("compiled again")
-
     first = register(*pair[:2], checkpoint=smoke[0], refine_steps=0, quiet=True)
     monkeypatch.setattr(sharding, "compiled_and_memory", refused)
     again = register(*pair[:2], checkpoint=smoke[0], refine_steps=0, quiet=True)
@@ -118,9 +94,8 @@ def test_simpleitk_makes_the_same_warped_image_from_the_displacement_file(result
 
 def test_dice_in_the_summary_is_that_of_the_files(result, pair):
     out, summary = result
-    fixed, moving, warped = (
-        np.asarray(nib.load(path).dataobj).astype(int) for path in (*pair[2:], out / "warped_labels.nii.gz")
-    )
+    fixed, moving, warped = (np.asarray(nib.load(path).dataobj).astype(int)
+                             for path in (*pair[2:], out / "warped_labels.nii.gz"))
     labels = np.intersect1d(fixed[fixed > 0], moving)
     dice = [2 * ((fixed == k) & (warped == k)).sum() / ((fixed == k).sum() + (warped == k).sum()) for k in labels]
     assert summary["dice_after"] == pytest.approx(np.mean(dice), abs=1e-6)
@@ -130,8 +105,7 @@ def test_forward_then_inverse_returns(result):
     out, summary = result
     there = sitk.DisplacementFieldTransform(sitk.ReadImage(str(out / "displacement.nii.gz"), sitk.sitkVectorFloat64))
     back = sitk.DisplacementFieldTransform(
-        sitk.ReadImage(str(out / "inverse_displacement.nii.gz"), sitk.sitkVectorFloat64)
-    )
+        sitk.ReadImage(str(out / "inverse_displacement.nii.gz"), sitk.sitkVectorFloat64))
     image = nib.load(out / "warped.nii.gz")
     inside = ndimage.binary_erosion(image.get_fdata() > 100, iterations=4)
     points = nib.affines.apply_affine(image.affine, np.argwhere(inside)[::97]) * [-1, -1, 1]
@@ -142,9 +116,8 @@ def test_forward_then_inverse_returns(result):
 
 def test_a_labelled_pair_that_shares_its_grid_needs_no_affine(brains, smoke):
     names = [str(brains / f"sub-00{i}_{kind}.nii.gz") for kind in ("t1", "seg") for i in (0, 1)]
-    summary = register(
-        *names[:2], checkpoint=smoke[0], affine=False, fixed_labels=names[2], moving_labels=names[3]
-    ).summary
+    summary = register(*names[:2], checkpoint=smoke[0], affine=False, fixed_labels=names[2],
+                       moving_labels=names[3]).summary
     fixed, moving = (load_labels(name).data for name in names[2:])
     assert summary["dice_before"] == pytest.approx(metrics.mean_dice(fixed, moving), abs=1e-6)
     assert "affine" in summary["seconds"] and summary["affine"] is False
@@ -153,9 +126,8 @@ def test_a_labelled_pair_that_shares_its_grid_needs_no_affine(brains, smoke):
 @pytest.mark.parametrize("force", ["intensity", "mind"])
 def test_every_force_of_demons_registers(force, brains):
     names = [str(brains / f"sub-00{i}_{kind}.nii.gz") for kind in ("t1", "seg") for i in (0, 1)]
-    summary = register(
-        *names[:2], method="demons", force=force, affine=False, fixed_labels=names[2], moving_labels=names[3]
-    ).summary
+    summary = register(*names[:2], method="demons", force=force, affine=False, fixed_labels=names[2],
+                       moving_labels=names[3]).summary
     assert summary["dice_after"] > summary["dice_before"] + 0.05 and summary["fold_pct"] < 0.01
 
 
@@ -177,9 +149,8 @@ def test_from_python_with_images_and_arrays(brains, tmp_path, capsys):
     assert found.warped.shape == fixed.shape and found.force.shape == (*fixed.shape, 3)
     np.testing.assert_allclose(found.transform.apply(moving).get_fdata(), found.warped.get_fdata(), atol=1e-3)
     assert found.report(tmp_path / "page.html").stat().st_size > 100_000
-    arrays = drivenmorph_jax.register(
-        np.asarray(fixed.dataobj), np.asarray(moving.dataobj), method="demons", affine=False, quiet=True
-    )
+    arrays = drivenmorph_jax.register(np.asarray(fixed.dataobj), np.asarray(moving.dataobj), method="demons",
+                                      affine=False, quiet=True)
     assert arrays.warped.shape == fixed.shape and arrays.summary["fold_pct"] == 0
     assert arrays.summary["similarity_after"] > arrays.summary["similarity_before"] + 0.05
 
@@ -189,8 +160,7 @@ def test_other_forms_of_the_transform_are_written_by_bids_names(brains, tmp_path
     found.save(tmp_path, ("itk", "ras", "h5", "l2r"), ("sub-01", "T1w", "MNI"))
     there, back = "sub-01_from-T1w_to-MNI_mode-image_xfm", "sub-01_from-MNI_to-T1w_mode-image_xfm"
     assert {path.name for path in tmp_path.iterdir()} >= {
-        f"{stem}{ending}" for stem in (there, back) for ending in (".nii.gz", ".json", "_ras.nii.gz", ".h5")
-    }
+        f"{stem}{ending}" for stem in (there, back) for ending in (".nii.gz", ".json", "_ras.nii.gz", ".h5")}
     assert (tmp_path / "disp_sub-000_t1_sub-001_t1.nii.gz").exists()
     composite = sitk.ReadTransform(str(tmp_path / f"{there}.h5"))
     fixed, moving = (sitk.ReadImage(str(brains / f"sub-00{i}_t1.nii.gz"), sitk.sitkFloat32) for i in (0, 1))
@@ -205,9 +175,8 @@ def test_memory_is_told_and_kept_to(brains, smoke, capsys):
     whole = register(*names, checkpoint=smoke[0], affine=False)
     told = re.search(r"memory (\d+\.\d) GB", capsys.readouterr().out)
     assert float(told[1]) == pytest.approx(whole.summary["memory_gb"], abs=0.05)
-    less = register(
-        *names, checkpoint=smoke[0], affine=False, quiet=True, memory=1e9 * whole.summary["memory_gb"] - 1e3
-    )
+    less = register(*names, checkpoint=smoke[0], affine=False, quiet=True,
+                    memory=1e9 * whole.summary["memory_gb"] - 1e3)
     assert less.summary["memory_gb"] < whole.summary["memory_gb"]
     assert less.summary["similarity_after"] > less.summary["similarity_before"]
     with pytest.raises(InputError, match=r"sub-000_t1.* need about .* GB of memory, more than 0.1 GB"):
@@ -243,27 +212,21 @@ def test_a_lesion_in_a_mask_changes_little_outside_and_has_no_force(method, side
     masked = register(sick["fixed"], sick["moving"], **{f"{side}_mask": tmp_path / "mask.nii.gz"}, **settings)
     unmasked = register(sick["fixed"], sick["moving"], **settings)
     assert abs(masked.summary["dice_after"] - whole.summary["dice_after"]) < 0.02
-    far = {
-        name: np.linalg.norm(found.transform.displacement - whole.transform.displacement, axis=-1)[
-            np.asarray(nib.load(paths["fixed"]).dataobj) > 100
-        ].mean()
-        for name, found in (("masked", masked), ("unmasked", unmasked))
-    }
+    far = {name: np.linalg.norm(found.transform.displacement - whole.transform.displacement, axis=-1)[
+        np.asarray(nib.load(paths["fixed"]).dataobj) > 100].mean()
+           for name, found in (("masked", masked), ("unmasked", unmasked))}
     assert far["masked"] < far["unmasked"]
     if side == "fixed":
         assert not masked.force[lesion].any() and whole.force[lesion].any()
     assert masked.summary["fold_pct"] == 0
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"method": "syn"}, "method is 'syn': set it to one of drivenmorph, demons"),
-        ({"method": "syn", "refine_steps": 0}, "method is 'syn'"),
-        ({"method": "demons", "force": "ncc"}, "force is 'ncc': set it to one of lncc, intensity, mind"),
-        ({"contrast": "t2"}, "contrast is 't2': set it to one of auto, same, other"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"method": "syn"}, "method is 'syn': set it to one of drivenmorph, demons"),
+    ({"method": "syn", "refine_steps": 0}, "method is 'syn'"),
+    ({"method": "demons", "force": "ncc"}, "force is 'ncc': set it to one of lncc, intensity, mind"),
+    ({"contrast": "t2"}, "contrast is 't2': set it to one of auto, same, other"),
+])
 def test_an_unknown_name_is_refused_before_anything_is_read(settings, sentence):
     with pytest.raises(InputError, match=sentence):
         register("nowhere.nii.gz", "nowhere.nii.gz", **settings)
@@ -273,18 +236,10 @@ def test_labels_that_do_not_overlap_leave_a_summary_that_is_json(brains, tmp_pat
     names = [str(brains / f"sub-00{i}_{kind}.nii.gz") for kind in ("t1", "seg") for i in (0, 1)]
     for k, name in enumerate(names[2:]):
         image = nib.load(name)
-        nib.save(
-            nib.Nifti1Image(((np.asarray(image.dataobj) > 0) * (k + 1)).astype(np.int16), image.affine),
-            tmp_path / f"{k}.nii.gz",
-        )
-    found = register(
-        *names[:2],
-        method="demons",
-        affine=False,
-        quiet=True,
-        fixed_labels=tmp_path / "0.nii.gz",
-        moving_labels=tmp_path / "1.nii.gz",
-    )
+        nib.save(nib.Nifti1Image(((np.asarray(image.dataobj) > 0) * (k + 1)).astype(np.int16), image.affine),
+                 tmp_path / f"{k}.nii.gz")
+    found = register(*names[:2], method="demons", affine=False, quiet=True, fixed_labels=tmp_path / "0.nii.gz",
+                     moving_labels=tmp_path / "1.nii.gz")
     found.save(tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["dice_after"] is None and summary["dice_before"] is None
@@ -292,10 +247,8 @@ def test_labels_that_do_not_overlap_leave_a_summary_that_is_json(brains, tmp_pat
 
 def test_stages_can_be_called_one_by_one(brains):
     from drivenmorph_jax import registration as r
-
-    request = r.Request(
-        fixed=str(brains / "sub-000_t1.nii.gz"), moving=str(brains / "sub-001_t1.nii.gz"), method="demons", affine=False
-    )
+    request = r.Request(fixed=str(brains / "sub-000_t1.nii.gz"), moving=str(brains / "sub-001_t1.nii.gz"),
+                        method="demons", affine=False)
     prepared = r.prepare(r.plan(r.align(r.read(request))))
     assert prepared.fixed_on_grid.shape == prepared.moving_on_grid.shape == prepared.shape
     result = r.result_of(r.score(r.transfer(r.deform(prepared))))

@@ -30,14 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 # One level with both attentions, which compiles sooner than the two of `configs/smoke.py`.
-ONE_LEVEL = {
-    "channels": (4,),
-    "strides": (2,),
-    "updates": (1,),
-    "cross_radius": (1,),
-    "self_radius": (0,),
-    "self_window": (4,),
-}
+ONE_LEVEL = {"channels": (4,), "strides": (2,), "updates": (1,), "cross_radius": (1,), "self_radius": (0,),
+             "self_window": (4,)}
 
 
 def one_level(**changes):
@@ -50,7 +44,6 @@ def one_level(**changes):
 def latest_bits(workdir):
     """Every array in the newest `latest` checkpoint, and the state of its data."""
     import orbax.checkpoint as ocp
-
     path = _newest(Path(workdir) / "latest")
     arrays = [ocp.StandardCheckpointer().restore(path / item) for item in ("params", "opt_state")]
     data = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "data")
@@ -83,7 +76,6 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch
             if next(calls) == 5:
                 raise KeyboardInterrupt  # step 4 is done but in no checkpoint
             return step(*state)
-
         return until_five, config
 
     with monkeypatch.context() as patch:
@@ -99,10 +91,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(smoke, tmp_path, monkeypatch
     assert data == wanted_data
     for a, b in zip(arrays, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
-    without_time = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in logs.read(folder)]
-        for folder in (tmp_path, workdir)
-    ]
+    without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in logs.read(folder)]
+                    for folder in (tmp_path, workdir)]
     assert without_time[0] == without_time[1]
     assert again["dice"] == summary["dice"]
 
@@ -135,7 +125,6 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(tmp_path, monkey
 
         def memory_stats(self):
             return {"bytes_limit": 2**20}
-
     monkeypatch.setattr(step, "jax", SimpleNamespace(**vars(jax) | {"local_devices": lambda: [Device()]}))
     with pytest.raises(InputError, match="a step on images of 32x40x32 takes .* GiB .*, more than 0.0: set"):
         train_and_evaluate(get_config(), tmp_path)
@@ -177,11 +166,8 @@ def test_a_first_score_that_is_no_number_still_leaves_a_best_checkpoint(tmp_path
 
 def test_a_step_that_the_compiler_refuses_is_one_sentence(tmp_path, monkeypatch):
     def refuse(_):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
-            "HLO temporaries (20.31G) exceeds available HBM (15.75G)."
-        )
-
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+                                         "HLO temporaries (20.31G) exceeds available HBM (15.75G).")
     monkeypatch.setattr(programs, "device_memory", refuse)
     config = one_level()
     config.steps = 1
@@ -190,27 +176,17 @@ def test_a_step_that_the_compiler_refuses_is_one_sentence(tmp_path, monkeypatch)
 
 
 def test_a_program_orders_its_operations_for_little_memory():
-    code = (
-        "import jax, jax.numpy as jnp; from drivenmorph_jax.runtime import sharding; sharding.start(); "
-        "f = lambda x: sum(jnp.sort(jnp.sin(x * i))[::7].sum() * jnp.cumsum(jnp.cos(x + i))[5] for i in range(8)); "
-        "print(jax.jit(f).lower(jnp.zeros(1 << 20)).compile().memory_analysis().temp_size_in_bytes >> 22)"
-    )
+    code = ("import jax, jax.numpy as jnp; from drivenmorph_jax.runtime import sharding; sharding.start(); "
+            "f = lambda x: sum(jnp.sort(jnp.sin(x * i))[::7].sum() * jnp.cumsum(jnp.cos(x + i))[5] for i in range(8)); "
+            "print(jax.jit(f).lower(jnp.zeros(1 << 20)).compile().memory_analysis().temp_size_in_bytes >> 22)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout) < 13, done.stderr[-500:]  # 17 otherwise: two arrays for each of the eight, and one
 
 
 def test_deterministic_is_a_flag_that_xla_knows():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import jax, os; from drivenmorph_jax.runtime import sharding; "
-            "sharding.start(deterministic=True); jax.devices(); print(os.environ['XLA_FLAGS'])",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, "-c", "import jax, os; from drivenmorph_jax.runtime import sharding; "
+                           "sharding.start(deterministic=True); jax.devices(); print(os.environ['XLA_FLAGS'])"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--xla_gpu_deterministic_ops=true" in done.stdout, done.stderr[-500:]
 
 
@@ -250,7 +226,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, c
             params, state, row = step(params, state, batch)
             seen.append(jax.device_get((params, state)))
             return params, state, row
-
         return once, config
 
     monkeypatch.setattr(loop, "compiled_step", watched)
@@ -308,14 +283,8 @@ def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):
 def test_a_model_with_a_finer_level_begins_with_the_parameters_of_a_coarser_one(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(loop, "validate", lambda *_: {"val_dice": 0.5})
-    finer = {
-        "channels": (2, 4),
-        "strides": (1, 2),
-        "updates": (1, 1),
-        "cross_radius": (0, 1),
-        "self_radius": (0, 0),
-        "self_window": (0, 4),
-    }
+    finer = {"channels": (2, 4), "strides": (1, 2), "updates": (1, 1), "cross_radius": (0, 1), "self_radius": (0, 0),
+             "self_window": (0, 4)}
     for name, changes in (("coarse", {"strides": (1,)}), ("fine", finer)):
         config = one_level(**changes)
         config.steps, config.learning_rate = 1, 0.0
@@ -355,20 +324,10 @@ def start(devices, code, *arguments):
     """A process of its own that runs the code with so many devices."""
     # XLA's devices on CPU share a pool of as many threads; one that waits in two sums at once takes two, until none is
     # left for those that it waits for. More threads than can ever wait, then.
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "NPROC": "64",
-        "PJRT_NPROC": "64",
-        "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | environment,
-    )
+    environment = {"JAX_PLATFORMS": "cpu", "NPROC": "64", "PJRT_NPROC": "64",
+                   "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
 
 
 def finish(process):
@@ -378,9 +337,7 @@ def finish(process):
     return out
 
 
-DEVICES = (
-    f"ONE_LEVEL = {ONE_LEVEL}"
-    + """
+DEVICES = f"ONE_LEVEL = {ONE_LEVEL}" + """
 import jax, numpy as np
 from ml_collections import FrozenConfigDict
 from scipy.ndimage import gaussian_filter
@@ -415,7 +372,6 @@ for data, space in ((1, 1), (8, 1), (4, 2), (1, 8)):
     assert all(x.is_deleted() for x in jax.tree.leaves(first)), "the state is not donated"
     print(memory, *losses)
 """
-)
 
 
 def test_losses_and_gradients_are_the_same_on_every_mesh_and_a_split_volume_takes_less_memory():
@@ -450,9 +406,7 @@ def test_a_volume_on_two_devices_is_registered_as_on_one():
     finish(start(2, PREDICT))
 
 
-PROCESS = (
-    f"ONE_LEVEL = {ONE_LEVEL}"
-    + """
+PROCESS = f"ONE_LEVEL = {ONE_LEVEL}" + """
 import sys
 from configs.smoke import get_config
 from drivenmorph_jax.runtime import sharding
@@ -468,7 +422,6 @@ loop.evaluate = lambda *_, **__: None
 loop.validate = lambda *_: {"val_dice": 0.5}
 loop.train_and_evaluate(config, workdir)
 """
-)
 
 
 def test_two_processes_train_as_one_end_together_and_their_checkpoint_goes_on_on_1_and_on_8_devices(tmp_path):
@@ -497,7 +450,6 @@ def test_a_volume_is_not_split_over_processes():
     class Device:
         def __init__(self, process):
             self.process_index = process
-
     with pytest.raises(InputError, match="space is 4, which does not divide the 2 devices of a process"):
         sharding.device_mesh(4, [Device(1), Device(0), Device(1), Device(0)])
 
@@ -505,7 +457,6 @@ def test_a_volume_is_not_split_over_processes():
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch, tmp_path):
     class Mesh:
         size, shape = 3, {"data": 3}
-
     monkeypatch.setattr(sharding, "device_mesh", lambda space: Mesh)
     with pytest.raises(InputError, match="batch_size=3"):
         train_and_evaluate(get_config(), tmp_path)
