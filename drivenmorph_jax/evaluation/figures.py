@@ -51,51 +51,12 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     centre = np.rint(ndimage.center_of_mass(brain)).astype(int)
     box = _box(brain | (moving > 0.05 * white), spacing)
 
-    before, after, size = *(np.abs(fixed - x) for x in matched), np.linalg.norm(u, axis=-1)
-    folded = brain & (jac <= 0)
-    log_jac = np.log(np.maximum(jac, 1e-3))
-    bound = max(np.percentile(np.abs(log_jac[brain & ~folded]), 99.5), 0.1)
-    intensity, growth = Normalize(0, white), Normalize(-bound, bound)
-    difference = Normalize(0, max(np.percentile(before[brain], 99.5), 1e-6))
-    length = Normalize(0, max(np.percentile(size[brain], 99.8), 0.1))
-
-    def anatomy(tile, x):
-        tile.image(x, intensity, "gray")
-        if labels is not None:
-            tile.outlines(labels)
-
-    squares = sum(np.arange(n).reshape([-1 if a == axis else 1 for a in range(3)]) * spacing[axis] // SQUARE
-                  for axis, n in enumerate(fixed.shape)) % 2 == 0
-
-    def arrows(tile, vectors, colour):
-        tile.image(fixed, Normalize(0, 1.8 * white), "gray")
-        tile.arrows(vectors, brain, colour)
-
-    def grid(tile):
-        tile.image(moving, Normalize(0, 1.4 * white), "gray")
-        tile.grid(u, SKY)
-
-    def logarithm(tile):
-        shown = tile.image(log_jac, growth, "RdBu_r", inside=brain)
-        tile.image(np.where(folded, 1.0, np.nan), Normalize(0, 1), ListedColormap([YELLOW]))
-        return shown
-
-    blocks = [
-        {"Fixed": lambda tile: anatomy(tile, fixed),
-         "Moving": lambda tile: anatomy(tile, moving),
-         "Warped": lambda tile: anatomy(tile, warped),
-         "|Fixed − Moving|": lambda tile: tile.image(before, difference, "inferno"),
-         "|Fixed − Warped|": lambda tile: tile.image(after, difference, "inferno"),
-         "Checkerboard, before": lambda tile: tile.image(np.where(squares, fixed, matched[0]), intensity, "gray")},
-        {"Deformed grid on Moving": grid,
-         "Displacement": lambda tile: arrows(tile, u, ORANGE),
-         "Driving force": lambda tile: arrows(tile, force, SKY),
-         "|Displacement|": lambda tile: tile.image(size, length, "cividis", inside=brain),
-         "log Jacobian": logarithm,
-         "Checkerboard, after": lambda tile: tile.image(np.where(squares, fixed, matched[1]), intensity, "gray")},
-    ]
+    blocks = [_image_panels(fixed, moving, warped, matched, brain, white, spacing, labels),
+              _deformation_panels(fixed, moving, u, force, jac, brain, white)]
+    blocks[1]["Checkerboard, after"] = blocks[0].pop("Checkerboard, after")
+    folded = (brain & (jac <= 0)).any()
     bars = {"|Fixed − Warped|": (2, "intensity, one scale for both"), "|Displacement|": (1, "mm"),
-            "log Jacobian": (1, "log J" + (", yellow: J ≤ 0" if folded.any() else ""))}
+            "log Jacobian": (1, "log J" + (", yellow: J ≤ 0" if folded else ""))}
 
     # One width for all tiles, so that the three views are at the same scale.
     width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
@@ -118,6 +79,58 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     sheet.note(1, "Grid and arrows are the in-plane part of φ; an arrow runs\n"
                   "from a fixed point to the moving point that it samples.")
     _save(sheet.figure, path)
+
+
+def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels):
+    """{name: what draws it on a tile} of the images, their differences and their checkerboards."""
+    before, after = (np.abs(fixed - x) for x in matched)
+    intensity = Normalize(0, white)
+    difference = Normalize(0, max(np.percentile(before[brain], 99.5), 1e-6))
+    squares = sum(np.arange(n).reshape([-1 if a == axis else 1 for a in range(3)]) * spacing[axis] // SQUARE
+                  for axis, n in enumerate(fixed.shape)) % 2 == 0
+
+    def anatomy(tile, x):
+        tile.image(x, intensity, "gray")
+        if labels is not None:
+            tile.outlines(labels)
+
+    def checkerboard(tile, x):
+        tile.image(np.where(squares, fixed, x), intensity, "gray")
+
+    return {"Fixed": lambda tile: anatomy(tile, fixed),
+            "Moving": lambda tile: anatomy(tile, moving),
+            "Warped": lambda tile: anatomy(tile, warped),
+            "|Fixed − Moving|": lambda tile: tile.image(before, difference, "inferno"),
+            "|Fixed − Warped|": lambda tile: tile.image(after, difference, "inferno"),
+            "Checkerboard, before": lambda tile: checkerboard(tile, matched[0]),
+            "Checkerboard, after": lambda tile: checkerboard(tile, matched[1])}
+
+
+def _deformation_panels(fixed, moving, u, force, jac, brain, white):
+    """{name: what draws it on a tile} of the grid, the displacement beside the driving force, and the Jacobian."""
+    size, folded = np.linalg.norm(u, axis=-1), brain & (jac <= 0)
+    log_jac = np.log(np.maximum(jac, 1e-3))
+    bound = max(np.percentile(np.abs(log_jac[brain & ~folded]), 99.5), 0.1)
+    length = Normalize(0, max(np.percentile(size[brain], 99.8), 0.1))
+
+    def grid(tile):
+        tile.image(moving, Normalize(0, 1.4 * white), "gray")
+        tile.grid(u, SKY)
+
+    def arrows(tile, vectors, colour):
+        tile.image(fixed, Normalize(0, 1.8 * white), "gray")
+        tile.arrows(vectors, brain, colour)
+
+    def logarithm(tile):
+        shown = tile.image(log_jac, Normalize(-bound, bound), "RdBu_r", inside=brain)
+        tile.image(np.where(folded, 1.0, np.nan), Normalize(0, 1), ListedColormap([YELLOW]))
+        return shown
+
+    return {"Deformed grid on Moving": grid,
+            "Displacement": lambda tile: arrows(tile, u, ORANGE),
+            "Driving force": lambda tile: arrows(tile, force, SKY),
+            "|Displacement|": lambda tile: tile.image(size, length, "cividis", inside=brain),
+            "log Jacobian": logarithm}
 
 
 def uncropped(jac, shape):
