@@ -1,5 +1,8 @@
-# make train            train and score DrivenMorph on the embedded cohort
-# make test             the tests
+# make train        train and score DrivenMorph on the embedded cohort
+# make test         check style and types, and run the tests
+# make test-slow    run the tests that take minutes
+# make docs         build the site of docs/ in build/docs
+# make build        make the wheel and the sdist in dist/
 # JAX=cuda13|cuda12|tpu installs the build for that accelerator; PYTHON=python3.12 takes another interpreter
 
 PYTHON ?= python3
@@ -7,26 +10,39 @@ JAX ?= cpu
 WORKDIR ?= runs/default
 INSTALLED = .venv/installed-$(JAX)
 
-.PHONY: train test
+.PHONY: train test test-slow lint docs build
 
 train: $(INSTALLED)
 	.venv/bin/python train.py --config configs/default.py --workdir $(WORKDIR)
 
-test: $(INSTALLED)
-	.venv/bin/ruff check .
+test: lint
 	.venv/bin/python -m pytest -n 2
 
+test-slow: $(INSTALLED)
+	.venv/bin/python -m pytest -n 2 -m slow
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+docs: $(INSTALLED) .venv/installed-docs
+	.venv/bin/mkdocs build --strict
+
+build: $(INSTALLED)
+	.venv/bin/python -m build
+
 $(INSTALLED): requirements.txt requirements-test.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "$(PYTHON) is too old: install Python 3.11 to 3.13, or name it, as in make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || [ "$$(id -u)" != 0 ] || \
-		{ apt-get update -qq && apt-get install -qq -y python3-venv; }
-	$(PYTHON) -m venv .venv || \
-		{ rm -rf .venv; echo "Python's venv module is missing: apt install python3-venv, then make again"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.14: name another, as in make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
-ifneq ($(JAX),cpu)
-	.venv/bin/python -m pip install --quiet "jax[$(JAX)]"
-endif
+	.venv/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt "jax$(if $(filter-out cpu,$(JAX)),[$(JAX)])"
 	rm -f .venv/installed-*
+	touch $@
+
+.venv/installed-docs: $(INSTALLED) requirements-docs.txt
+	.venv/bin/python -m pip install --quiet -r requirements-docs.txt
 	touch $@

@@ -5,11 +5,11 @@ python train.py --config configs/brain_t1.py --workdir runs/brain_t1 --config.da
 For a GPU: 9.8 GB and .07 s a step in bfloat16 (H100). A CPU learns from boxes, --config.data.crop="(96,96,96)".
 """
 
-from configs.malf import get_config as malf
+from drivenmorph_jax.runtime.configuration import load
 
 
 def get_config():
-    config = malf()
+    config = load("malf")
     config.steps = 4000
     config.warmup_steps = 100
     config.learning_rate = 1.5e-3

@@ -7,10 +7,10 @@ Layouts of the preparation: lpba40.
 Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
 """
 
-from configs.oasis import get_config as oasis
+from drivenmorph_jax.runtime.configuration import load
 
 
 def get_config():
-    config = oasis()
+    config = load("oasis")
     config.data.root = "data/lpba40"
     return config

@@ -6,11 +6,11 @@ python train.py --config configs/malf.py --workdir runs/malf --config.data.root=
 
 from ml_collections import ConfigDict, config_dict
 
-from configs.default import get_config as default
+from drivenmorph_jax.runtime.configuration import load
 
 
 def get_config():
-    config = default()
+    config = load("default")
     config.steps = 800
     config.warmup_steps = 20
     config.learning_rate = 1e-3

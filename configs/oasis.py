@@ -7,16 +7,17 @@ Layouts of the preparation: oasis (neurite) or oasis-l2r.
 Meant for one GPU or more (batch_size a multiple of them); not measured: we did not have the data.
 """
 
-from configs.brain_t1 import get_config as brain_t1
+from drivenmorph_jax.runtime.configuration import load
+from drivenmorph_jax.runtime.shipped import shipped
 
 
 def get_config():
-    config = brain_t1()
+    config = load("brain_t1")
     config.steps = 15_000
     config.val_every = 1000
     config.checkpoint_every = 250
     config.learning_rate = 4e-4
-    config.init = "weights/brain-t1"
+    config.init = str(shipped("weights", "brain-t1"))
     config.data.root = "data/oasis"
     config.data.exclude = (0,)
     return config

@@ -3,11 +3,11 @@
 python train.py --config configs/smoke.py --workdir runs/smoke
 """
 
-from configs.default import get_config as default
+from drivenmorph_jax.runtime.configuration import load
 
 
 def get_config():
-    config = default()
+    config = load("default")
     config.steps = 6
     config.warmup_steps = 1
     config.val_every = config.checkpoint_every = 3

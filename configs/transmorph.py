@@ -5,11 +5,11 @@ python train.py --config configs/transmorph.py --workdir runs/transmorph --confi
 
 from ml_collections import ConfigDict
 
-from configs.malf import get_config as malf
+from drivenmorph_jax.runtime.configuration import load
 
 
 def get_config():
-    config = malf()
+    config = load("malf")
     config.model = ConfigDict({
         "name": "transmorph",
         "channels": (32, 64, 128),  # of the tokens, a stage each

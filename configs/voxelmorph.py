@@ -5,11 +5,11 @@ python train.py --config configs/voxelmorph.py --workdir runs/voxelmorph --confi
 
 from ml_collections import ConfigDict
 
-from configs.malf import get_config as malf
+from drivenmorph_jax.runtime.configuration import load
 
 
 def get_config():
-    config = malf()
+    config = load("malf")
     config.model = ConfigDict({
         "name": "voxelmorph",
         "encoder": (16, 32, 32, 32),

@@ -27,6 +27,24 @@ def test_settings_are_read_in_the_type_that_they_replace():
     assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float) and config.model.remat is True
 
 
+def test_the_argument_of_override_stays_as_it_was():
+    config = configuration.load("malf")
+    before = config.to_dict()
+    changed = configuration.override(config, ["--config.steps=7", "--config.data.atlas=mean", "--config.init=other",
+                                              "--config.loss.window=3"])
+    assert config.to_dict() == before and config.data.atlas is None
+    assert changed.to_dict() == before | {"steps": 7, "init": "other", "data": before["data"] | {"atlas": "mean"},
+                                          "loss": before["loss"] | {"window": 3}}
+
+
+def test_a_shipped_configuration_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in CONFIGS:
+        assert configuration.load(path.stem).to_dict() == configuration.load(path).to_dict()
+    with pytest.raises(InputError, match="defolt does not exist.*default"):
+        configuration.load("defolt")
+
+
 @pytest.mark.parametrize(("argument", "said"), [
     ("--config.stepps=3", "did you mean --config.steps"),
     ("--config.model.nothing.more=1", "not a setting"),

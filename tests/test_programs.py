@@ -1,4 +1,4 @@
-"""The three programs as a user meets them: help, and one sentence for whatever cannot be used."""
+"""The programs as a user meets them: help, and one sentence for whatever cannot be used."""
 
 import os
 import re
@@ -13,6 +13,8 @@ import pytest
 import eval as eval_program
 import register as register_program
 import train as train_program
+from drivenmorph_jax.cli import main, register
+from drivenmorph_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (20, 24, 20)
@@ -50,15 +52,59 @@ def refused(status, said, *words):
 
 
 @pytest.mark.parametrize("program", ["train", "eval", "register", "apply"])
-def test_help_explains_every_flag_and_shows_an_example(program):
+def test_help_explains_every_flag_and_shows_an_example(program, capsys):
     done = subprocess.run([sys.executable, f"{program}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and f"python {program}.py --" in done.stdout
+    assert done.returncode == 0 and f"  python {program}.py --" in done.stdout
     options = " ".join(done.stdout.split("options:")[1].split())
-    source = (ROOT / f"{program}.py").read_text()
-    flags = re.findall(r'add_argument\("(--[\w-]+)"', source)
+    source = (ROOT / "drivenmorph_jax" / "cli" / f"{program}.py").read_text()
+    flags = re.findall(r'add(?:_argument)?\(\s*"(--[\w-]+)"', source)
     assert flags and len(flags) == source.count("help=")
     for flag in flags:
-        assert re.search(rf"{flag}( [A-Z]+| [\[{{]\S+| \.\.\.\])* [a-zA-Z]", options), f"{flag} is not explained"
+        assert re.search(rf"{flag}( [A-Z:]+| [\[{{]\S+| \.\.\.\])* [a-zA-Z]", options), f"{flag} is not explained"
+    with pytest.raises(SystemExit, match="0"):
+        main.main([program, "--help"])
+    installed = capsys.readouterr().out
+    assert f"  drivenmorph {program} --" in installed and ".py --" not in installed
+
+
+def test_help_of_prepare_names_every_layout(capsys):
+    from drivenmorph_jax.data.prepare import LAYOUTS
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["prepare", "--help"])
+    said = capsys.readouterr().out
+    assert "  drivenmorph prepare folder" in said
+    assert not {name for name, (layout, _) in LAYOUTS.items() if f"  {name}: {layout.__doc__}" not in said}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["register", "--help"], ["train", "--help"]])
+def test_help_does_not_wait_for_jax(arguments):
+    code = (f"import sys\nfrom drivenmorph_jax.cli.main import main\ntry: main({arguments})\n"
+            "finally: print('jax' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False"
+    assert arguments != ["--help"] or all(f"\n  {name}  " in done.stdout for name in main.COMMANDS)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["registr"], "did you mean register?"), (["fly"], "register, apply, train, eval, prepare")])
+def test_an_unknown_command_is_refused(arguments, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        main.main(arguments)
+
+
+@pytest.mark.parametrize("module", [["drivenmorph_jax.cli.main", "prepare"], ["drivenmorph_jax.data.prepare"]])
+def test_prepare_has_two_spellings(module, tmp_path):
+    done = subprocess.run([sys.executable, "-m", *module, "folder", "nowhere", str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
+    refused(done.returncode, done.stderr, "nowhere", "not a folder")
+
+
+def test_numbers_that_do_not_exist_are_told_as_none():
+    numbers = {"similarity_before": 0.2, "similarity_after": 0.5, "fold_pct": 0.0}
+    assert list(register.described(numbers)) == ["similarity 0.2000 before, 0.5000 after", "folding 0.0000 %"]
+    lines = list(register.described(numbers | {"dice_before": None, "dice_after": None, "similarity_after": None}))
+    assert lines[:2] == ["similarity 0.2000 before, none after", "dice none before, none after"]
+    assert lines[2].startswith("warning: ") and len(lines) == 4
 
 
 def bad_images(folder):

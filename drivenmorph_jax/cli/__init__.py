@@ -1,1 +1,1 @@
-"""The programs: register, apply, train, eval, prepare."""
+"""The programs: `drivenmorph` with its subcommands, one module a subcommand."""

@@ -1,4 +1,4 @@
-"""The one exception that reaches a user, how a program ends with it, and how it reads an argument."""
+"""What the programs share: how a program ends, and how it reads a size."""
 
 import argparse
 import re

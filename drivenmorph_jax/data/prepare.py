@@ -9,7 +9,6 @@ mni152_t1.nii.gz, which data.atlas can name, where images were aligned to it, an
 broken subject is named and left out. What is there already is not made again.
 """
 
-import argparse
 import io
 import json
 import os
@@ -26,7 +25,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from drivenmorph_jax.cli.program import run
 from drivenmorph_jax.data.folder import IMAGE, LABELS, drawn_splits
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
@@ -266,18 +264,8 @@ def _first(parent, *names):
     return next((parent / name for name in names if (parent / name).is_file()), None)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name}: {layout.__doc__}" for name, (layout, _) in LAYOUTS.items()))
-    parser.add_argument("name", choices=LAYOUTS, metavar="NAME", help=f"one of {', '.join(LAYOUTS)}")
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("destination", metavar="DESTINATION")
-    parser.add_argument("--workers", type=int, help="subjects at a time; default: one a core")
-    flags = parser.parse_args()
-    made = prepare(flags.name, flags.source, flags.destination, flags.workers)
-    print(f"{len(made)} subjects; look at {Path(flags.destination) / 'contact_sheet.png'}")
-
-
 if __name__ == "__main__":
-    run(main)
+    from drivenmorph_jax.cli import prepare as program
+    from drivenmorph_jax.cli.program import run
+
+    run(program.main)

@@ -1,6 +1,10 @@
-"""Configurations: a Python file with `get_config()`, and `--config.KEY=VALUE` on the command line."""
+"""Configurations: a Python file with `get_config()`, and `--config.KEY=VALUE` on the command line.
+
+The files in `configs/` come with the package and are known by their names.
+"""
 
 import ast
+import copy
 import difflib
 import runpy
 from pathlib import Path
@@ -8,14 +12,20 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.runtime.shipped import shipped
 
 PREFIX = "--config."
 
 
-def load(path):
-    """The ConfigDict that the file's `get_config()` returns. Raises InputError where there is none."""
+def load(name_or_path):
+    """The ConfigDict that `get_config()` of a file returns, or of a shipped configuration, which has a name: "default".
+
+    Raises InputError where there is none.
+    """
+    named = {path.stem: path for path in shipped("configs").glob("*.py")}
+    path = named.get(str(name_or_path), name_or_path)
     if not Path(path).is_file():
-        raise InputError(f"{path} does not exist: give a configuration such as configs/default.py")
+        raise InputError(f"{path} does not exist: give a file, or one of {', '.join(sorted(named))}")
     try:
         get_config = runpy.run_path(str(path))["get_config"]
     except Exception as error:  # the file is a program: it can fail in any way
@@ -25,10 +35,11 @@ def load(path):
 
 
 def override(config, arguments):
-    """Set keys of `config` in place from arguments `--config.KEY=VALUE`, each value in the type it replaces.
+    """A copy of `config` with keys set by arguments `--config.KEY=VALUE`, each value in the type it replaces.
 
     Raises InputError for another argument, an unknown key, or a value of another type.
     """
+    config = copy.deepcopy(config)
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not (name.startswith(PREFIX) and equals):

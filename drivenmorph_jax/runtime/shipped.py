@@ -1,7 +1,8 @@
-"""What comes with the package: weights and configurations."""
+"""What comes with the package: its version, the weights, the configurations."""
 
 from pathlib import Path
 
+VERSION = "0.1.0"
 PACKAGE = Path(__file__).resolve().parents[1]
 
 

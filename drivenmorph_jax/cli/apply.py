@@ -1,0 +1,66 @@
+"""Move other images, label maps, series or points by a transform of `register`, of ITK or of ANTs."""
+
+import argparse
+
+EPILOG = """\
+Images are moved from the moving space to the grid of the fixed image. Points are moved from the fixed space to the
+moving space. --inverse does both in the other direction. Examples:
+
+  %(prog)s --transform result/displacement.nii.gz --moving t2.nii.gz --out t2_aligned.nii.gz
+  %(prog)s --transform result/displacement.nii.gz --moving seg.nii.gz --out seg_aligned.nii.gz --interpolation nearest
+  %(prog)s --transform result/displacement.nii.gz --inverse --moving atlas.nii.gz --out atlas_back.nii.gz
+  %(prog)s --transform result/displacement.nii.gz --points p.csv --out q.csv"""
+
+
+def main(arguments=None, prog="drivenmorph apply"):
+    """Run the program with `arguments`, by default those of the command line. Raises InputError."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--transform",
+        required=True,
+        metavar="FILE",
+        help="displacement field: NIfTI of shape (X, Y, Z, 1, 3) with intent 1007 (LPS) or 1006 (RAS)",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--moving", nargs="+", metavar="FILE", help="3-D images, label maps or 4-D series, one or more")
+    what.add_argument(
+        "--points", metavar="FILE", help="CSV with columns x, y, z in RAS mm; other columns are kept as they are"
+    )
+    add(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="file for the result; with several moving images, a folder",
+    )
+    add(
+        "--interpolation",
+        default="linear",
+        choices=["linear", "nearest"],
+        help="nearest is for label maps; default: linear",
+    )
+    add("--inverse", action="store_true", help="use the inverse transform, from the fixed to the moving space")
+    add(
+        "--reference",
+        metavar="FILE",
+        help="image on whose grid the result lies; default: the fixed image; with --inverse the moving image",
+    )
+    flags = parser.parse_args(arguments)
+
+    # Imported late, so that --help answers at once.
+    from drivenmorph_jax.registration.apply import apply_files
+    from drivenmorph_jax.runtime import sharding
+
+    sharding.start()
+    for path in apply_files(
+        flags.transform,
+        flags.out,
+        flags.moving,
+        flags.points,
+        flags.interpolation,
+        flags.inverse,
+        flags.reference,
+    ):
+        print(path)

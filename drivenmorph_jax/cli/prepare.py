@@ -1,0 +1,34 @@
+"""Convert a public data set, or a folder of your own, to the form that `train` and `eval` read.
+
+SOURCE holds skull-stripped images in the layout NAME. Each image is checked, turned to RAS, aligned to the MNI152 brain
+by an affine (unless the layout is aligned already), resampled to 1 mm and cropped to one grid. Labels follow by nearest
+neighbour.
+
+DESTINATION gets ID_t1.nii.gz, ID_seg.nii.gz, splits.json, labels.csv where the source has one, mni152_t1.nii.gz where
+images were aligned to it, and contact_sheet.png. Look at the contact sheet: it shows a slice of every subject. A
+subject that cannot be read is named and left out. A subject that is there already is not made again.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def main(arguments=None, prog="drivenmorph prepare"):
+    """Run the program with `arguments`, by default those of the command line. Raises InputError."""
+    from drivenmorph_jax.data.prepare import LAYOUTS, prepare
+
+    layouts = "\n".join(f"  {name}: {layout.__doc__}" for name, (layout, _) in LAYOUTS.items())
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        epilog=f"Layouts:\n\n{layouts}\n\nExample:\n\n  %(prog)s folder scans brains",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("name", choices=LAYOUTS, metavar="NAME", help=f"layout of the data set, one of {', '.join(LAYOUTS)}")
+    add("source", metavar="SOURCE", help="folder that holds the data set")
+    add("destination", metavar="DESTINATION", help="folder for the result; it is made if it does not exist")
+    add("--workers", type=int, metavar="N", help="number of subjects at a time; default: one a core")
+    flags = parser.parse_args(arguments)
+    made = prepare(flags.name, flags.source, flags.destination, flags.workers)
+    print(f"{len(made)} subjects; look at {Path(flags.destination) / 'contact_sheet.png'}")

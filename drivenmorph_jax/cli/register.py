@@ -1,0 +1,158 @@
+"""Align one brain image to another: two NIfTI files in, the aligned image and the transform out."""
+
+import argparse
+
+from drivenmorph_jax.cli.program import size
+
+EPILOG = """\
+Both images must be skull-stripped. The folder gets warped, displacement, inverse_displacement, jacobian, force
+(and warped_labels) .nii.gz, affine.tfm, overview.png, report.html and summary.json. `apply` moves other images by the
+same transform. Examples:
+
+  %(prog)s --fixed a.nii.gz --moving b.nii.gz --out result
+  %(prog)s --fixed a.nii.gz --moving b.nii.gz --out result --checkpoint runs/default
+  %(prog)s --fixed a.nii.gz --moving b.nii.gz --out result --method demons"""
+
+
+def main(arguments=None, prog="drivenmorph register"):
+    """Run the program with `arguments`, by default those of the command line. Raises InputError."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--fixed", required=True, metavar="FILE", help="NIfTI image that stays where it is")
+    add(
+        "--moving",
+        required=True,
+        metavar="FILE",
+        help="NIfTI image that is aligned to the fixed one; shape, spacing and orientation may differ",
+    )
+    add("--out", required=True, metavar="DIR", help="folder for the results; it is made if it does not exist")
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        help="weights of --method drivenmorph: the --workdir of a training; default: the shipped weights, brain-t1",
+    )
+    add(
+        "--method",
+        default="drivenmorph",
+        choices=["drivenmorph", "demons"],
+        help="drivenmorph: the network; demons: classical Demons, which needs no weights; default: drivenmorph",
+    )
+    add(
+        "--force",
+        default="lncc",
+        choices=["lncc", "intensity", "mind"],
+        help="force of --method demons. lncc: local correlation; intensity: differences of intensities, for images of "
+        "one scanner; mind: differences of MIND descriptors, which an inverted contrast does not change; default: lncc",
+    )
+    add(
+        "--contrast",
+        default="auto",
+        choices=["auto", "same", "other"],
+        help="contrast of the two images. same: both have one contrast; other: they differ, as T1 and T2 do, and the "
+        "moving image gets the intensities of the fixed one in three passes; auto: decided by the correlation of "
+        "their intensities; default: auto",
+    )
+    add(
+        "--no-affine",
+        action="store_true",
+        help="skip the affine alignment; the world coordinates of the two files must agree already",
+    )
+    add(
+        "--initial_affine",
+        metavar="FILE",
+        help="ITK affine (.tfm, .txt, .mat) from the fixed to the moving image; it replaces the affine alignment",
+    )
+    add(
+        "--refine_steps",
+        type=int,
+        metavar="N",
+        help="iterations of Demons after the network. The network registers forward and backward, both results are "
+        "averaged, N iterations by local correlation follow, and two passes of the network register the residual. "
+        "0: the network runs once, forward, in a quarter of the time. With --method demons, N iterations follow at "
+        "the end, by MIND with --force mind. Default: 10; with --method demons 0",
+    )
+    add("--moving_labels", metavar="FILE", help="label map of the moving image; it is warped as the image is")
+    add(
+        "--fixed_labels",
+        metavar="FILE",
+        help="label map of the fixed image; together with --moving_labels, Dice is reported",
+    )
+    add(
+        "--fixed_mask",
+        metavar="FILE",
+        help="label map on the fixed image, above 0 where tissue is missing or sick. No force is taken from there, and "
+        "the deformation is interpolated smoothly inside",
+    )
+    add("--moving_mask", metavar="FILE", help="the same for the moving image")
+    add(
+        "--memory",
+        metavar="SIZE",
+        type=size,
+        help="memory that may be used, such as 4GB. Where the network would need more, it works at half or a quarter "
+        "of the resolution",
+    )
+    add(
+        "--formats",
+        nargs="+",
+        default=["itk"],
+        choices=["itk", "ras", "h5", "l2r"],
+        help="formats of the transform and its inverse. itk: displacement fields in LPS mm; ras: displacement fields "
+        "in RAS mm with intent 1006; h5: ITK composite transforms; l2r: the field of Learn2Reg in voxels; default: itk",
+    )
+    add(
+        "--bids",
+        nargs=3,
+        metavar=("PREFIX", "FROM", "TO"),
+        help="name the transforms as BIDS derivatives. FROM is the space of the moving image and TO that of the fixed "
+        "image, such as sub-01 T1w MNI152NLin2009cAsym",
+    )
+    flags = parser.parse_args(arguments)
+    if flags.refine_steps is not None and flags.refine_steps < 0:
+        parser.error("--refine_steps must be 0 or more")
+    if flags.no_affine and flags.initial_affine:
+        parser.error("--no-affine and --initial_affine exclude each other")
+
+    # Imported late, so that --help answers at once.
+    from drivenmorph_jax.files import check_folder
+    from drivenmorph_jax.registration.register import register
+    from drivenmorph_jax.runtime import sharding
+    from drivenmorph_jax.runtime.checkpoint import SHIPPED
+
+    sharding.start()
+    check_folder(flags.out)
+    result = register(
+        flags.fixed,
+        flags.moving,
+        checkpoint=flags.checkpoint or SHIPPED,
+        method=flags.method,
+        force=flags.force,
+        contrast=flags.contrast,
+        affine=flags.initial_affine or not flags.no_affine,
+        refine_steps=flags.refine_steps,
+        fixed_labels=flags.fixed_labels,
+        moving_labels=flags.moving_labels,
+        fixed_mask=flags.fixed_mask,
+        moving_mask=flags.moving_mask,
+        memory=flags.memory,
+    )
+    print("write ...", end=" ", flush=True)
+    result.save(flags.out, flags.formats, flags.bids)
+    print("done")
+    print(*described(result.summary), sep="\n", end=f"; look at {flags.out}/overview.png\n")
+
+
+def described(summary):
+    """The lines that tell the numbers of a registration's summary. A number that does not exist is "none"."""
+
+    def number(name):
+        return "none" if summary[name] is None else f"{summary[name]:.4f}"
+
+    for name in ("similarity", "dice"):
+        if f"{name}_after" in summary:
+            yield f"{name} {number(f'{name}_before')} before, {number(f'{name}_after')} after"
+    before, after = summary["similarity_before"], summary["similarity_after"]
+    if before is None or after is None or after <= before:
+        yield "warning: the registration did not make the images more similar; look at the pictures before you use it"
+    yield f"folding {number('fold_pct')} %"
