@@ -1,10 +1,13 @@
 """Voxel grids: coordinates, differences, and changes of resolution.
 
-A grid of shape (D, H, W) has its voxel centres at the integers. Two grids over the same box share its *edges*, not
-its outer voxel centres: fine coordinate f and coarse coordinate c of a grid r times coarser obey
-f + 1/2 = r (c + 1/2), which is what average pooling does and `jax.image.resize` assumes.
+A grid of shape (D, H, W) has its voxel centres at the integers. Two grids over the same box share the edges of the
+box, not their outer voxel centres. The fine coordinate f and the coordinate c of a grid r times coarser obey
 
-Functions of a field know the number of axes from its last one; where nothing tells it, `dims` does.
+    f + 1/2 = r (c + 1/2)
+
+Average pooling follows this rule, and `jax.image.resize` assumes it.
+
+The last axis of a field gives the number of spatial axes. Functions of other arrays take this number as `dims`.
 """
 
 from functools import partial
@@ -15,17 +18,17 @@ import numpy as np
 
 
 def identity_grid(shape):
-    """Coordinates x of every voxel: (*shape, n) float32, in voxels, last axis in the order of the n axes of `shape`."""
+    """Coordinates of every voxel: (*shape, n) float32, in voxels. The last axis follows the n axes of `shape`."""
     return jnp.stack(jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in shape), indexing="ij"), axis=-1)
 
 
 def spatial_shape(u):
-    """(D, H, W) of a field (..., D, H, W, 3), (H, W) of (..., H, W, 2)."""
+    """The spatial shape of a field: (D, H, W) of (..., D, H, W, 3), (H, W) of (..., H, W, 2)."""
     return u.shape[-1 - u.shape[-1]:-1]
 
 
 def resize(x, shape):
-    """Resample (..., D, H, W, C) linearly to the spatial `shape`, without smoothing before it is made smaller."""
+    """Resample (..., D, H, W, C) linearly to the spatial `shape`. Nothing is smoothed before a reduction."""
     dims = len(shape)
     if all(new == 2 * old for new, old in zip(shape, x.shape[-1 - dims:-1], strict=True)):
         for axis in range(-1 - dims, -1):
@@ -35,7 +38,10 @@ def resize(x, shape):
 
 
 def _double(x, axis):
-    """Twice as many points along one axis: 3/4 of the nearest and 1/4 of the next nearest, five times as fast."""
+    """Linear resampling to twice as many points along one axis: 3/4 of the nearest point and 1/4 of the next nearest.
+
+    It is five times as fast as `jax.image.resize`.
+    """
     n = x.shape[axis]
     part = partial(jax.lax.slice_in_dim, x, axis=axis)
     before = jnp.concatenate([part(0, 1), part(0, n - 1)], axis)
@@ -47,20 +53,27 @@ def _double(x, axis):
 def resize_field(u, shape):
     """Resample a field (..., D, H, W, 3) in voxels of its own grid to `shape`, in voxels of the new grid.
 
-    u'(x') = (n'/n) u(x), per axis: the same motion in millimetres.
+        u'(x') = (n' / n) u(x)    along each axis, n and n' the old and the new side
+
+    The motion in millimetres stays the same.
     """
     scale = jnp.array([new / old for new, old in zip(shape, spatial_shape(u), strict=True)], u.dtype)
     return resize(u, shape) * scale
 
 
 def coarsen_field(u, shape):
-    """The field on the coarser grid `shape` whose `resize_field` to u's grid is nearest to u, in least squares.
+    """The field on the coarser grid `shape` that `resize_field` maps closest to u, in the sense of least squares.
 
-    It is that of which u was made, where there is one. `resize_field` itself would smooth: at half the resolution by
-    (1/8, 3/4, 1/8) along every axis, a voxel and more where u is rough.
+    If u was made from a coarse field by `resize_field`, the result is that coarse field. `resize_field` in both
+    directions would smooth it instead. At half the resolution its weights are (1/8, 3/4, 1/8) along every axis, which
+    changes a rough field by a voxel and more.
 
     Args:
-      u: (..., D, H, W, 3) displacement in voxels of its own grid; the result is in voxels of the other.
+      u: (..., D, H, W, 3) displacement in voxels of its own grid.
+      shape: the sides of the coarser grid.
+
+    Returns:
+      The displacement on the coarser grid, in voxels of that grid.
     """
     fine = spatial_shape(u)
 
@@ -68,7 +81,7 @@ def coarsen_field(u, shape):
         x = np.clip((np.arange(fine) + 0.5) * coarse / fine - 0.5, 0, coarse - 1)
         return jnp.asarray(np.linalg.pinv(np.maximum(0, 1 - np.abs(x[:, None] - np.arange(coarse)))))
 
-    # The pseudoinverse of linear resampling, which goes along one axis after the other, does so too.
+    # Linear resampling goes along one axis after the other, so its pseudoinverse does too.
     scale = jnp.array([new / old for new, old in zip(shape, fine, strict=True)], u.dtype)
     return along_axes([matrix(*sides) for sides in zip(fine, shape, strict=True)], u) * scale
 
@@ -76,12 +89,12 @@ def coarsen_field(u, shape):
 def average_pool(x, factor=2, dims=3):
     """Mean over blocks of factor^3 voxels: (..., D, H, W, C) -> (..., D/f, H/f, W/f, C).
 
-    Raises ValueError where a side is no multiple of the factor.
+    Raises ValueError where a side is not a multiple of `factor`.
     """
     space = x.shape[-1 - dims:-1]
     if any(n % factor for n in space):
         raise ValueError(f"average_pool by {factor} needs sides that are multiples of it, got {space}")
-    # Sums of strided slices, not a reduction of blocks: ten times faster in XLA on CPU.
+    # In XLA on CPU, sums of strided slices are ten times faster than a reduction of blocks.
     for axis in range(-1 - dims, -1):
         n = x.shape[axis]
         x = sum(jax.lax.slice_in_dim(x, k, n, factor, axis) for k in range(factor)) / factor if factor > 1 else x
@@ -89,23 +102,31 @@ def average_pool(x, factor=2, dims=3):
 
 
 def difference(x, axis, dims=3):
-    """Derivative of (..., D, H, W, C) along spatial `axis` (0, 1, 2), per voxel: central, one-sided at the border.
+    """Derivative of (..., D, H, W, C) along the spatial `axis` (0, 1 or 2), per voxel.
 
-    (x(p + e) - x(p - e)) / 2 inside, as `numpy.gradient`.
+        (x(p + e) - x(p - e)) / 2    inside, e one voxel along the axis
+
+    It is one-sided at the border, as `numpy.gradient`.
     """
     ends, scale = _border(x, axis - dims - 1)
     return (_between(x, axis - dims - 1) + ends * x) * scale
 
 
 def difference_adjoint(y, axis, dims=3):
-    """The transpose of `difference` as a linear map: what a cotangent (..., D, H, W, C) of its result is for x."""
+    """The transpose of the linear map `difference`.
+
+    It takes the cotangent (..., D, H, W, C) of the result of `difference` and returns the cotangent of x.
+    """
     ends, scale = _border(y, axis - dims - 1)
     return ends * (scale * y) - _between(scale * y, axis - dims - 1)
 
 
 def _between(x, axis):
-    """x(p + e) - x(p - e), zero beyond the border: minus its own transpose. By shifts that fill with zeros, since XLA
-    can make these one with what reads them, which it cannot the parts of a border."""
+    """x(p + e) - x(p - e), with x zero beyond the border. The transpose of this map is minus the map.
+
+    The shifts fill with zeros, because XLA fuses such a shift with the operations that read it. It does not fuse
+    borders that are computed apart from the inside.
+    """
     def shifted(step):
         step = [step * (k == axis % x.ndim) for k in range(x.ndim)]
         return jax.lax.pad(x, jnp.zeros((), x.dtype), [(k, -k, 0) for k in step])
@@ -114,8 +135,11 @@ def _between(x, axis):
 
 
 def _border(x, axis):
-    """Along one axis: -1 at the first voxel and 1 at the last, which stand in for neighbours that they lack; and what
-    makes a derivative of the difference, 1 there and 1/2 between."""
+    """Two arrays of coefficients along one axis.
+
+    The first is -1 at the first voxel, 1 at the last and 0 between. It replaces the neighbours that these two lack.
+    The second turns a difference into a derivative: 1 at the two ends and 1/2 between.
+    """
     n = x.shape[axis]
     ends = np.zeros([n if k == axis % x.ndim else 1 for k in range(x.ndim)], x.dtype)
     ends.flat[0], ends.flat[-1] = -1, 1
@@ -123,10 +147,10 @@ def _border(x, axis):
 
 
 def box_sum(x, radius, axes):
-    """Sums of x over 2 radius + 1 voxels along each of `axes`, zero beyond the border.
+    """Sums of x over 2 radius + 1 voxels along each of `axes`. Voxels beyond the border count as zero.
 
-    One axis after the other by `reduce_window`, which XLA on CPU does in a fifth of the time of a product with a banded
-    matrix, and which devices that share a volume do with a halo.
+    `reduce_window` sums along one axis after the other. XLA on CPU does this in a fifth of the time of a product with a
+    banded matrix. Devices that share a volume exchange only a halo for it.
     """
     for axis in axes:
         window = [2 * radius + 1 if k == axis else 1 for k in range(x.ndim)]
@@ -137,8 +161,9 @@ def box_sum(x, radius, axes):
 def along_axes(matrices, x):
     """Apply one (n, n) matrix along each spatial axis of (..., D, H, W, C): a separable linear filter.
 
-    As a matrix product it has no kernel radius, treats the border exactly, and runs at the rate of a matrix unit; in
-    full precision, since GPU and TPU would round a displacement of 10 voxels to hundredths of one.
+    A matrix product has no kernel radius, treats the border exactly, and runs at the rate of a matrix unit. It is
+    computed in full precision, because GPU and TPU would otherwise round a displacement of 10 voxels to hundredths of a
+    voxel.
     """
     first = x.ndim - 1 - len(matrices)
     for axis, matrix in enumerate(matrices, first):

@@ -1,4 +1,4 @@
-"""From a velocity field to the diffeomorphism it generates."""
+"""The inverse of a transform phi = id + u, from its displacement alone."""
 
 from functools import partial
 
@@ -10,11 +10,22 @@ from drivenmorph_jax.fields.warp import compose, warp
 
 
 def inverse(u, iterations=40, start=None):
-    """Displacement w of the inverse of id + u, by the damped fixed point w(x) <- w(x) - (w(x) + u(x + w(x))) / 2.
+    """Displacement w of the inverse of id + u, by a damped fixed-point iteration.
 
-    Without the damping it converges only where u is a contraction; with it, wherever phi stretches less than fourfold.
-    Each iteration halves the error where phi neither stretches nor shrinks. `start` is a guess, zero where left out.
-    For a field that came from velocities, exponentials of the negative ones are exact and cheaper.
+        w(x) <- w(x) - (w(x) + u(x + w(x))) / 2
+
+    Without the damping, the iteration converges only where u is a contraction. With it, the iteration converges
+    wherever phi = id + u stretches less than fourfold. Where phi neither stretches nor shrinks, each iteration halves
+    the error. If u was integrated from velocities, the exponentials of the negative velocities give the inverse exactly
+    and at a lower cost.
+
+    Args:
+      u: (..., D, H, W, 3) displacement in voxels.
+      iterations: number of iterations.
+      start: initial w, with the shape of u; zero if left out.
+
+    Returns:
+      w, with the shape of u, in voxels.
 
     Reference: Chen, Lu, Chen, Ruan, "A simple fixed-point approach to invert a deformation field", 2008.
     """
@@ -28,11 +39,24 @@ def _inverse(u, iterations, w):
 
 @partial(jax.jit, static_argnames=("stride", "steps"))
 def coarse_inverse(u, stride=2, steps=4):
-    """Displacement of the inverse of id + u, found on the coarser grid of `demons`' fields and finished on u's own.
+    """Displacement w of the inverse of id + u, computed on a coarser grid and corrected on the grid of u.
 
-    There it is not made exact at its voxels, which would leave all of the error of linear sampling to the points
-    between them, where phi goes: `steps` times, more for a rougher u, w <- w - ((phi^-1 o phi - id) o phi^-1) / 2 takes
-    the mean of that error away, until phi^-1 o phi and phi o phi^-1 come back about as well.
+    `inverse` runs on a grid `stride` times coarser, as that of the fields of `demons`. Its result is resampled to the
+    grid of u. There it is corrected `steps` times:
+
+        w <- w - ((phi^-1 o phi - id) o phi^-1) / 2
+
+    An inverse that is exact at its own voxels leaves the whole error of linear sampling to the points between the
+    voxels, and phi maps to such points. The correction removes the mean of this error. Afterwards phi^-1 o phi and
+    phi o phi^-1 are about equally close to the identity. A rougher u needs more steps.
+
+    Args:
+      u: (*space, n) displacement in voxels.
+      stride: how many times coarser the grid of the first inverse is.
+      steps: number of corrections.
+
+    Returns:
+      w (*space, n), in voxels.
     """
     space = u.shape[:-1]
     coarse = inverse(resize_field(u, [n // stride for n in space]))

@@ -1,9 +1,4 @@
-"""The Demons algorithm as plain functions: force -> smooth -> exponentiate -> update, coarse to fine.
-
-The forces are in `forces.py`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
-
-References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
-"""
+"""Smoothing of images and fields: a Gaussian and the mean over a box."""
 
 import jax.numpy as jnp
 
@@ -11,10 +6,15 @@ from drivenmorph_jax.fields.grid import along_axes, box_sum
 
 
 def gaussian_smooth(x, sigma, dims=3):
-    """Separable Gaussian of standard deviation `sigma` voxels (a number or traced) over (..., D, H, W, C).
+    """Gaussian smoothing of (..., D, H, W, C) along each of its `dims` spatial axes.
 
-    The weights are renormalised at the border, so every output is a weighted mean of inputs and no bound on |x| is
-    lost. sigma = 0 is the identity.
+    The weights are renormalised at the border. Every output is therefore a weighted mean of inputs, and a bound on |x|
+    still holds. sigma = 0 is the identity.
+
+    Args:
+      x: (..., D, H, W, C).
+      sigma: standard deviation in voxels, a number or a traced value.
+      dims: number of spatial axes.
     """
     def matrix(n):
         distance = jnp.arange(n)[:, None] - jnp.arange(n)[None, :]
@@ -25,5 +25,5 @@ def gaussian_smooth(x, sigma, dims=3):
 
 
 def box_mean(x, radius):
-    """Sum of x (*space) over (2 radius + 1)^n voxels around each, zero beyond the border, over their number."""
+    """Mean of x (*space) over the (2 radius + 1)^n voxels around each voxel. Voxels beyond the border count as zero."""
     return box_sum(x, radius, range(x.ndim)) / (2 * radius + 1) ** x.ndim

@@ -1,9 +1,4 @@
-"""The Demons algorithm as plain functions: force -> smooth -> exponentiate -> update, coarse to fine.
-
-The forces are in `forces.py`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
-
-References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
-"""
+"""Unfolding: local smoothing of a displacement where its Jacobian determinant is not positive."""
 
 from functools import partial
 
@@ -15,13 +10,19 @@ from drivenmorph_jax.fields.smooth import gaussian_smooth
 
 @partial(jax.jit, static_argnames="most")
 def unfolded(u, most=20):
-    """u with det(I + grad u) > 0 everywhere: smoothed around the places where it is not, at most `most` times.
+    """u, smoothed locally around its folds until det(I + grad u) > 0 everywhere.
 
-    u <- u + w (K u - u), K a Gaussian of 1 voxel, w from 1 at the fold to 0 some 4 voxels from it. A field that folds
-    nowhere is returned as it is.
+        u <- u + w (K * u - u)
+
+    K is a Gaussian of 1 voxel. The weight w falls from 1 at a fold to 0 some 4 voxels from it. A field without folds is
+    returned unchanged.
 
     Args:
       u: (*space, n) displacement in voxels.
+      most: largest number of smoothing steps. Folds that are left after these stay.
+
+    Returns:
+      The displacement (*space, n), in voxels.
     """
     dims = u.shape[-1]
 

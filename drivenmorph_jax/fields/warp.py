@@ -1,7 +1,9 @@
 """Sampling by a displacement, and the composition of displacements.
 
-Convention, here and everywhere: a field u lives on the fixed grid, in voxels, and pulls back,
-x_moving = x + u(x), so the warped moving image is (M o phi)(x) = M(x + u(x)) with phi = id + u.
+The whole package uses one convention. A field u lies on the fixed grid, is in voxels, and pulls back:
+x_moving = x + u(x). With phi = id + u, the warped moving image is
+
+    (M o phi)(x) = M(x + u(x))
 """
 
 import itertools
@@ -19,32 +21,35 @@ from drivenmorph_jax.fields.grid import identity_grid
 def warp(image, u, reach=None):
     """Trilinear samples of `image` at x + u(x), clamped at the edge; bilinear in 2-D.
 
-    out(x) = sum over the 8 corners q of the cell around x + u(x):  image(q) prod_a (1 - |x_a + u_a(x) - q_a|)
+        out(x) = sum_q image(q) prod_a (1 - |x_a + u_a(x) - q_a|)    over the 8 corners q of the cell around x + u(x)
 
-    `trilinear` is the formula in code; each device has a form of it in `backends`. The floor is 8 reads of C values and
-    one write a voxel.
+    `trilinear` is this formula in code. `backends` has an implementation for each kind of device. Each voxel costs at
+    least 8 reads of C values and one write.
 
     Args:
-      image: (..., D, H, W, C), any channel count; every side at least 2.
-      u: (..., X, Y, Z, 3) displacement in voxels of the image's grid; (..., X, Y, 2) of an image (..., H, W, C).
-      reach: a bound on |u_a| in voxels along every axis, where the caller knows one; u on the image's own grid.
+      image: (..., D, H, W, C), with any number of channels. Every side is at least 2.
+      u: (..., X, Y, Z, 3) displacement in voxels of the image's grid, or (..., X, Y, 2) for an image (..., H, W, C).
+      reach: a bound on |u_a| in voxels along every axis, if the caller knows one. u must then lie on the image's own
+        grid.
 
     Returns:
-      (..., X, Y, Z, C). Its derivative with respect to u is zero along an axis on which the sample lies outside.
+      (..., X, Y, Z, C). Where a sample lies outside the image along an axis, the derivative with respect to that
+      component of u is zero.
     """
     return _sampled(image, u, reach is not None and reach <= 1)
 
 
-# Compiled, since JAX compiles a loop that stands outside a compiled function anew at every call.
+# Compiled because JAX compiles a loop outside a compiled function anew at every call.
 @partial(jax.jit, static_argnames="near", inline=True)
 def _sampled(image, u, near):
     return _batched(partial(chosen(FORMS, trilinear), near=near), u)(image, u)
 
 
 def trilinear(image, u, near=False):
-    """`warp` of one image (*space, C) as its formula: the sum over the corners of each sample's cell.
+    """`warp` of one image (*space, C), written as its formula: the sum over the corners of each sample's cell.
 
-    The derivative with respect to u is not zero where the sample lies outside; `near` changes nothing.
+    The derivative with respect to u differs from that of `warp` where a sample lies exactly on the border. `near`
+    has no effect here; it selects a faster implementation on some devices.
     """
     *space, _ = image.shape
     x = [jnp.clip(place, 0, n - 1) for place, n in zip(jnp.moveaxis(identity_grid(u.shape[:-1]) + u, -1, 0), space,
@@ -59,15 +64,15 @@ def trilinear(image, u, near=False):
 
 
 def _batched(f, u):
-    """f(image, u) over leading axes: the last axis of `u` says how many others are spatial."""
+    """f(image, u) over leading axes. The last axis of `u` gives the number of spatial axes."""
     image, field = ([f"{name}{axis}" for axis in range(u.shape[-1])] for name in "nm")
     return jnp.vectorize(f, signature=f"({','.join(image)},c),({','.join(field)},k)->({','.join(field)},c)")
 
 
 def warp_nearest(labels, u):
-    """The value of the nearest voxel at x + u(x), clamped at the edge: the one interpolation label maps may have.
+    """The value of the voxel nearest to x + u(x), clamped at the edge. Label maps must be warped by this function.
 
-    Args and shapes as `warp`; the labels keep their type.
+    Arguments and shapes are those of `warp`. The labels keep their type.
     """
     def nearest(labels, u):
         index, space = 0, labels.shape[:-1]
@@ -80,8 +85,10 @@ def warp_nearest(labels, u):
 
 
 def compose(u, s, reach=None):
-    """The displacement of phi_u o phi_s: w(x) = s(x) + u(x + s(x)), all (..., D, H, W, 3) or (..., H, W, 2).
+    """The displacement w of phi_u o phi_s.
 
-    `reach` is a bound on |s_a|, as in `warp`.
+        w(x) = s(x) + u(x + s(x))
+
+    All fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels. `reach` is a bound on |s_a|, as in `warp`.
     """
     return s + warp(u, s, reach)
