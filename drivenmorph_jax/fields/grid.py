@@ -3,7 +3,7 @@
 A grid of shape (D, H, W) has its voxel centres at the integers. Two grids over the same box share the edges of the
 box, not their outer voxel centres. The fine coordinate f and the coordinate c of a grid r times coarser obey
 
-    f + 1/2 = r (c + 1/2)
+  f + 1/2 = r (c + 1/2)
 
 Average pooling follows this rule, and `jax.image.resize` assumes it.
 

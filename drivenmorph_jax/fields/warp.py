@@ -3,7 +3,7 @@
 The whole package uses one convention. A field u lies on the fixed grid, is in voxels, and pulls back:
 x_moving = x + u(x). With phi = id + u, the warped moving image is
 
-    (M o phi)(x) = M(x + u(x))
+  (M o phi)(x) = M(x + u(x))
 """
 
 import itertools
