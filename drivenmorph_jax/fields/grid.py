@@ -53,7 +53,7 @@ def _double(x, axis):
 def resize_field(u, shape):
     """Resample a field (..., D, H, W, 3) in voxels of its own grid to `shape`, in voxels of the new grid.
 
-        u'(x') = (n' / n) u(x)    along each axis, n and n' the old and the new side
+      u'(x') = (n' / n) u(x)    along each axis, n and n' the old and the new side
 
     The motion in millimetres stays the same.
     """
@@ -104,7 +104,7 @@ def average_pool(x, factor=2, dims=3):
 def difference(x, axis, dims=3):
     """Derivative of (..., D, H, W, C) along the spatial `axis` (0, 1 or 2), per voxel.
 
-        (x(p + e) - x(p - e)) / 2    inside, e one voxel along the axis
+      (x(p + e) - x(p - e)) / 2    inside, e one voxel along the axis
 
     It is one-sided at the border, as `numpy.gradient`.
     """

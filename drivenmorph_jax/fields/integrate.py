@@ -10,7 +10,7 @@ from drivenmorph_jax.fields.warp import compose
 def exponential(v, steps=7, reach=None):
     """Displacement of exp(v), the flow of the stationary velocity v at time one, by scaling and squaring.
 
-        s_0 = v / 2^N,    s_(n+1) = s_n o s_n,    exp(v) = id + s_N
+      s_0 = v / 2^N,    s_(n+1) = s_n o s_n,    exp(v) = id + s_N
 
     The inverse is exponential(-v).
 

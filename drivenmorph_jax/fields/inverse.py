@@ -12,7 +12,7 @@ from drivenmorph_jax.fields.warp import compose, warp
 def inverse(u, iterations=40, start=None):
     """Displacement w of the inverse of id + u, by a damped fixed-point iteration.
 
-        w(x) <- w(x) - (w(x) + u(x + w(x))) / 2
+      w(x) <- w(x) - (w(x) + u(x + w(x))) / 2
 
     Without the damping, the iteration converges only where u is a contraction. With it, the iteration converges
     wherever phi = id + u stretches less than fourfold. Where phi neither stretches nor shrinks, each iteration halves
@@ -44,7 +44,7 @@ def coarse_inverse(u, stride=2, steps=4):
     `inverse` runs on a grid `stride` times coarser, as that of the fields of `demons`. Its result is resampled to the
     grid of u. There it is corrected `steps` times:
 
-        w <- w - ((phi^-1 o phi - id) o phi^-1) / 2
+      w <- w - ((phi^-1 o phi - id) o phi^-1) / 2
 
     An inverse that is exact at its own voxels leaves the whole error of linear sampling to the points between the
     voxels, and phi maps to such points. The correction removes the mean of this error. Afterwards phi^-1 o phi and

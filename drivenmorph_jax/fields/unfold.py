@@ -12,7 +12,7 @@ from drivenmorph_jax.fields.smooth import gaussian_smooth
 def unfolded(u, most=20):
     """u, smoothed locally around its folds until det(I + grad u) > 0 everywhere.
 
-        u <- u + w (K * u - u)
+      u <- u + w (K * u - u)
 
     K is a Gaussian of 1 voxel. The weight w falls from 1 at a fold to 0 some 4 voxels from it. A field without folds is
     returned unchanged.

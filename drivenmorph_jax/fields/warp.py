@@ -21,7 +21,7 @@ from drivenmorph_jax.fields.grid import identity_grid
 def warp(image, u, reach=None):
     """Trilinear samples of `image` at x + u(x), clamped at the edge; bilinear in 2-D.
 
-        out(x) = sum_q image(q) prod_a (1 - |x_a + u_a(x) - q_a|)    over the 8 corners q of the cell around x + u(x)
+      out(x) = sum_q image(q) prod_a (1 - |x_a + u_a(x) - q_a|)    over the 8 corners q of the cell around x + u(x)
 
     `trilinear` is this formula in code. `backends` has an implementation for each kind of device. Each voxel costs at
     least 8 reads of C values and one write.
@@ -87,7 +87,7 @@ def warp_nearest(labels, u):
 def compose(u, s, reach=None):
     """The displacement w of phi_u o phi_s.
 
-        w(x) = s(x) + u(x + s(x))
+      w(x) = s(x) + u(x + s(x))
 
     All fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels. `reach` is a bound on |s_a|, as in `warp`.
     """
