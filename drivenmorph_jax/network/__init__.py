@@ -1,1 +1,1 @@
-"""The network: encoder, attention, difference stream, Neural Demons Layer, losses, and the networks of others."""
+"""DrivenMorph and its parts, the networks to compare it with, the training loss, the refinement and the inference."""

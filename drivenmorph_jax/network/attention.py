@@ -1,7 +1,7 @@
-"""Attention over neighbourhoods and windows, and the Flax modules that use it.
+"""Attention over neighbourhoods and over windows, and the Flax modules that use it.
 
-Both functions take heads as an axis of their own, (B, D, H, W, heads, C / heads), return the same, and leave the
-scaling of the logits to the caller.
+The two functions take the heads as an axis of their own, (B, D, H, W, heads, C / heads), and return the same layout.
+They do not scale the logits: the caller scales the queries.
 """
 
 from itertools import product
@@ -17,18 +17,19 @@ from drivenmorph_jax.backends.attention import FORMS
 def neighbourhood_attention(queries, keys, values, radius):
     """Attention of every voxel over the (2r+1)^3 voxels around it.
 
-    alpha(x, delta) = softmax over |delta|_inf <= r of q(x) . k(x + delta)
-    a(x) = sum_delta alpha v(x + delta);   e(x) = sum_delta alpha delta, averaged over the heads
+      alpha(x, delta) = softmax over |delta|_inf <= r of q(x) . k(x + delta)
+      a(x) = sum_delta alpha(x, delta) v(x + delta)
+      e(x) = sum_delta alpha(x, delta) delta, averaged over the heads
 
-    The keys and values are repeated at the edge. `neighbours_attended` is the formula in code; each device has a form
-    of it in `backends`.
+    Beyond the border, the keys and values of the nearest edge voxel are used. `neighbours_attended` computes the
+    formula as it stands. `backends.attention` computes the same values faster on each device.
 
     Args:
       queries, keys: (B, D, H, W, heads, C); values: (B, D, H, W, heads, V).
       radius: r, in voxels.
 
     Returns:
-      a (B, D, H, W, heads, V) and the expected offset e (B, D, H, W, 3) in voxels.
+      The attended values a (B, D, H, W, heads, V), and the expected offset e (B, D, H, W, 3) in voxels.
     """
     attend = chosen(FORMS, neighbours_attended)
     attended, offset = attend(*(x.astype(jnp.float32) for x in (queries, keys, values)), radius)
@@ -36,11 +37,11 @@ def neighbourhood_attention(queries, keys, values, radius):
 
 
 def neighbours_attended(queries, keys, values, radius):
-    """`neighbourhood_attention` as its formula, with every shifted map of keys and values in memory."""
+    """`neighbourhood_attention`, computed as its formula: memory holds the keys and values once for every shift."""
     shifts, space = list(product(range(-radius, radius + 1), repeat=3)), queries.shape[1:4]
 
     def near(x):
-        """(B, D, H, W, heads, K, C) of the K shifts."""
+        """x at each of the K shifts: (B, D, H, W, heads, K, C)."""
         x = jnp.pad(x, [(0, 0)] + [(radius, radius)] * 3 + [(0, 0)] * 2, mode="edge")
         return jnp.stack([x[:, *(slice(radius + k, radius + k + n) for k, n in zip(shift, space, strict=True))]
                           for shift in shifts], -2)
@@ -50,9 +51,16 @@ def neighbours_attended(queries, keys, values, radius):
 
 
 def window_attention(queries, keys, values, window):
-    """Attention within disjoint windows of `window`^3 voxels; arguments as `neighbourhood_attention`.
+    """Attention within disjoint windows of `window`^3 voxels.
 
-    The grid is zero-padded up to whole windows and the padding is masked out.
+    The grid is zero-padded to whole windows. The padding is masked, so it gets no weight.
+
+    Args:
+      queries, keys, values: as for `neighbourhood_attention`.
+      window: side of a window, in voxels.
+
+    Returns:
+      The attended values (B, D, H, W, heads, V).
     """
     b, *space, heads, _ = queries.shape
     counts = [-(-n // window) for n in space]
@@ -73,21 +81,21 @@ def window_attention(queries, keys, values, window):
 
 
 def _cosine_heads(x, heads):
-    """(B, D, H, W, C) -> (B, D, H, W, heads, C / heads) of unit length."""
+    """(B, D, H, W, C) -> (B, D, H, W, heads, C / heads), every vector scaled to unit length."""
     x = x.reshape(*x.shape[:-1], heads, -1).astype(jnp.float32)
     return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
 
 
 def _temperature(module, start):
-    """A learned positive factor on cosines, at most 50 so that exp stays in range."""
+    """A learned factor between 0 and 50 for cosines: it bounds the logits."""
     return 50 * jax.nn.sigmoid(module.param("temperature", nn.initializers.constant(start), ()))
 
 
 class CrossAttention(nn.Module):
-    """Where does what is at x in the fixed image lie in the moving one?
+    """Cross-attention: where in the moving image does the structure lie that the fixed image shows at x?
 
-    Queries and keys share one projection, so that before training equal features already attend to each other. The
-    values are the moving features themselves: the attended map stays comparable with the fixed one.
+    Queries and keys share one projection, so equal features attend to each other before any training. The values are
+    the moving features themselves, so the attended features can be compared with the fixed ones.
 
     Returns the attended moving features a (B, D, H, W, C) and the expected offset e (B, D, H, W, 3) in voxels.
     """
@@ -108,7 +116,10 @@ class CrossAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Residual self-attention over difference tokens (B, D, H, W, C): windows where `window` > 0, else neighbours."""
+    """Residual self-attention over difference tokens (B, D, H, W, C).
+
+    It runs over windows of `window`^3 voxels where `window` > 0, else over neighbourhoods of radius `radius`.
+    """
     heads: int
     radius: int = 0
     window: int = 0

@@ -1,7 +1,7 @@
-"""Networks of others, to compare with: both images in, one velocity out, with nothing between that could be looked at.
+"""Networks to compare with: VoxelMorph and a TransMorph-style network, which map both images directly to one velocity.
 
-They share this project's blocks, its integration, training and scores, and return the same `Registration`: of one
-update, whose force is zero, since these networks have none.
+They use this project's blocks, integration, training and scores. They return the same `Registration`, with one update.
+The force of this update is zero, since these networks compute none.
 """
 
 from typing import Any
@@ -19,7 +19,11 @@ STEPS = 7
 
 
 def integrated(flow):
-    """The `Registration` of a stationary velocity (B, D, H, W, 3) in voxels, integrated at half its resolution."""
+    """The `Registration` of a stationary velocity (B, D, H, W, 3) in voxels.
+
+    The velocity is averaged to half its resolution and integrated there. The displacement and its inverse are resampled
+    to the full resolution.
+    """
     v = average_pool(flow.astype(jnp.float32), 2) / 2
     u, u_inverse = exponential(jnp.stack([v, -v]), STEPS)
     zero = jnp.zeros_like(v)
@@ -29,16 +33,16 @@ def integrated(flow):
 
 
 def double(x):
-    """Every voxel repeated twice along each axis."""
+    """x with every voxel repeated twice along each axis."""
     for axis in (1, 2, 3):
         x = jnp.repeat(x, 2, axis)
     return x
 
 
 class VoxelMorph(nn.Module):
-    """VoxelMorph-2, diffeomorphic: a U-Net of both images makes a stationary velocity; 301,411 parameters.
+    """Diffeomorphic VoxelMorph-2: a U-Net maps both images to a stationary velocity. It has 301,411 parameters.
 
-    Images (B, D, H, W, 1) in [0, 1], every side a multiple of 2^(levels of the encoder).
+    The images are (B, D, H, W, 1) in [0, 1]. Every side is a multiple of 2^(number of levels of the encoder).
 
     Reference: Balakrishnan et al., "VoxelMorph: a learning framework for deformable medical image registration", 2019;
     Dalca et al., "Unsupervised learning of probabilistic diffeomorphic registration", 2019.
@@ -62,13 +66,14 @@ class VoxelMorph(nn.Module):
 
 
 class TransMorph(nn.Module):
-    """A TransMorph-style network: windows of self-attention, shifted every other time, and a decoder of convolutions.
+    """A TransMorph-style network: self-attention in windows, shifted in every second block; a convolutional decoder.
 
-    Patches of 4^3 voxels become tokens of `channels[0]`; stages of two blocks each follow, between them patches are
-    merged by 2. Like TransMorph but smaller; without its position bias, as its authors found that it makes no
-    difference, and with normalisation after each block; a shift wraps round at the border, which is background.
+    Every patch of 4^3 voxels becomes a token of `channels[0]` features. Stages of two blocks each follow. Between two
+    stages, 2^3 neighbouring tokens are merged into one. The network differs from TransMorph as follows. It is smaller.
+    It has no position bias, since the authors of TransMorph found that this bias makes no difference. It normalises
+    after each block. Its shifted windows wrap round at the border, where the image is background.
 
-    Images (B, D, H, W, 1) in [0, 1], every side a multiple of 4 * 2^(stages - 1).
+    The images are (B, D, H, W, 1) in [0, 1]. Every side is a multiple of 4 * 2^(stages - 1).
 
     Reference: Chen et al., "TransMorph: transformer for unsupervised medical image registration", 2022.
     """
@@ -101,5 +106,5 @@ class TransMorph(nn.Module):
 
 
 def _merged(x):
-    """The 2^3 neighbours of every other voxel as its channels."""
+    """Every 2^3 neighbouring tokens merged into one: their channels are concatenated."""
     return jnp.concatenate([x[:, i::2, j::2, k::2] for i in (0, 1) for j in (0, 1) for k in (0, 1)], axis=-1)

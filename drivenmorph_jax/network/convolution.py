@@ -1,4 +1,4 @@
-"""The 3x3x3 convolution of the project, and the Flax module around it."""
+"""3x3x3 convolution: the function `conv3d`, and the Flax module `Conv`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,26 @@ from drivenmorph_jax.backends.fusion import apart
 def conv3d(x, kernel, stride=1):
     """3x3x3 convolution with zero padding: (B, D, H, W, I) * (3, 3, 3, I, O) -> (B, D/s, H/s, W/s, O).
 
-    out(x) = sum over the 27 shifts k in {-1, 0, 1}^3:  image(s x + k) kernel(k + 1)
+      out(x) = sum over the 27 shifts k in {-1, 0, 1}^3 of image(s x + k) kernel(k + 1)
 
-    `convolved` is the formula in code; each device has a form of it in `backends`.
+    `convolved` computes it with XLA's 3-D convolution. `backends.convolution` computes the same values faster on each
+    device.
     """
     return chosen(FORMS, convolved)(x, kernel, stride)
 
 
 def convolved(x, kernel, stride=1):
-    """`conv3d` by XLA's 3-D convolution."""
+    """`conv3d`, computed by XLA's 3-D convolution."""
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 3, [(1, 1)] * 3,
                                         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 
 
 class Conv(nn.Module):
-    """`conv3d` with a bias; parameters float32, computed in `dtype`; of the features only the first, where `used` says
-    how many."""
+    """`conv3d` with a bias. The parameters are float32; the computation runs in `dtype`.
+
+    Where `used` is given, only the first `used` features are computed. The parameters of all `features` exist all the
+    same.
+    """
     features: int
     dtype: jnp.dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()

@@ -1,7 +1,6 @@
-"""DrivenMorph: the difference of two images becomes a driving force, and the force a diffeomorphism, coarse to fine.
+"""The Neural Demons Layer: it turns a driving force into a velocity.
 
-The two streams meet in one array. `DifferenceStream` sees features and returns forces; `NeuralDemonsLayer` sees forces
-and the deformation so far and returns a velocity. Nothing else passes.
+The layer takes the force and the displacement found so far. It never takes an image or a feature.
 """
 
 from typing import Any
@@ -15,10 +14,12 @@ from drivenmorph_jax.network.convolution import Conv
 
 
 class NeuralDemonsLayer(nn.Module):
-    """Force and displacement so far -> velocity: delta = K_fluid * squash(p + R(p, u)), |delta| <= L voxels.
+    """Force p, displacement u found so far -> velocity delta, (B, D, H, W, 3) each in voxels; |delta| <= L.
 
-    R is a small residual network that starts at zero, K_fluid a Gaussian of learned width: before training this is
-    the classical Demons update. K_fluid takes weighted means, so the bound survives it.
+      delta = K * squash(p + R(p, u))
+
+    R is a small residual network whose output starts at zero. K is a Gaussian of learned width. So before training this
+    is the classical Demons update. K takes weighted means, so the bound of `squash` also holds after smoothing.
     """
     max_step: float
     features: int

@@ -1,7 +1,6 @@
-"""DrivenMorph: the difference of two images becomes a driving force, and the force a diffeomorphism, coarse to fine.
+"""The difference stream: it turns the features of the two images into a driving force.
 
-The two streams meet in one array. `DifferenceStream` sees features and returns forces; `NeuralDemonsLayer` sees forces
-and the deformation so far and returns a velocity. Nothing else passes.
+The difference stream takes features and returns forces. Only the force reaches the Neural Demons Layer.
 """
 
 from functools import partial
@@ -15,17 +14,18 @@ from drivenmorph_jax.demons.forces import feature_force, squash
 from drivenmorph_jax.network.attention import CrossAttention, SelfAttention
 from drivenmorph_jax.network.convolution import Conv
 
-# Features have unit variance; below this squared slope a voxel is flat, and only amplifies noise.
+# Features have unit variance. A voxel whose squared slope is below this value is flat: its force would amplify noise.
 SLOPE_FLOOR = 1e-2
 
 
 class DifferenceStream(nn.Module):
-    """Features of the fixed and of the warped moving image -> the driving force, |p| <= L voxels.
+    """Features of the fixed and of the warped moving image (B, D, H, W, C) -> driving force p, with |p| <= L voxels.
 
-    d = f_F - a with a the attended moving features, made coherent by self-attention; the feature Demons force with
-    channel weights w(d) >= 0; plus the attention offset through a gate in (0, 1); squashed to the bound.
+    The difference is d = f_F - a, where a are the attended moving features. Self-attention makes it spatially coherent.
+    From it follow the channel weights w(d) >= 0 and a gate in (0, 1). The feature Demons force is computed with these
+    weights. The gated offset of the cross-attention is added to it. The sum is squashed to the bound L.
 
-    Returns (force, Demons term, gated attention term), (B, D, H, W, 3) each.
+    Returns (force, feature Demons force, gated offset), (B, D, H, W, 3) each, in voxels of the features' grid.
     """
     max_step: float
     heads: int
@@ -45,7 +45,7 @@ class DifferenceStream(nn.Module):
         if self.self_radius or self.self_window:
             tokens = SelfAttention(self.heads, self.self_radius, self.self_window, self.dtype)(tokens)
         channels = fixed.shape[-1]
-        # The last feature is the gate of the offset, which a level without attention has for nothing.
+        # The last feature is the gate of the offset. A level without cross-attention does not compute it.
         head = Conv(channels + 1, self.dtype, nn.initializers.normal(1e-2), name="head",
                     used=channels + bool(self.cross_radius))(tokens).astype(jnp.float32)
         weights = jax.nn.softplus(head[..., :channels])

@@ -1,4 +1,4 @@
-"""The convolution of the project, and the feature pyramid that both images share."""
+"""The encoder: one network computes a pyramid of features for either image, and its normalisations."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from drivenmorph_jax.fields.grid import average_pool
 from drivenmorph_jax.fields.smooth import box_mean
 from drivenmorph_jax.network.convolution import Conv
 
-RADIUS, VARIANCE_FLOOR = 2, 1e-3  # of `local_norm`
+RADIUS, VARIANCE_FLOOR = 2, 1e-3  # of `local_norm`: of its box, in voxels; added to the variance
 
 
 def instance_norm(x):
-    """(x - mean) / std over space, per image and channel: (B, D, H, W, C), in float32."""
+    """(x - mean) / std over space, for each image and channel of x (B, D, H, W, C); computed in float32."""
     x = x.astype(jnp.float32)
     mean = x.mean((1, 2, 3), keepdims=True)
     variance = ((x - mean) ** 2).mean((1, 2, 3), keepdims=True)
@@ -20,7 +20,7 @@ def instance_norm(x):
 
 
 def local_norm(image):
-    """(x - mean) / std over the 5^3 voxels around each: (B, D, H, W, 1), float32, contrast and bias removed.
+    """(x - mean) / std over the 5^3 voxels around each voxel: (B, D, H, W, 1), float32. It removes contrast and bias.
 
     The squared difference of two such images is, up to the floor of the variance, 2 - 2 times their local correlation.
     """
@@ -29,11 +29,12 @@ def local_norm(image):
 
 
 class Encoder(nn.Module):
-    """Image (B, D, H, W, 1) -> features (B, D/s, H/s, W/s, C), float32 and instance-normalised, finest first.
+    """Image (B, D, H, W, 1) -> features (B, D/s, H/s, W/s, C) for each stride s, finest first.
 
-    The first two channels of every level are the image itself, pooled, and the same locally normalised: a Demons force
-    on these is a classical one before anything is learned, and the learned channels add to it. A level of two channels
-    learns nothing, and leaves the next coarser one to begin with the image.
+    The features are float32 and instance-normalised. The first two channels of every level need no training: the pooled
+    image, and the pooled image locally normalised. A Demons force on these two channels is a classical Demons force.
+    The learned channels add to it. A level of two channels has no learned channel. The next coarser level then starts
+    from the image.
     """
     channels: tuple[int, ...]
     strides: tuple[int, ...]
@@ -48,7 +49,8 @@ class Encoder(nn.Module):
             pooled = average_pool(image, stride)
             features = [pooled, local_norm(pooled)]
             if channels > 2:
-                # Counted from the coarsest: a level added at the fine end leaves the others their parameters.
+                # Levels are numbered from the coarsest, so that the names of their parameters stay the same when a
+                # finer level is added.
                 level = len(self.strides) - 1 - i
                 x = nn.leaky_relu(Conv(channels - 2, self.dtype, name=f"level{level}_a")(x))
                 x = nn.leaky_relu(x + Conv(channels - 2, self.dtype, name=f"level{level}_b")(x))

@@ -1,4 +1,4 @@
-"""Trained networks at work: checkpoints loaded, pairs of images registered."""
+"""Inference: a trained network is loaded from a checkpoint and registers pairs of images."""
 
 import math
 import time
@@ -22,23 +22,24 @@ from drivenmorph_jax.runtime.checkpoint import read_about, read_params, read_sha
 
 
 def grid_multiple(config):
-    """What every side of an image must be a multiple of."""
+    """The number of voxels of which every side of an image must be a multiple."""
     return config.data.downsample * math.lcm(multiple(config.model), config.get("space", 1))
 
 
 def downsample_to(voxel, spacing):
-    """The whole number that brings voxels of `spacing` mm nearest to those of `voxel` mm."""
+    """The whole factor, at least 1, that brings voxels of `spacing` mm nearest to voxels of `voxel` mm."""
     return max(1, round(voxel / spacing))
 
 
 def make_predict(config, refine_steps=0):
     """A function (params, fixed, moving, weights=None) that registers a batch of images (B, D, H, W).
 
-    It returns u, u_inverse and the force, (B, D, H, W, 3), and the levels, all in voxels of the images. With
-    `refine_steps` above 0 it is `refinement.refined` with as many iterations of Demons, else `network_pass`. The force
-    and the levels are those of the network's first pass. A batch that is split over devices is computed there.
+    It returns u, u_inverse and the driving force, (B, D, H, W, 3) each, and the levels, all in voxels of the images.
+    With `refine_steps` > 0 it is `refinement.refined` with at most as many iterations of Demons. With 0 it is
+    `network_pass`. The force and the levels are always those of the network's first pass. A batch that is split over
+    devices is computed on these devices.
 
-    Called again with the same settings it returns the same function, so that nothing is compiled twice in a process.
+    The same settings give the same function, so one process compiles it once.
     """
     network = network_pass(config)
     return _refining(network, refine_steps) if refine_steps else network
@@ -55,9 +56,10 @@ def _refining(network, steps):
 def network_pass(config):
     """One pass of the network, jitted: (params, fixed, moving, weights=None) -> (u, u_inverse, force, levels).
 
-    The images are (B, D, H, W). The network gets them pooled by `data.downsample`, and its fields are resampled to the
-    images' grid. `levels` are its `LevelForces`, coarse to fine, (B, D, H, W, 3) on grids of their own. `weights`
-    (B, D, H, W, 2), of the fixed and the moving image, are 0 where one of them does not count and 1 elsewhere.
+    The images are (B, D, H, W). The network gets them pooled by `data.downsample`. Its fields are resampled to the grid
+    of the images. `levels` are its `LevelForces`, coarse to fine, (B, D, H, W, 3) each on the grid of its level, in
+    voxels of the images. `weights` (B, D, H, W, 2) are those of the fixed and of the moving image: 0 at voxels to
+    ignore, 1 elsewhere.
     """
     return _network_pass(make_network(config.model), config.data.downsample)
 
@@ -81,10 +83,11 @@ def _network_pass(model, downsample):
 
 
 def predictions(predict, params, pairs, space=1):
-    """For each (fixed, moving) in turn: (what `predict` found, as NumPy arrays without the batch axis; seconds).
+    """Register pairs in turn: yields (what `predict` returned, seconds) for each (fixed, moving).
 
-    As many pairs at a time as this process has devices, each on one device, or on `space` devices where there are so
-    many. An accelerator computes the next pairs while the caller works on the last ones (`backends.programs`).
+    The results are NumPy arrays without the batch axis. The process registers as many pairs at a time as it has
+    devices, one on each. With `space` > 1 it splits each volume over gcd(`space`, number of devices) devices. An
+    accelerator computes the next pairs while the caller works on the last ones, see `backends.programs.pairs_ahead`.
     """
     mesh = sharding.device_mesh(math.gcd(space, jax.local_device_count()), jax.local_devices())
     params = jax.device_put(params, sharding.replicated(mesh))
@@ -108,16 +111,17 @@ def predictions(predict, params, pairs, space=1):
 
 
 def load_checkpoint(folder, overrides=()):
-    """(config, params, about) of a checkpoint, its settings changed by `--config.KEY=VALUE` arguments.
+    """(config, params, about) of a checkpoint, with its settings changed by `--config.KEY=VALUE` arguments.
 
-    Raises InputError where it is none, or does not fit the model that the settings describe.
+    Raises InputError where the folder holds no checkpoint, or where its parameters do not fit the model of the
+    settings.
     """
     about = read_about(folder)
     config = configuration.override(configuration.from_dict(about["config"]), overrides)
     model = make_network(config.model)
     if config.model == configuration.from_dict(about["config"]["model"]):
         shapes = read_shapes(folder)
-    else:  # seconds of tracing
+    else:  # tracing the model takes seconds
         image = jax.ShapeDtypeStruct((1, *[2 * multiple(config.model)] * 3, 1), jnp.float32)
         shapes = jax.eval_shape(model.init, jax.random.key(0), image, image)["params"]
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -1,4 +1,4 @@
-"""What training minimises: similarity both ways, smooth velocities, and a force that points where it should."""
+"""The training loss: similarity in both directions, smooth velocities, forces along the remaining displacement."""
 
 from functools import partial
 
@@ -13,10 +13,12 @@ SIMILARITIES = ("lncc", "mse")
 
 @partial(jax.jit, static_argnames="window")  # traced once for all updates of a level
 def lncc(a, b, window, weight=None):
-    """Mean squared local correlation coefficient of (B, D, H, W, 1) images over boxes of `window`^3 voxels, in [0, 1].
+    """Mean squared local correlation coefficient of images (B, D, H, W, 1) over boxes of `window`^3 voxels, in [0, 1].
 
-    cc(x) = cov(a, b)^2 / (var(a) var(b)) over the box around x, cut at the border; float32. Flat boxes count zero.
-    With `weight` (B, D, H, W) the mean is a weighted one.
+      cc(x) = cov(a, b)^2 / (var(a) var(b)) over the box around x
+
+    A box is cut at the border. A box in which an image is constant counts as 0. The computation runs in float32. With
+    `weight` (B, D, H, W) the mean is a weighted one.
 
     Raises ValueError where `window` is not odd.
 
@@ -27,7 +29,8 @@ def lncc(a, b, window, weight=None):
     axes, radius = (1, 2, 3), window // 2
 
     def prepared(x):
-        """Centred, and at most 1: rounding of the variances then stays below the floor that they get."""
+        """x, centred and with a range of at most 1: rounding errors of its variances stay below the floor added to
+        them."""
         x = x[..., 0].astype(jnp.float32)
         scale = jnp.maximum(1, x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
         return (x - x.mean(axes, keepdims=True)) / jax.lax.stop_gradient(scale)
@@ -47,34 +50,39 @@ def lncc(a, b, window, weight=None):
 
 
 def dissimilarity(a, b, kind, window):
-    """1 - LNCC, or the mean squared error, of (B, D, H, W, 1) images."""
+    """1 - LNCC ("lncc"), or the mean squared error ("mse"), of images (B, D, H, W, 1)."""
     return 1 - lncc(a, b, window) if kind == "lncc" else ((a - b) ** 2).mean()
 
 
 def smoothness(v):
-    """Diffusion energy: mean over voxels of the sum of squared derivatives of v (..., D, H, W, 3), per voxel."""
+    """Diffusion energy of v (..., D, H, W, 3): mean over voxels of the sum of its squared derivatives per voxel."""
     return sum((difference(v, axis) ** 2).sum(-1).mean() for axis in range(3))
 
 
 def soft_dice(a, b):
-    """1 - mean over channels of 2 sum ab / (sum a + sum b), for label maps one-hot as (B, D, H, W, C)."""
+    """Soft Dice loss of one-hot label maps (B, D, H, W, C).
+
+      1 - mean over channels of 2 sum ab / (sum a + sum b)
+    """
     axes = (1, 2, 3)
     return 1 - (2 * (a * b).sum(axes) / jnp.maximum(a.sum(axes) + b.sum(axes), 1e-5)).mean()
 
 
 def remaining_displacement(u_inverse_before, u_total):
-    """What an update still had to do: phi_before^-1 o phi_total, as a displacement in voxels of the update's grid.
+    """The displacement that remained before an update, in voxels of the update's grid.
 
-    Since phi_total = phi_before o (what came after), this is what came after.
+      r = phi_before^-1 o phi_total
+
+    phi_total is phi_before o (all updates from this one on), so r is the displacement of these updates.
     """
     return compose(u_inverse_before, u_total)
 
 
 def force_alignment(force, remaining):
-    """1 - cos(p, r), averaged with weight |r|: 0 where the force points along what remains, 1 where it says nothing."""
+    """1 - cos(p, r), averaged with weight |r|: 0 where p points along r, 1 where p is zero or at a right angle to r."""
     r = jax.lax.stop_gradient(remaining)
     weight = jnp.sqrt((r * r).sum(-1) + 1e-8)
-    # A force of a twentieth of a voxel counts as none: its direction would have an unbounded derivative.
+    # A force well below a twentieth of a voxel counts as zero: the derivative of its direction would be unbounded.
     length = jnp.sqrt((force * force).sum(-1) + 0.05**2)
     cosine = (force * r).sum(-1) / (length * weight)
     return (weight * (1 - cosine)).sum() / (weight.sum() + 1e-3)
@@ -83,15 +91,19 @@ def force_alignment(force, remaining):
 def total_loss(config, registration, batch):
     """The training loss of one batch, and its parts for the log.
 
-    L = sim(M o phi, F) + sim(F o phi^-1, M) over two + smoothness * mean over updates of diffusion(v)
-        + level * mean over updates but the last of sim(M_l o phi_l, F_l)
-        + force * mean over updates of 1 - cos(p, remaining)
-        + dice * soft Dice, where the batch has label maps
+      L = 1/2 [sim(M o phi, F) + sim(F o phi^-1, M)]
+          + smoothness * mean over updates of the diffusion energy of delta
+          + level * mean over updates but the last of sim(M_l o phi_l, F_l)
+          + force * mean over updates of 1 - cos(p, r)
+          + dice * soft Dice, where the batch has label maps
+
+    sim is `dissimilarity`. F_l, M_l and phi_l are the images and the transform at the level of an update, after that
+    update. r is the `remaining_displacement` of an update, and the cosine is weighted as in `force_alignment`.
 
     Args:
-      config: weights `smoothness`, `level`, `force`, `dice`; `similarity` "lncc" or "mse"; `window`.
-      registration: what `DrivenMorph` returned for the batch.
-      batch: fixed, moving (B, D, H, W, 1); optional one-hot fixed_labels, moving_labels.
+      config: weights `smoothness`, `level`, `force`, `dice`; `similarity` "lncc" or "mse"; `window`, in voxels.
+      registration: what the network returned for the batch.
+      batch: fixed, moving (B, D, H, W, 1); optional one-hot fixed_labels, moving_labels (B, D, H, W, C).
     """
     fixed, moving = batch["fixed"], batch["moving"]
     u, updates = registration.u, registration.updates
@@ -102,7 +114,7 @@ def total_loss(config, registration, batch):
     for update in updates:
         space = update.u.shape[1:4]
         stride = fixed.shape[1] // space[0]
-        # The last partial transform of the finest level is the result itself, scored above.
+        # The transform after the last update is the result itself, which the first term covers.
         if update is not updates[-1]:
             score = dissimilarity(warp(average_pool(moving, stride), update.u), average_pool(fixed, stride),
                                   config.similarity, config.window)

@@ -1,7 +1,7 @@
-"""DrivenMorph: the difference of two images becomes a driving force, and the force a diffeomorphism, coarse to fine.
+"""The network DrivenMorph: the updates of each level, and the levels from coarse to fine.
 
-The two streams meet in one array. `DifferenceStream` sees features and returns forces; `NeuralDemonsLayer` sees forces
-and the deformation so far and returns a velocity. Nothing else passes.
+In every update `DifferenceStream` turns features into a force, and `NeuralDemonsLayer` turns this force and the
+displacement found so far into a velocity. Images and features change the deformation through the force alone.
 """
 
 from typing import Any
@@ -23,17 +23,17 @@ from drivenmorph_jax.network.encoder import Encoder
 from drivenmorph_jax.network.outputs import Registration, Update
 from drivenmorph_jax.network.settings import field_multiple
 
-# Squarings of the flow of one update: with the bound L = 2 voxels of the level, 1 of its field, the first step moves a
-# quarter of one.
+# Squarings of the flow of one update. The bound L is 2 voxels of the level, which are 1 voxel of its field. So the
+# first of the 2^STEPS steps moves at most a quarter of a voxel.
 STEPS = 2
 LOG_STEPS = 7
 
 
 class Level(nn.Module):
-    """All updates of one level, with shared parameters: features and state in, state and the `Update`s out.
+    """All updates of one level, with shared parameters: (features, transform so far) -> (new transform, `Update`s).
 
-    The field lies on a grid `field_stride` times coarser than the features: the force is averaged to it, so that
-    smoothing, composition and R cost a part of what they would on the features' grid.
+    The field lies on a grid `field_stride` times coarser than the features. The force is averaged to this grid, so that
+    smoothing, composition and R cost a fraction of what they would cost on the grid of the features.
     """
     config: Any
     index: int
@@ -50,14 +50,15 @@ class Level(nn.Module):
             layer = NeuralDemonsLayer(c.max_step / stride, c.demons_features, c.sigma_fluid, self.dtype)
             u, u_inverse, v = state
             phi = resize_field(u, space)
-            # What a sample gathers is most of the memory of a TPU's step: in bfloat16 it is half.
+            # On TPU the values that this warp gathers take most of the memory of a training step. In bfloat16 they take
+            # half of that.
             terms = difference(fixed, warp(moving.astype(self.dtype), phi).astype(jnp.float32))
             if weights is not None:
                 counted = jnp.minimum(weights[..., :1], warp(weights[..., 1:], phi)) > 0.999
                 terms = (p * counted for p in terms)
             force, demons_force, attention_force = (average_pool(p, stride) / stride for p in terms)
             delta = layer(force, u)
-            # Both flows in one call: half the program to compile.
+            # One call integrates both flows, which halves the program to compile.
             if c.update_rule == "log":
                 v = demons.log_update(v, delta, c.sigma_diffusion)
                 u, u_inverse = exponential(jnp.stack([v, -v]), LOG_STEPS)
@@ -68,8 +69,9 @@ class Level(nn.Module):
 
         if c.remat:
             update = nn.remat(update, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(SAMPLED))
-        # A loop, compiled once; on GPU none, where what it keeps for its backward pass would be copied once more. The
-        # check, by which parameters are made, traces it a second time.
+        # The updates are a loop, so that one update is compiled. On GPU the loop is unrolled: it would copy the values
+        # kept for the backward pass once more. The check for constant values traces the update a second time; only the
+        # initialisation of the parameters needs it.
         loop = nn.scan(update, variable_broadcast="params", split_rngs={"params": False}, length=c.updates[i],
                        unroll=unrolled(c.updates[i]),
                        check_constancy_invariants=self.is_initializing())
@@ -82,13 +84,18 @@ class Level(nn.Module):
 
 
 class DrivenMorph(nn.Module):
-    """Register (B, D, H, W, 1) images in [0, 1]; every side a multiple of the coarsest stride times `field_stride`.
+    """Fixed and moving image (B, D, H, W, 1) in [0, 1] -> `Registration`.
 
-    Levels are listed finest first, as in the config: `strides`, `channels`, `updates`, `cross_radius`, `self_radius`,
-    `self_window` (0 is off). phi = exp(delta_1) o ... o exp(delta_n), inverse exp(-delta_n) o ... o exp(-delta_1).
+    Every side is a multiple of the coarsest stride times `field_stride`. The settings list the levels finest first:
+    `strides`, `channels`, `updates`, `cross_radius`, `self_radius`, `self_window` (0 switches this attention off). The
+    levels run from coarse to fine. With the velocities delta_1, ..., delta_n of all updates in order, the transform is
 
-    `weights` (B, D, H, W, 2), of the fixed and the moving image: where one of them is not 1 at a voxel of a level, the
-    force of that voxel is zero.
+      phi = exp(delta_1) o ... o exp(delta_n),    phi^-1 = exp(-delta_n) o ... o exp(-delta_1)
+
+    for `update_rule` "compositional". For "log" it is phi = exp(v), phi^-1 = exp(-v), see `demons.log_update`.
+
+    `weights` (B, D, H, W, 2) are those of the fixed and of the moving image. The force is zero at every voxel of a
+    level where one of the two weights is not 1.
     """
     config: Any
 

@@ -1,8 +1,4 @@
-"""DrivenMorph: the difference of two images becomes a driving force, and the force a diffeomorphism, coarse to fine.
-
-The two streams meet in one array. `DifferenceStream` sees features and returns forces; `NeuralDemonsLayer` sees forces
-and the deformation so far and returns a velocity. Nothing else passes.
-"""
+"""What a network returns, `Registration` and its `Update`s, and the driving forces computed from them."""
 
 from itertools import groupby
 
@@ -15,8 +11,11 @@ from drivenmorph_jax.network.losses import remaining_displacement
 
 @flax.struct.dataclass
 class Update:
-    """One update, on the grid of its level's field (..., D, H, W, 3), in voxels of it; `u` and `u_inverse` are what it
-    led to."""
+    """One update of a level. Every array is (..., D, H, W, 3), in voxels of the grid of the level's field.
+
+    `force` is the driving force, `demons_force` and `attention_force` its two terms, `velocity` the velocity made from
+    it. `u_inverse_before` belongs to the transform before the update, `u` and `u_inverse` to the one after it.
+    """
     force: chex.Array
     demons_force: chex.Array
     attention_force: chex.Array
@@ -28,27 +27,33 @@ class Update:
 
 @flax.struct.dataclass
 class Registration:
-    """`u`, `u_inverse`: (B, D, H, W, 3), voxels of the input grid. `updates`: coarse to fine, in the order applied."""
+    """The displacement u and its inverse, (B, D, H, W, 3) in voxels of the input grid, and the updates in order."""
     u: chex.Array
     u_inverse: chex.Array
     updates: tuple[Update, ...]
 
 
 def driving_force(registration):
-    """Sum of the forces of all updates, each resampled to the input grid: (B, D, H, W, 3), voxels of it."""
+    """The driving force of a registration (B, D, H, W, 3), in voxels of the input grid.
+
+    It is the sum of the forces of all updates, each resampled to the input grid.
+    """
     return sum(resize_field(sum(update.force for update in updates), registration.u.shape[1:4])
                for _, updates in by_grid(registration))
 
 
 def by_grid(registration):
-    """[(grid of the field, its `Update`s)] for each level, coarse to fine."""
+    """[(shape of the field's grid, its `Update`s)] for each level, coarse to fine."""
     return [(space, list(level)) for space, level in groupby(registration.updates, lambda update: update.u.shape[1:4])]
 
 
 @flax.struct.dataclass
 class LevelForces:
-    """Of one level, on the grid of its field, (B, D, H, W, 3) each in voxels of the images: the forces of its updates
-    summed, likewise their two terms, and the displacement that remained when the level began."""
+    """The forces of one level, on the grid of its field: (B, D, H, W, 3) each, in voxels of the images.
+
+    `force` is the sum of the forces of the level's updates, `demons_force` and `attention_force` are those of its two
+    terms. `remaining` is the displacement that remained when the level began.
+    """
     force: chex.Array
     demons_force: chex.Array
     attention_force: chex.Array
@@ -56,7 +61,7 @@ class LevelForces:
 
 
 def by_level(registration):
-    """A `LevelForces` for each level of a `model.Registration`, coarse to fine."""
+    """The `LevelForces` of each level of a `Registration`, coarse to fine."""
     found = []
     for space, updates in by_grid(registration):
         remaining = remaining_displacement(updates[0].u_inverse_before, resize_field(registration.u, space))

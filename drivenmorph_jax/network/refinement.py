@@ -1,7 +1,7 @@
-"""The default pipeline around the network, as a list of steps: `refined`.
+"""The refinement of the network's result: `refined`, a list of steps.
 
-Each step is a function that takes and returns a `State`. Every step is a program of its own, so the network is compiled
-once for all its passes.
+Each step is a function that takes and returns a `State`. Each step is compiled as a program of its own, so the network
+is compiled once for all its passes.
 """
 
 from collections.abc import Callable
@@ -21,37 +21,41 @@ from drivenmorph_jax.fields.warp import compose, warp
 
 RESIDUAL_PASSES = 2
 SIGMA = 0.7  # voxels
-INVERSE_STEPS = 8  # of `coarse_inverse`; the refined field is rougher than that of Demons, which needs 4
+INVERSE_STEPS = 8  # of `coarse_inverse`; a field of Demons needs 4, the refined field is rougher
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Images (B, D, H, W), their weights (B, D, H, W, 2) or None, and what is found so far, u (B, D, H, W, 3)."""
+    """Images (B, D, H, W), their weights (B, D, H, W, 2) or None, and the displacement u (B, D, H, W, 3) so far."""
 
     fixed: chex.Array
     moving: chex.Array
     weights: chex.Array | None
     u: chex.Array | None = None
     u_inverse: chex.Array | None = None
-    found: tuple[Any, ...] = ()  # what the network returned besides u and u_inverse in its first pass
+    found: tuple[Any, ...] = ()  # what the first pass of the network returned besides u and u_inverse
 
 
 def refined(network, fixed, moving, steps, weights=None):
-    """phi = G * (psi o D o psi_1 o psi_2), without folds: the network, Demons after it, the network on the residual.
+    """Register a batch of pairs and refine the result: phi = G * (psi o D o psi_1 o psi_2), then unfolded.
 
-    psi: the network forward and backward, averaged: the mean of u(F, M) and of the inverse that comes with u(M, F).
-    D: `steps` iterations of Demons from there. psi_1, psi_2: the network between F and the warped moving image, the
-    residual. G: a Gaussian of `SIGMA` voxels. On what Demons leaves the network finds more than further iterations
-    would (docs/notes/decisions.md has the numbers).
+      psi: forward and backward registration, averaged. The network registers M to F and F to M. psi is the mean of
+        the forward displacement u(F, M) and of the inverse that comes with the backward registration u(M, F).
+      D: at most `steps` iterations of classical Demons by local correlation, from psi.
+      psi_1, psi_2: two passes on the residual. The network registers the warped moving image to F.
+      G: a Gaussian of `SIGMA` voxels.
+
+    After Demons, a pass of the network improves the result more than further iterations of Demons would. The numbers
+    are in docs/notes/decisions.md.
 
     Args:
-      network: function (fixed, moving, weights) -> (u, u_inverse, what else it found), u (B, D, H, W, 3) in voxels.
+      network: function (fixed, moving, weights) -> (u, u_inverse, further results), u (B, D, H, W, 3) in voxels.
       fixed, moving: (B, D, H, W).
       steps: iterations of `demons.refine`.
-      weights: (B, D, H, W, 2), 0 where the fixed or the moving image does not count; or None.
+      weights: (B, D, H, W, 2), 0 at voxels of the fixed or of the moving image to ignore; or None.
 
     Returns:
-      u and u_inverse, J > 0 everywhere, and what else the network found between the images as they came.
+      u and u_inverse, with J > 0 everywhere, and the further results of the network's first forward pass.
     """
     state = State(fixed, moving, weights)
     for step in pipeline(network, steps):
@@ -60,7 +64,7 @@ def refined(network, fixed, moving, steps, weights=None):
 
 
 def pipeline(network, iterations) -> list[Callable[[State], State]]:
-    """The steps of `refined`, in their order."""
+    """The steps of `refined`, in the order in which they run."""
     return [partial(forward_and_backward, network=network),
             partial(by_demons, iterations=iterations),
             *[partial(residual_pass, network=network)] * RESIDUAL_PASSES,
@@ -68,14 +72,14 @@ def pipeline(network, iterations) -> list[Callable[[State], State]]:
 
 
 def forward_and_backward(state, network):
-    """u <- (u(F, M) + u_inverse(M, F)) / 2."""
+    """u <- (u(F, M) + u_inverse(M, F)) / 2: forward and backward registration, averaged."""
     u, _, *found = network(state.fixed, state.moving, state.weights)
     back = network(state.moving, state.fixed, None if state.weights is None else state.weights[..., ::-1])[1]
     return replace(state, u=_mean(u, back), found=tuple(found))
 
 
 def by_demons(state, iterations):
-    """u <- up to `iterations` iterations of Demons by local correlation from u, where they find anything."""
+    """u <- the result of at most `iterations` iterations of Demons by local correlation from u, see `demons.refine`."""
     def one(fixed, moving, u, weights):
         weights = None if weights is None else (weights[..., :1], weights[..., 1:])
         return demons.refine(fixed[..., None], moving[..., None], u, iterations, weights)
@@ -84,7 +88,7 @@ def by_demons(state, iterations):
 
 
 def residual_pass(state, network):
-    """u <- u o u(F, M o phi): the network between the fixed and the warped moving image, composed with u."""
+    """u <- compose(u, r): the network registers M o phi to F, and its displacement r is composed with u."""
     there, *_ = network(state.fixed, *_warped(state.moving, state.weights, state.u))
     return replace(state, u=_composed(state.u, there))
 
@@ -95,7 +99,7 @@ def smoothed(state):
 
 
 def without_folds(state):
-    """u <- u with J > 0 everywhere, see `fields.unfold`."""
+    """u <- u, smoothed locally until J > 0 everywhere, see `fields.unfold`."""
     return replace(state, u=_each(unfolded, state.u))
 
 
@@ -111,7 +115,7 @@ def _mean(a, b):
 
 @jax.jit
 def _warped(moving, weights, u):
-    """The warped moving image, and the weights with that of the moving image warped too."""
+    """The warped moving image; and the weights, of which those of the moving image are warped too."""
     if weights is not None:
         weights = jnp.concatenate([weights[..., :1], warp(weights[..., 1:], u)], -1)
     return warp(moving[..., None], u)[..., 0], weights
@@ -122,8 +126,10 @@ _smooth = jax.jit(partial(gaussian_smooth, sigma=SIGMA))
 
 
 def _each(function, *arrays):
-    """`function` of every pair of the batch. Under vmap a loop that ends by itself computes its state once more, so one
-    pair alone goes without."""
+    """`function` of every pair of the batch.
+
+    Under vmap, a loop that has a stopping rule computes its state once more. So a batch of one pair does not use vmap.
+    """
     if len(arrays[0]) > 1:
         return jax.vmap(function)(*arrays)
     return function(*(None if x is None else x[0] for x in arrays))[None]

@@ -1,8 +1,4 @@
-"""DrivenMorph: the difference of two images becomes a driving force, and the force a diffeomorphism, coarse to fine.
-
-The two streams meet in one array. `DifferenceStream` sees features and returns forces; `NeuralDemonsLayer` sees forces
-and the deformation so far and returns a velocity. Nothing else passes.
-"""
+"""The `model` settings of a network: checks, and the sides of the images that they imply."""
 
 from ml_collections import FrozenConfigDict
 
@@ -10,12 +6,12 @@ from drivenmorph_jax.errors import InputError
 
 
 def field_multiple(config):
-    """What every side of the model's images must be a multiple of."""
+    """Every side of DrivenMorph's images must be a multiple of this number: coarsest stride times `field_stride`."""
     return config.strides[-1] * config.field_stride
 
 
 def checked(config):
-    """The model's settings, frozen, as `DrivenMorph` takes them.
+    """The settings of `DrivenMorph`, checked and frozen.
 
     Raises InputError where the levels do not fit together or a name is unknown.
     """
@@ -44,7 +40,7 @@ def checked(config):
 
 
 def with_dtype(config):
-    """The settings of any network, frozen. Raises InputError where `dtype` is none to compute in."""
+    """The settings of any network, frozen. Raises InputError where `dtype` is neither "float32" nor "bfloat16"."""
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"model.dtype is {config.dtype!r}: set it to 'float32' or 'bfloat16'")
     return FrozenConfigDict(config)
