@@ -1,4 +1,4 @@
-"""From force to displacement: the Demons forces, the updates, and the classical algorithm. Plain functions, no Flax."""
+"""The Demons forces, the updates, and the classical Demons algorithm, as plain functions without Flax."""
 
 from drivenmorph_jax.demons import forces
 from drivenmorph_jax.demons.classical import (

@@ -1,6 +1,7 @@
-"""The Demons algorithm as plain functions: force -> smooth -> exponentiate -> update, coarse to fine.
+"""The classical Demons algorithm: force, smoothing, exponential, update, from coarse to fine.
 
-The forces are in `forces.py`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
+`demons` registers two images over all levels, `demons_level` runs one level. The forces are in `demons.forces`, the
+updates in `demons.updates`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
 
 References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
 """
@@ -19,47 +20,56 @@ from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.warp import warp
 
-# Settings of `demons`: for local correlation of one channel, and for `symmetric_force` and `thirion_force` on
-# intensities or any feature stack.
+# Settings of `demons`. LNCC is for local correlation of images with one channel. INTENSITY is for `symmetric_force` and
+# `thirion_force`, on intensities or on any number of feature channels.
 LNCC = {"force": lncc_force, "iterations": (100, 50, 20), "max_step": 1.0, "scale": True, "sigma_fluid": 0.87,
         "sigma_diffusion": 0.35}
 INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False,
              "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
-FORCES = {  # name: what makes the features of an image, and the settings of `demons`
+FORCES = {  # name: (function that computes the features of an image, settings of `demons`)
     "lncc": (lambda x: x, LNCC),
     "intensity": (lambda x: x, INTENSITY),
     "mind": (jax.jit(mind), INTENSITY),
 }
-MULTIPLE = 8  # of sides: three levels halve them twice, and the field is half as fine
+MULTIPLE = 8  # sides are multiples of it: three levels halve them twice, and the field's grid halves them once more
 
 
 class Registered(NamedTuple):
-    """What `demons` found: `u` (*space, n) in voxels; `velocity` whose exponential it is, for update="log", else None;
-    `energies`, one array a level, coarse to fine, its entries after an early stop nan."""
+    """The result of `demons`.
+
+    `u` (*space, n) is the displacement in voxels. `velocity` (*space, n) is the velocity of which u is the exponential,
+    for update="log", and None otherwise. `energies` has one array a level, from coarse to fine; the entries after an
+    early stop are nan.
+    """
+
     u: chex.Array
     velocity: chex.Array | None
     energies: tuple[chex.Array, ...]
 
-# Squarings of the flow of one update: with a step of one voxel of the image, half of one of the field, the first moves
-# an eighth of a voxel.
+
+# Number of squarings in the exponential of an update. An update of one voxel of the image is half a voxel of the field.
+# The first of its steps therefore moves an eighth of a voxel.
 UPDATE_STEPS = 2
-# Iterations over which the energy is averaged before it is compared.
+# The convergence test compares means of the energy over this many iterations.
 PATIENCE = 5
 
 
 @partial(jax.jit, static_argnames=("force", "iterations", "update", "max_step", "scale", "tolerance"))
 def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, sigma_fluid, sigma_diffusion, update,
                  tolerance):
-    """Up to `iterations` of Demons at one resolution: one program, with nothing but the loop's end decided outside.
+    """Up to `iterations` iterations of Demons at one resolution, compiled as one program.
 
     Args:
       fixed, moving: (*space, C).
-      field: displacement, or velocity for update="log", on the grid of the images or on one `stride` times coarser, in
-        voxels of its own grid. The force is averaged over the images' voxels that a voxel of the field covers.
-      The others as in `demons`.
+      field: displacement, or velocity for update="log", in voxels of its own grid. This grid is that of the images or
+        `stride` times coarser. The force is averaged over the voxels of the images that a voxel of the field covers.
+      The other arguments are those of `demons`.
 
     Returns:
       The new field, and the energy before each iteration (iterations,).
+
+    Raises:
+      ValueError: the force is on a coarser grid than the field.
     """
     dims = field.shape[-1]
     space = fixed.shape[:-1]
@@ -67,11 +77,11 @@ def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, si
 
     def delta(fixed, moving, u):
         p, energy = force(fixed, warp(moving, resize_field(u, space) if stride > 1 else u), max_step)
-        # One component at a time: XLA then never writes the vectors of a fine force.
         coarser = p.shape[0] // field.shape[0]
         if not coarser:
             raise ValueError(f"the force comes on a grid of {p.shape[:-1]}, coarser than the field's "
                              f"{field.shape[:-1]}: raise stride, or for lncc_force lower block")
+        # Each component is pooled by itself: XLA then never writes the vectors of the force before they are pooled.
         p = jnp.stack([average_pool(x[..., None], coarser, dims)[..., 0] for x in jnp.moveaxis(p, -1, 0)], -1)
         p = gaussian_smooth(p / stride, sigma_fluid, dims)
         return scale_longest(p, max_step / stride) if scale else p, energy
@@ -102,36 +112,39 @@ def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, si
 def demons(fixed, moving, *, force=LNCC["force"], iterations=LNCC["iterations"], stride=2, max_step=LNCC["max_step"],
            scale=LNCC["scale"], sigma_fluid=LNCC["sigma_fluid"], sigma_diffusion=LNCC["sigma_diffusion"],
            update="compositional", tolerance=5e-4, initial=None):
-    """Register two images by multi-resolution Demons, with no network.
+    """Register two images by multi-resolution Demons, without a network.
 
-    At every level, until the energy stands still:
+    Every level repeats this iteration until the energy no longer falls:
 
       delta = K_fluid * force(fixed, moving o phi),   phi <- K_diff * (phi o exp(delta))
 
-    The defaults are `LNCC`, for local correlation; `INTENSITY` holds those for the Demons forces.
+    The defaults are `LNCC`, the settings for local correlation. `INTENSITY` holds the settings for the Demons forces.
 
     Args:
-      fixed, moving: (*space, C) on one grid, of values of about 0 to 1; sides multiples of stride 2^(levels - 1). For
-        `lncc_force` one channel, for the others any number: intensities, `mind` descriptors, a network's features.
-      force: function (fixed, warped moving, max_step) -> (p, energy), see `forces.py`.
-      iterations: largest number at each level, coarse to fine; each has twice the resolution of the one before. 0
-        leaves a level out.
-      stride: the field's grid is this many times coarser than the images' of its level.
-      max_step: L, in voxels of the level's images: what one update moves a voxel at most.
-      scale: make the longest vector of every smoothed update L, for forces whose length means nothing, as a gradient's.
-      sigma_fluid, sigma_diffusion: Gaussian smoothing of the update and of the total, in voxels of the level's field.
-      update: "compositional", or "log" for v <- K_diff * (Z(v, delta) - Z(-v, delta_back)) / 2, phi = exp(v), which is
-        symmetric: swapped images give the inverse.
-      tolerance: a level ends when the energy's mean over 5 iterations falls by less than this part of it. With 0 the
-        loop has a fixed length, which `jax.grad` needs.
+      fixed, moving: (*space, C) on one grid, with values of about 0 to 1. The sides are multiples of
+        stride 2^(levels - 1). `lncc_force` takes one channel. The other forces take any number: intensities, `mind`
+        descriptors, or the features of a network.
+      force: function (fixed, warped moving, max_step) -> (p, energy), see `demons.forces`.
+      iterations: largest number of iterations at each level, from coarse to fine. Each level has twice the resolution
+        of the one before. 0 leaves a level out.
+      stride: the grid of the field is this many times coarser than the grid of the images at the same level.
+      max_step: L, the bound of one update, in voxels of the images at the level.
+      scale: scale every smoothed update so that its longest vector has the length L. This is for forces whose length
+        has no meaning, such as a gradient.
+      sigma_fluid, sigma_diffusion: standard deviations of the Gaussians that smooth the update and the total field, in
+        voxels of the field at the level.
+      update: "compositional", or "log" for v <- K_diff * (Z(v, delta) - Z(-v, delta_back)) / 2 with phi = exp(v). The
+        log update is symmetric: swapped images give the inverse.
+      tolerance: a level ends when the mean energy of 5 iterations lies below that of the 5 before by less than this
+        fraction of it. With 0 the loop has a fixed length, which `jax.grad` needs.
       initial: displacement (or velocity) (*space, n) to start from, in voxels of the images.
 
     Returns:
-      A `Registered`, with the displacement on the images' grid.
+      A `Registered`, with the displacement on the grid of the images.
 
     Raises:
-      ValueError: a side that the levels and the stride do not divide, a force on a coarser grid than the field's, or
-        an unknown `update`.
+      ValueError: the levels and the stride do not divide a side, the force is on a coarser grid than the field, or
+        `update` is unknown.
     """
     if update not in ("compositional", "log"):
         raise ValueError(f"update is {update!r}: set it to 'compositional' or 'log'")
@@ -155,7 +168,7 @@ def demons(fixed, moving, *, force=LNCC["force"], iterations=LNCC["iterations"],
     return Registered(u, field if update == "log" else None, tuple(energies))
 
 
-# Compiled, since every operation outside a compiled function is compiled by itself.
+# Compiled because JAX compiles each operation outside a compiled function by itself.
 @partial(jax.jit, static_argnames=("factor", "stride"))
 def _at_level(fixed, moving, field, factor, stride):
     dims, space = field.shape[-1], [n // (factor * stride) for n in fixed.shape[:-1]]

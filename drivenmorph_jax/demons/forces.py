@@ -1,20 +1,21 @@
-"""Forces: from a fixed and a warped moving image to the step that each voxel should take.
+"""Forces: functions that compute a step for each voxel from a fixed and a warped moving image.
 
-Every function here takes images (*space, C) of any number of axes, with no batch (use `jax.vmap`), and those that drive
-`demons.demons` share one form,
+The images are (*space, C) with any number of axes. They have no batch axis; `jax.vmap` adds one. The forces for
+`demons.demons` share one form:
 
   force(fixed, warped, max_step) -> (p, energy)
 
-with p (*space, n) in voxels of the images, on their grid or on one a whole number of times coarser, and `energy` the
-number that the force descends, for the convergence test.
+The step p (*space, n) is in voxels of the images. Its grid is that of the images or coarser by a whole factor. The
+convergence test uses `energy`, the number that the force decreases.
 
-The Demons forces solve the same damped Gauss-Newton step per voxel,
+The Demons forces solve the same damped Gauss-Newton step at each voxel:
 
-  (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = sum_k w_k d_k^2 / (4 L^2),
+  (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = sum_k w_k d_k^2 / (4 L^2)
 
-with d = fixed - warped the difference, J its gradient. Written with A = sqrt(w) J and b = sqrt(w) d, the step is
-(A^T A + lambda^2 I)^-1 A^T b, whose operator norm is max s / (s^2 + lambda^2) <= 1 / (2 lambda) over singular values s
-of A. As |b| = 2 L lambda, |p| <= L for every input: one update never moves a voxel further than L.
+d = fixed - warped is the difference and J is the image gradient. With A = sqrt(w) J and b = sqrt(w) d, the step is
+(A^T A + lambda^2 I)^-1 A^T b. The norm of this operator is max s / (s^2 + lambda^2) <= 1 / (2 lambda), over the
+singular values s of A. Because |b| = 2 L lambda, |p| <= L for every input: one update never moves a voxel further than
+L.
 
 References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
 """
@@ -32,21 +33,24 @@ from drivenmorph_jax.fields.smooth import box_mean
 
 
 def feature_force(d, slope, max_step, weights=None, floor=1e-6):
-    """The multichannel Demons force: the damped step above, by a closed-form symmetric solve per voxel.
+    """The multichannel Demons force, by a closed-form symmetric solve at each voxel.
+
+      (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = sum_k w_k d_k^2 / (4 L^2)
 
     Args:
-      d: (*space, C) differences fixed - moving.
-      slope: (*space, C), what the gradients J_k are taken of, by central differences.
+      d: (*space, C) differences d_k, fixed - moving.
+      slope: (*space, C). The gradients J_k are the central differences of its channels.
       max_step: the bound L, in voxels.
-      weights: (*space, C), non-negative; one where left out.
-      floor: added to lambda^2, keeps the solve and its derivative tame in flat regions; it only shortens the step.
+      weights: (*space, C) non-negative weights w_k; 1 if left out.
+      floor: added to lambda^2. It keeps the solution and its derivative bounded in flat regions. It can only shorten
+        the step.
 
     Returns:
-      p (*space, n) in voxels, |p| <= L; zero where d or the gradients are.
+      p (*space, n) in voxels, |p| <= L. It is zero where d is zero or all gradients are.
     """
     dims = d.ndim - 1
     if d.shape[-1] == 1:
-        # p = w d J / (w J J^T + lambda^2), fused into one pass.
+        # With one channel the solution is p = w d J / (w |J|^2 + lambda^2), which XLA fuses into one pass.
         w = 1 if weights is None else weights
         slopes = [difference(slope, axis, dims) for axis in range(dims)]
         along = w * d / (w * sum(x * x for x in slopes) + w * d * d / (4 * max_step**2) + floor)
@@ -55,12 +59,13 @@ def feature_force(d, slope, max_step, weights=None, floor=1e-6):
     return clip_length(_damped_step(d, slope, weights, 1 / (4 * max_step**2), floor), max_step)
 
 
-# The backward pass is written out: that of the solve is one more solve with the same matrix, and what it needs of every
-# channel is read once.
+# The backward pass is written by hand. It is one more solve with the same matrix, and it reads every channel only once.
 @jax.custom_vjp
 def _damped_step(d, slope, weights, share, floor):
-    """The p that solves (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k, lambda^2 = share sum_k w_k d_k^2 +
-    floor."""
+    """The solution p (*space, n) of the damped step.
+
+      (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = share sum_k w_k d_k^2 + floor
+    """
     return _damped_step_forward(d, slope, weights, share, floor)[0]
 
 
@@ -76,7 +81,7 @@ def _damped_step_forward(d, slope, weights, share, floor):
     sums = channels.summed(products, (d, slope, weights))
     damping = share * sums[-1] + floor
     matrix = {(i, j): total + damping * (i == j) for (i, j), total in zip(pairs, sums, strict=False)}
-    # Unit trace, so that no product of entries leaves float32's range.
+    # The matrix is scaled to unit trace, so that no product of its entries leaves the range of float32.
     scale = 1 / sum(matrix[i, i] for i in range(dims))
     matrix = {ij: scale * entry for ij, entry in matrix.items()}
     p = _solve(matrix, [scale * entry for entry in sums[len(pairs):-1]], scale * damping)
@@ -84,8 +89,13 @@ def _damped_step_forward(d, slope, weights, share, floor):
 
 
 def _damped_step_backward(residuals, g):
-    """With q the solution of the same system for the cotangent g, the cotangents of every channel are those of
-    q . (sum_k w_k J_k (d_k - J_k . p) - lambda^2 p) at fixed p and q."""
+    """The cotangents of the arguments of `_damped_step`, for the cotangent g of p.
+
+    q solves the same system with g on its right-hand side. The cotangents of every channel are the derivatives, at
+    fixed p and q, of
+
+      q . (sum_k w_k J_k (d_k - J_k . p) - lambda^2 p)
+    """
     d, slope, weights, share, floor, p, matrix, scale, damping = residuals
     dims = len(p)
     q = _solve(matrix, [scale * x for x in jnp.moveaxis(g, -1, 0)], scale * damping)
@@ -100,7 +110,7 @@ def _damped_step_backward(residuals, g):
         return w * (along - 2 * bend), of_jacobian, along * left - bend * d
 
     def channel(d, slope, w):
-        # Alone, since XLA on CPU would compute these again for every neighbour that a difference takes.
+        # `alone`, because XLA on CPU would compute the products again for every neighbour that a difference reads.
         of_d, of_jacobian, of_w = alone(products, d, slope, w)
         return of_d, sum(difference_adjoint(x, axis, dims) for axis, x in enumerate(of_jacobian)), of_w
 
@@ -112,10 +122,10 @@ _damped_step.defvjp(_damped_step_forward, _damped_step_backward)
 
 
 def _solve(matrix, right, least):
-    """x of the symmetric system, whose upper triangle is matrix[i, j], i <= j, and whose eigenvalues are >= `least`.
+    """The solution of a symmetric system. Its upper triangle is matrix[i, j], i <= j; its eigenvalues are >= `least`.
 
-    L D L^T, not the adjugate: on a single strong gradient that would lose lambda^4, this only lambda^2. No pivot is
-    below lambda^2 but by rounding.
+    The method is L D L^T. With a single strong gradient, the adjugate would lose a term lambda^4 to rounding, where
+    L D L^T loses only lambda^2. Only rounding can make a pivot smaller than `least`, so pivots are raised to it.
     """
     matrix, right, dims = dict(matrix), list(right), len(right)
     for k in range(dims):
@@ -132,60 +142,89 @@ def _solve(matrix, right, least):
 
 
 def clip_length(p, max_step):
-    """p min(1, L / |p|): vectors (..., n) no longer than L; only rounding makes this act on a Demons force."""
+    """p min(1, L / |p|): vectors (..., n) of length L at most, L = `max_step`.
+
+    A Demons force obeys this bound already, up to rounding.
+    """
     return _scaled(p, lambda square: jnp.minimum(1, max_step * jax.lax.rsqrt(jnp.maximum(square, 1e-12))))
 
 
 def squash(p, max_step):
-    """p / sqrt(1 + |p|^2 / L^2): the same direction, shorter than L, and smooth."""
+    """p / sqrt(1 + |p|^2 / L^2): vectors (..., n) of the same direction and shorter than L = `max_step`.
+
+    It is a smooth function of p.
+    """
     return _scaled(p, lambda square: jax.lax.rsqrt(1 + square / max_step**2))
 
 
 def _scaled(p, factor):
-    """p factor(|p|^2), one component after the other: a sum over so short an axis is slow on CPU, and there would be
-    one in the derivative of the product as well."""
+    """p factor(|p|^2), computed one component at a time.
+
+    A sum over such a short axis is slow on CPU, and the derivative of the product would contain another one.
+    """
     components = jnp.moveaxis(p, -1, 0)
     scale = factor(sum(x * x for x in components))
     return jnp.stack([x * scale for x in components], -1)
 
 
 def thirion_force(fixed, warped, max_step):
-    """Thirion's force: the gradient is the fixed image's. Its energy is the mean of d^2."""
+    """Thirion's force: J is the gradient of the fixed image. The energy is the mean of d^2, d = fixed - warped.
+
+    Args:
+      fixed, warped: (*space, C).
+      max_step: the bound L, in voxels.
+
+    Returns:
+      p (*space, n) in voxels, |p| <= L, and the energy.
+
+    Reference: Thirion, "Image matching as a diffusion process", 1998.
+    """
     d = fixed - warped
     return feature_force(d, fixed, max_step), (d * d).mean()
 
 
 def symmetric_force(fixed, warped, max_step):
-    """The symmetric (ESM) force of Vercauteren: the gradient is the mean of both images'. Its energy: the mean of d^2.
+    """The symmetric (ESM) force of Vercauteren: J is the mean of the gradients of both images.
 
-    With features or MIND descriptors as channels it is the multichannel force.
+    The energy is the mean of d^2, d = fixed - warped. The channels can be intensities, features or MIND descriptors.
+
+    Args:
+      fixed, warped: (*space, C).
+      max_step: the bound L, in voxels.
+
+    Returns:
+      p (*space, n) in voxels, |p| <= L, and the energy.
+
+    Reference: Vercauteren et al., "Diffeomorphic demons", 2009.
     """
     d = fixed - warped
     return feature_force(d, 0.5 * (fixed + warped), max_step), (d * d).mean()
 
 
 def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4, power=0.7):
-    """Up the gradient of the squared local correlation of one-channel images, computed directly.
+    """The force of local correlation: the gradient of the squared local correlation of two one-channel images.
 
-    With <.> the mean over the window around y, a and b the deviations of both images from theirs, S the mean over the
-    windows around x, and the image M = `warped`, F = `fixed`,
+    F = `fixed` and M = `warped`. <.> is the mean over the window around y. a and b are the deviations of F and M from
+    their means mean_F and mean_M over this window. S is the mean over all y in the window around x.
 
       cc(y) = <a b>^2 / (<a a> <b b>),   A = <a b> / (<a a> <b b>),   B = A <a b> / <b b>,
       g(x) = S A F - S B M - S (A mean_F - B mean_M)  ~  d(mean_y cc) / d M(x),   q = mean over blocks of g grad M,
-      p = q / |q| (|q| / max |q|)^power L.
+      p = q / |q| (|q| / max |q|)^power L
 
-    The windows around x are those whose own window holds x, so no scatter is needed. The statistics live on blocks of
-    voxels: sums over a block once, then separable sums over (2 radius + 1)^n blocks at 1 / block^n of the cost.
+    The window around x holds y exactly where the window around y holds x, so no scatter is needed. The statistics are
+    computed on blocks of voxels. Each block is summed once, then separable sums run over (2 radius + 1)^n blocks. This
+    costs 1 / block^n of sums over single voxels.
 
     Args:
-      fixed, warped: (*space, 1), values of about 0 to 1, sides multiples of `block`.
-      max_step: L, in voxels, the length of the longest vector.
-      radius: of the window, in blocks: it is (2 radius + 1) * block voxels wide.
+      fixed, warped: (*space, 1), with values of about 0 to 1. The sides are multiples of `block`.
+      max_step: L, the length of the longest vector, in voxels.
+      radius: radius of the window in blocks. The window is (2 radius + 1) * block voxels wide.
+      block: side of a block, in voxels.
       floor: added to both variances, so that noise in flat regions does not count as structure.
-      power: 1 for the gradient itself; below, long vectors, those at strong edges, count for less.
+      power: with 1, p is proportional to the gradient. With less, the long vectors at strong edges count for less.
 
     Returns:
-      p (*space / block, n), and the energy 1 - mean cc.
+      p (*space / block, n) in voxels of the images, and the energy 1 - mean cc.
 
     Reference: Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", 2008; the exact
       derivative as in Hermosillo, Chefd'hotel, Faugeras, "Variational methods for multimodal image matching", 2002.
@@ -206,15 +245,17 @@ def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4, power=0.7
     slopes = [difference(warped, axis, dims)[..., 0] for axis in range(dims)]
     p = jnp.stack([of_f * pool(f * x) - of_m * pool(m * x) - constant * pool(x) for x in slopes], -1)
     p = scale_longest(p, 1)
-    # The floor keeps the derivative of the power finite where p is zero.
+    # The 1e-8 keeps the derivative of the power finite where p is zero.
     return max_step * p * ((p * p).sum(-1, keepdims=True) + 1e-8) ** ((power - 1) / 2), 1 - (fm * a).mean()
 
 
 @functools.cache
 def masked(force):
-    """`force` between images whose last channel is a weight, 1 where the image counts and 0 where it does not.
+    """The force `force`, limited to where both images have the weight 1.
 
-    The result is zero wherever the weight of either image is not 1. The channel is pooled and warped with the others.
+    The last channel of each image is its weight: 1 where the image counts and 0 where it does not. It is warped and
+    pooled with the other channels. The result is a force (fixed, warped, max_step) -> (p, energy). Its p is zero
+    wherever the weight of either image is below 1.
     """
     def masked_force(fixed, warped, max_step):
         p, energy = force(fixed[..., :-1], warped[..., :-1], max_step)
@@ -225,20 +266,20 @@ def masked(force):
 
 
 def scale_longest(p, max_step):
-    """p L / max |p|: vectors (*space, n), the longest of which is L; zero stays zero."""
+    """p L / max |p|: vectors (*space, n), of which the longest has the length L = `max_step`. Zero stays zero."""
     return p * (max_step / jnp.maximum(jnp.sqrt((p * p).sum(-1).max()), 1e-12))
 
 
 def mind(image, distance=1, radius=1):
     """The modality-independent neighbourhood descriptor: (*space, 1) -> (*space, 2 n), values in (0, 1].
 
-    With D(x, r) the mean of (I(y) - I(y + r))^2 over the window around x, r one of the 2 n steps of `distance` voxels
-    along the axes, and V(x) the mean of D over r,
+      MIND(x, r) = exp(-D(x, r) / V(x)) / max over r
 
-      MIND(x, r) = exp(-D(x, r) / V(x)) / max over r.
+    r is one of the 2 n steps of `distance` voxels along the axes. D(x, r) is the mean of (I(y) - I(y + r))^2 over the
+    window of 2 `radius` + 1 voxels a side around x. V(x) is the mean of D(x, r) over r.
 
-    An image and its negative have the same descriptor. V is kept between a thousandth and a thousand times its mean,
-    so that flat regions have a descriptor of ones.
+    An image and its negative have the same descriptor. V is kept between a thousandth of its mean and a thousand times
+    its mean, so that the descriptor of a flat region is 1.
 
     Reference: Heinrich et al., "MIND: modality independent neighbourhood descriptor for multi-modal deformable
       registration", 2012.

@@ -1,9 +1,4 @@
-"""The Demons algorithm as plain functions: force -> smooth -> exponentiate -> update, coarse to fine.
-
-The forces are in `forces.py`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
-
-References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
-"""
+"""Demons from several starting points, and the refinement of a given displacement by Demons."""
 
 import jax.numpy as jnp
 
@@ -12,24 +7,30 @@ from drivenmorph_jax.demons.forces import masked
 from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.unfold import unfolded
 
-# What 5 more iterations must gain at least for `refine` to have anything to refine: on real brains, what has converged
-# gains .1 to .2 % of local correlation's energy, .6 to 1.2 % of a squared difference's, what has not .4 and 20 %.
+# `refine` counts a start as converged where 5 more iterations lower the energy by no more than this fraction. On real
+# brains, a converged start gains .1 to .2 % of the energy of local correlation and .6 to 1.2 % of that of a squared
+# difference. A start that has not converged gains .4 % and 20 %.
 SETTLED = {"lncc": 3e-3, "intensity": 2e-2, "mind": 2e-2}
 
 
 def registered(fixed, moving, force="lncc", weights=None):
-    """Register two images from nothing by a name of `FORCES`: `demons` with its settings; for "lncc" more than that.
+    """Register two images by Demons with the settings of a name of `FORCES`; "lncc" uses several starting points.
 
-    Local correlation ends in one optimum or another, by where it starts, and their errors differ. So it goes on from
-    each of the `FORCES` at a quarter of the resolution, to half of it, both from F to M and from M to F; the mean of
-    these six displacements, of the inverse of those from M to F, is carried on to the end.
+    Local correlation converges to different optima from different starting points, and these optima have different
+    errors. "lncc" therefore averages over starting points, in three steps:
+
+    1. At a quarter of the resolution, each of the `FORCES` registers the images forward and backward.
+    2. Local correlation continues from each of the six results at half the resolution. The displacements of the
+       backward registrations are inverted.
+    3. Local correlation continues from the mean of the six displacements to the full resolution.
 
     Args:
-      fixed, moving: (*space, 1), values of about 0 to 1, sides multiples of `MULTIPLE`.
+      fixed, moving: (*space, 1), with values of about 0 to 1. The sides are multiples of `MULTIPLE`.
+      force: a name of `FORCES`.
       weights: as in `refine`.
 
     Returns:
-      The displacement (*space, n), in voxels, `unfolded`.
+      The displacement (*space, n), in voxels, after `unfolded`.
     """
     if force != "lncc":
         return unfolded(_by(force, fixed, moving, weights).u)
@@ -40,29 +41,33 @@ def registered(fixed, moving, force="lncc", weights=None):
 
     swapped = moving, fixed, None if weights is None else weights[::-1]
     there = sum(start(name, fixed, moving, weights) for name in FORCES)
-    # They are no finer than that, and nor is the mean.
+    # The grid of these fields and of their mean is 4 times coarser than the images, so no finer inverse is needed.
     back = sum(coarse_inverse(start(name, *swapped), stride=4, steps=0) for name in FORCES)
     u = (there + back) / (2 * len(FORCES))
     return unfolded(_by("lncc", fixed, moving, weights, u, iterations=(20, 20)).u)
 
 
 def refine(fixed, moving, u, steps, weights=None, force="lncc"):
-    """Carry a registration further: up to `steps` iterations of `demons` at full resolution, where they find anything.
+    """Refine a displacement by up to `steps` iterations of `demons` at full resolution.
 
-    A start that has converged is returned: one from which the mean energy e of iterations 6 to 10 lies less than
-    SETTLED[force] min(e, 1 - e) below that of the first five. What is left is then noise, which labels follow to the
-    worse as often as to the better. (1 - e is the mean local correlation, to which an empty background adds nothing, as
-    it adds nothing to a mean squared difference.) With fewer than 10 steps there is nothing to compare, and they are
-    taken.
+    A start that has converged is not changed. The test compares the mean energy e of the first five iterations with the
+    mean energy e' of iterations 6 to 10. The start has converged where
+
+      e - e' <= SETTLED[force] min(e, 1 - e)
+
+    The remaining changes are then noise, and the overlap of labels falls as often as it rises. For local correlation,
+    1 - e is the mean correlation. An empty background adds nothing to it, and nothing to a mean squared difference.
+    With fewer than 10 steps there is nothing to compare, and all of them are kept.
 
     Args:
-      fixed, moving: (*space, 1), values of about 0 to 1, sides even.
+      fixed, moving: (*space, 1), with values of about 0 to 1. The sides are even.
       u: (*space, n) displacement to start from, in voxels.
-      weights: (fixed, moving), (*space, 1) each, 0 where an image does not count; None where all of both does.
+      steps: largest number of iterations.
+      weights: (fixed, moving), (*space, 1) each, 0 where an image does not count. None if every voxel of both counts.
       force: a name of `FORCES`.
 
     Returns:
-      The displacement (*space, n), `unfolded`.
+      The displacement (*space, n), in voxels, after `unfolded`.
     """
     found = _by(force, fixed, moving, weights, u, iterations=(steps,))
     if steps >= 2 * PATIENCE:
@@ -79,7 +84,11 @@ def _by(name, fixed, moving, weights=None, u=None, **changes):
 
 
 def weighted(features, weights, force):
-    """Features (*space, C) of both images and a force, as `demons` takes them, with weights as `refine` takes them."""
+    """The images and the force that `demons` takes, from features (*space, C) of both images and their weights.
+
+    The weights, in the form that `refine` takes, become the last channel of each image, and the force is `masked`.
+    Without weights, the features and the force are returned unchanged.
+    """
     if weights is None:
         return features, force
     return tuple(jnp.concatenate(pair, -1) for pair in zip(features, weights, strict=True)), masked(force)

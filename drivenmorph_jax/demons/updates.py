@@ -1,8 +1,6 @@
-"""The Demons algorithm as plain functions: force -> smooth -> exponentiate -> update, coarse to fine.
+"""Updates of a transform by a velocity: compositional, its inverse, log-domain and symmetric log-domain.
 
-The forces are in `forces.py`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
-
-References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
+Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
 """
 
 from drivenmorph_jax.fields.grid import difference
@@ -12,37 +10,53 @@ from drivenmorph_jax.fields.warp import compose
 
 
 def lie_bracket(v, u):
-    """[v, u] = Dv u - Du v of velocities (..., D, H, W, 3), in voxels."""
+    """The Lie bracket [v, u] = Dv u - Du v of velocities (..., D, H, W, 3), in voxels."""
     dims = v.shape[-1]
     return sum(difference(v, axis, dims) * u[..., axis, None] - difference(u, axis, dims) * v[..., axis, None]
                for axis in range(dims))
 
 
 def bch(v, u):
-    """Velocity Z of exp(v) o exp(u) to third order: v + u + [v, u]/2 + [v, [v, u]]/12 (Baker-Campbell-Hausdorff)."""
+    """The velocity Z of exp(v) o exp(u), by the Baker-Campbell-Hausdorff formula to third order.
+
+      Z(v, u) = v + u + [v, u] / 2 + [v, [v, u]] / 12
+
+    Velocities are (..., D, H, W, 3), in voxels.
+    """
     bracket = lie_bracket(v, u)
     return v + u + bracket / 2 + lie_bracket(v, bracket) / 12
 
 
 def compositional_update(u, delta, steps=4):
-    """phi <- phi o exp(delta): displacements and velocity (..., D, H, W, 3) in voxels."""
+    """The compositional update phi <- phi o exp(delta), phi = id + u.
+
+    The displacement u and the velocity delta are (..., D, H, W, 3), in voxels. The exponential takes `steps` squarings.
+    """
     return compose(u, exponential(delta, steps))
 
 
 def inverse_update(u_inverse, delta, steps=4):
-    """phi^-1 <- exp(-delta) o phi^-1, the inverse of `compositional_update` at the same cost."""
+    """The update of the inverse, phi^-1 <- exp(-delta) o phi^-1.
+
+    The result is the inverse of that of `compositional_update`. The cost is the same.
+    """
     return compose(exponential(-delta, steps), u_inverse)
 
 
 def log_update(v, delta, sigma):
-    """v <- K_diff * Z(v, delta): the log-domain update, whose transform is exp(v) and inverse exp(-v)."""
+    """The log-domain update v <- K_diff * Z(v, delta), Z as in `bch`.
+
+    The transform is exp(v) and its inverse exp(-v). K_diff is a Gaussian of `sigma` voxels.
+    """
     return gaussian_smooth(bch(v, delta), sigma, v.shape[-1])
 
 
 def symmetric_log_update(v, delta, delta_back, sigma):
-    """v <- K_diff * (Z(v, delta) - Z(-v, delta_back)) / 2, with `delta_back` the update that exp(-v) asks for.
+    """The symmetric log-domain update v <- K_diff * (Z(v, delta) - Z(-v, delta_back)) / 2, Z as in `bch`.
 
-    Swapping the two images changes the sign of v, to the last bit but for rounding: the inverse is the same result.
+    `delta` is the update of exp(v), from the moving to the fixed image. `delta_back` is the update of exp(-v), with the
+    two images swapped. K_diff is a Gaussian of `sigma` voxels. Swapping the images only changes the sign of v, up to
+    rounding: the result is then the inverse.
 
     Reference: Vercauteren et al., "Symmetric log-domain diffeomorphic registration: a demons-based approach", 2008.
     """
