@@ -1,9 +1,9 @@
-"""What differs between CPU, GPU and TPU.
+"""The differences between CPU, GPU and TPU.
 
-Every operation is defined once, in the room that uses it, as its formula. The modules here hold forms of it that are
-fast on one device, and one table an operation, `FORMS`: {device: form}. `chosen` takes the form of the device that
-programs are compiled for; a device that no table names gets the definition. Tests compare every form with the
-definition, its derivatives too (`tests/test_backends.py`).
+Every operation is defined once, as its formula, in the room that uses it. The modules here hold implementations of such
+definitions that are fast on one device. Each operation has one table, `FORMS`: {device: implementation}. `chosen` takes
+the implementation for the device that programs are compiled for. A device that is not in the table gets the definition.
+Tests compare every implementation and its derivatives with the definition (`tests/test_backends.py`).
 """
 
 from contextlib import contextmanager
@@ -14,14 +14,20 @@ _asked_for = None
 
 
 def current():
-    """The device that programs are compiled for: "cpu", "gpu" or "tpu". Nothing else in the package asks JAX for it."""
+    """The device that programs are compiled for: "cpu", "gpu" or "tpu".
+
+    This is the only place in the package that asks JAX for its backend.
+    """
     return _asked_for or jax.default_backend()
 
 
 @contextmanager
 def compiling_for(backend):
-    """Within the block, programs are traced for `backend`, which need not be here: to compile ahead of time, or to run
-    the form of one device on another. JAX forgets what it has traced, when the block begins and when it ends."""
+    """Within the block, programs are traced for the device `backend`, which this machine need not have.
+
+    This serves to compile ahead of time, or to run the implementation for one device on another. JAX drops the programs
+    that it has traced when the block begins and when it ends.
+    """
     global _asked_for
     before, _asked_for = _asked_for, backend
     jax.clear_caches()
@@ -33,5 +39,6 @@ def compiling_for(backend):
 
 
 def chosen(forms, definition):
-    """The form of the current device, of a table {device: form}; the definition where the table has none."""
+    """The implementation for the current device from a table {device: implementation}; `definition` where it has
+    none."""
     return forms.get(current(), definition)

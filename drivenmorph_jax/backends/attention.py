@@ -1,4 +1,4 @@
-"""`network.attention.neighbours_attended` on each device."""
+"""Implementations of `network.attention.neighbours_attended` for each device."""
 
 from functools import partial, reduce
 from itertools import product
@@ -11,8 +11,11 @@ from drivenmorph_jax.backends.fusion import alone
 
 
 def _gathered(queries, keys, values, radius):
-    """All shifts side by side, for GPU, where the hundreds of small kernels of a loop take longer to start than to run.
-    What is gathered lies in no memory, but is summed as it comes: in the backward pass too, which is written out."""
+    """For GPU: all shifts at once. The hundreds of small kernels of a loop take longer to start than to run.
+
+    The gathered values are summed as they are read and never stored in memory. The backward pass is written out so that
+    it does the same.
+    """
     pad = [(0, 0)] + [(radius, radius)] * 3 + [(0, 0)] * 2
     return _side_by_side(queries, *(jnp.pad(x, pad, mode="edge") for x in (keys, values)))
 
@@ -23,16 +26,17 @@ def _side_by_side(queries, keys, values):
 
 
 def _shifts(queries, keys):
-    """Of the padded keys against the queries (K, 3), and the same from the voxel itself."""
+    """(shifts into the padded keys (K, 3), the same shifts relative to the voxel itself (K, 3))."""
     size = keys.shape[1] - queries.shape[1] + 1
     shifts = np.array(list(product(range(size), repeat=3)))
     return shifts, shifts - size // 2
 
 
 def _near(x, space, shifts, own=False):
-    """x (B, D, H, W, ...) at p + shift for each voxel p of a grid of `space`: (B, *space, K, ...), zero where outside.
+    """x (B, D, H, W, ...) at p + shift, for every voxel p of a grid of `space`: (B, *space, K, ...), zero outside the
+    grid.
 
-    With `own` every shift has an x of its own: x (B, D, H, W, K, ...).
+    With `own`, x has its own values for every shift: x (B, D, H, W, K, ...).
     """
     index, inside = 0, True
     for axis, n in enumerate(x.shape[1:4]):
@@ -70,17 +74,18 @@ _side_by_side.defvjp(_side_by_side_forward, _side_by_side_backward)
 
 
 def _along_planes(queries, keys, values, radius):
-    """One plane of shifts after the other, so that memory holds (2r+1)^2 maps of weights and not (2r+1)^3.
+    """For CPU and TPU: one plane of shifts after the other. Memory holds (2r+1)^2 maps of weights instead of (2r+1)^3.
 
-    The last axis is a padded plane of voxels, within which a shift is a slice, and channels come before it: sums over a
-    short last axis do not vectorise on CPU, and a TPU keeps 128 values of that axis side by side, used or not.
+    The last axis of the arrays is a padded plane of voxels, within which a shift is a slice. The channels come before
+    it: on CPU, sums over a short last axis do not vectorise; a TPU stores the last axis in rows of 128 values, used or
+    not.
     """
     space, r = queries.shape[1:4], radius
     wide = [n + 2 * r for n in space[1:]]
     reach = r * wide[1] + r
 
     def planes(x, first, mode, more):
-        """(B, D, H, W, heads, C) -> (B, heads, C, D, voxels of a plane), `first` planes and `more` voxels about it."""
+        """(B, D, H, W, heads, C) -> (B, heads, C, D, voxels of a plane), padded by `first` planes and `more` voxels."""
         x = jnp.pad(jnp.moveaxis(x, (4, 5), (1, 2)), [(0, 0)] * 3 + [(first, first), (r, r), (r, r)], mode=mode)
         return _extended(x.reshape(*x.shape[:4], -1), more)
 
@@ -102,8 +107,12 @@ def _from(x, start, like):
 
 
 def _dot(x, y, start):
-    """Of x (B, heads, C, D, P) and the slice of y that begins at voxel `start`: (B, heads, 1, D, P). Each channel is a
-    term, since XLA on CPU is far slower at a reduction; `slice`, not an index: it is traced in a third of the time."""
+    """Sum over the channels of x (B, heads, C, D, P) times the slice of y that begins at voxel `start`: (B, heads, 1,
+    D, P).
+
+    The sum is written term by term, since XLA on CPU is far slower at a reduction. It takes a `slice` instead of an
+    index, since a slice is traced in a third of the time.
+    """
     *space, voxels = x.shape[:2] + (1,) + x.shape[3:]
     return sum(jax.lax.slice_in_dim(x, c, c + 1, axis=2)
                * jax.lax.slice(y, (0, 0, c, 0, start), (*space[:2], c + 1, space[3], start + voxels))
@@ -111,18 +120,20 @@ def _dot(x, y, start):
 
 
 def _shifts_in_plane(radius, row):
-    """(Where the slice of a plane padded by the reach starts, its shift y, its shift z): `row` voxels to a row."""
+    """[(start of the shift's slice in a plane padded by the reach, shift y, shift z)]; a row of the plane has `row`
+    voxels."""
     return [((radius + y) * row + radius + z, y, z) for y, z in product(range(-radius, radius + 1), repeat=2)]
 
 
-# The backward pass is written out so that the keys and values, too, get theirs as sums of slices: autodiff's are sums
-# of padded arrays, each of which a TPU writes to memory. In both, weights are made alone: once for all channels.
+# The backward pass is written out, so that the gradients of keys and values are sums of slices, too. Those of automatic
+# differentiation are sums of padded arrays, each of which a TPU writes to memory. Both passes compute the weights by
+# `alone`, so that they are computed once for all channels.
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _planes(q, k, v, radius, row):
-    """The sums over all shifts of w = exp(q . k - m), of w v, and of w times each component of the shift.
+    """The sums over all shifts of w, of w v, and of w times each component of the shift, where w = exp(q . k - m).
 
-    m is the largest logit q . k of the voxel, so no sum can overflow or vanish. It has no derivative: it cancels in the
-    quotients that the caller takes.
+    m is the largest logit q . k of the voxel, so no sum can overflow or vanish. m needs no derivative, since it cancels
+    in the quotients that the caller takes.
     """
     return _planes_forward(q, k, v, radius, row)[0]
 
@@ -131,7 +142,7 @@ def _planes_forward(q, k, v, radius, row):
     shifts = _shifts_in_plane(radius, row)
 
     def weigh(q, near_k, highest):
-        """The largest logit of every voxel so far, and the weights of this plane's shifts relative to it."""
+        """The largest logit of every voxel so far, and the weights of this plane's shifts relative to that logit."""
         logits = [_dot(q, near_k, start) for start, *_ in shifts]
         highest = reduce(jnp.maximum, logits, highest)
         return highest, [jnp.exp(x - highest) for x in logits]

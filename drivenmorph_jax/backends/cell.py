@@ -1,13 +1,15 @@
-"""The cell of a grid in which a sample lies: its corners, and their weights."""
+"""The cell of the grid in which a sample lies: its corners and their weights."""
 
 import jax
 import jax.numpy as jnp
 
 
 def cell(shape, u, first=0):
-    """Lower corner, fraction within the cell, and whether the sample is inside: a triple of (X, Y, Z) each.
+    """Of every sample x + u(x): the lower corner of its cell, its fraction within the cell, and whether it is inside
+    the grid.
 
-    `first` is the coordinate along the second axis at which u begins.
+    Each of the three is a list over the axes of arrays (X, Y, Z). `first` is the coordinate along the second axis at
+    which u begins.
     """
     low, fraction, inside = [], [], []
     for axis, n in enumerate(shape):
@@ -23,7 +25,8 @@ def cell(shape, u, first=0):
 
 
 def corner(shape, low, fraction, k):
-    """Corner k of the cell: its flat index, its weights along the axes, the signs of the weights' derivatives."""
+    """Corner k of the cell: its flat index, its weights along the axes, and the signs of the derivatives of these
+    weights."""
     sides, index = [k >> axis & 1 for axis in reversed(range(len(shape)))], 0
     for n, x, side in zip(shape, low, sides, strict=True):
         index = index * n + x + side

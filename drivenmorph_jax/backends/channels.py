@@ -1,4 +1,4 @@
-"""Sums and maps over the last axis, the channels."""
+"""Sums and maps over the channels, the last axis."""
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +7,24 @@ from drivenmorph_jax.backends import chosen, current
 
 
 def summed(products, arrays):
-    """[product.sum(-1) for product in products(*arrays)], of arrays (*space, C) -> (*space).
+    """[product.sum(-1) for product in products(*arrays)], for arrays (*space, C): a list of (*space).
 
-    Floor: the arrays are read once.
+    Lower bound of its memory traffic: every array is read once.
     """
     return chosen(FORMS, _in_one_kernel)(products, arrays)
 
 
 def _in_one_kernel(products, arrays):
-    """A few kernels. On GPU those of a loop take longer to start than to run."""
+    """All channels at once, in a few kernels. On GPU, the kernels of a loop take longer to start than to run."""
     return [product.sum(-1) for product in products(*arrays)]
 
 
 def _one_by_one(products, arrays):
-    """One channel after the other: short trailing axes do not vectorise on CPU, and the products of all channels are
-    many more maps to write and read."""
+    """One channel after the other.
+
+    On CPU, short trailing axes do not vectorise. The products of all channels at once would also be many more maps to
+    write and to read.
+    """
     def add(sums, channel):
         return [total + product[..., 0] for total, product in zip(sums, products(*channel), strict=True)], None
 
@@ -34,7 +37,7 @@ FORMS = {"cpu": _one_by_one, "gpu": _in_one_kernel, "tpu": _one_by_one}
 
 
 def mapped(f, arrays):
-    """f(*arrays), where f treats every channel by itself: on CPU one channel after the other."""
+    """f(*arrays), where f treats every channel separately. On CPU, f runs on one channel after the other."""
     if current() != "cpu":
         return f(*arrays)
     channels = tuple(jnp.moveaxis(x, -1, 0)[..., None] for x in arrays)

@@ -1,8 +1,10 @@
-"""`network.convolution.convolved` on each device: one 2-D convolution of the three depth slices stacked as channels.
+"""Implementations of `network.convolution.convolved` for each device.
 
-XLA on CPU does that 3 to 30 times faster than the 3-D convolution that it is equal to. The compiler for TPU makes that
-one of batches that fill a sixteenth of the memory they take. On GPU it lies in memory as tensor cores want it. Few
-channels are, on CPU, a sum of shifted volumes, and on GPU a convolution of blocks of 2x2 voxels.
+All devices replace the 3-D convolution by an equal 2-D convolution: its channels are those of three depth slices,
+stacked. XLA on CPU runs it 3 to 30 times faster than the 3-D one. On TPU, the compiler turns the 3-D one into batches
+that fill a sixteenth of the memory they take. On GPU, the 2-D one has the layout in memory that tensor cores need.
+
+For few channels, a CPU sums shifted volumes instead, and a GPU convolves blocks of 2x2 voxels.
 """
 
 import itertools
@@ -16,14 +18,17 @@ import numpy as np
 
 from drivenmorph_jax.backends.fusion import alone
 
-FEW = 24  # channels in times channels out, up to which sums of shifted volumes are the fastest on CPU
-TENSOR_CORE = 8  # channels that a GPU's matrix units take at least
-BLOCK = (1, 2, 2)  # voxels that make one of fewer
+FEW = 24  # input channels times output channels, up to which a sum of shifted volumes is fastest on CPU
+TENSOR_CORE = 8  # the fewest channels that the matrix units of a GPU take
+BLOCK = (1, 2, 2)  # with fewer channels, this many voxels become one voxel with the channels of all
 
 
 @jax.custom_vjp
 def _sum_of_shifts(x, kernel):
-    """Channel by channel: 27 I products a value, in float32, each along the last axis of a volume."""
+    """The convolution, one output channel after the other, in float32.
+
+    Every value is a sum of 27 I products, each along the last axis of a volume.
+    """
     (b, *space), channels = x.shape[:4], jnp.moveaxis(x.astype(jnp.float32), -1, 0)
     padded = jnp.pad(channels, ((0, 0), (0, 0), (1, 1), (1, 1), (1, 1)))
     places = list(itertools.product(range(3), range(3), range(3), range(len(padded))))
@@ -34,8 +39,8 @@ def _sum_of_shifts(x, kernel):
                 for *shift, i in places)
         return sum(w * x for w, x in zip(kernel.ravel(), near, strict=True))[0]
 
-    # A loop: XLA would compute whatever made x again for every shift, but not within one; and it compiles one channel.
-    # Alone, since what is made where the loop keeps it is made on one core.
+    # Without a loop, XLA would recompute x for every shift. With a loop it compiles one channel only. `alone`, since
+    # XLA uses one core for what it computes directly in the memory of the loop's result.
     out = jax.lax.map(lambda kernel: alone(channel, kernel, padded), jnp.moveaxis(kernel, -1, 0))
     return jnp.moveaxis(out, 0, -1).astype(x.dtype)
 
@@ -54,15 +59,18 @@ _sum_of_shifts.defvjp(_sum_of_shifts_forward, _sum_of_shifts_backward)
 
 
 def _blocked(x, kernel):
-    """The same on blocks of voxels, those of one side by side: four times the products, but of a width that matrix
-    units work with."""
+    """The convolution of blocks of voxels, with the channels of all voxels of a block side by side.
+
+    This takes four times the products, but as many channels as the matrix units of a GPU need.
+    """
     b, *space, c = x.shape
     x = jnp.pad(x, [(0, 0)] + [(0, -n % k) for n, k in zip(space, BLOCK, strict=True)] + [(0, 0)])
     shape = [n // k for n, k in zip(x.shape[1:4], BLOCK, strict=True)]
     x = x.reshape(b, *(n for pair in zip(shape, BLOCK, strict=True) for n in pair), c)
     x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, *shape, -1)
     for axis, k in enumerate(BLOCK):
-        # Voxel p of a block sees voxel q of the block s - 1 further through entry q + k (s - 1) - p + 1 of the kernel.
+        # Output voxel p of a block takes input voxel q of the block at offset s - 1, weighted by entry
+        # q + k (s - 1) - p + 1 of the kernel.
         s, q, p = np.ogrid[:3, :k, :k]
         place = (q + k * (s - 1) - p + 1)[..., None] == np.arange(3)
         kernel = jnp.moveaxis(jnp.tensordot(place.astype(kernel.dtype), kernel, (3, 3 * axis), precision="highest"),
@@ -74,7 +82,7 @@ def _blocked(x, kernel):
 
 
 def _stacked(x, kernel, stride=1, convolve=None):
-    """The 3-D convolution as the 2-D one `convolve` of slices, by default XLA's own."""
+    """The 3-D convolution as a 2-D convolution of stacked slices: by `convolve`, by default XLA's."""
     b, d, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
     slices = jnp.concatenate([padded[:, i:i + d:stride] for i in range(3)], axis=-1)
@@ -98,8 +106,8 @@ def _planewise_forward(x, kernel):
 
 
 def _planewise_backward(residuals, g):
-    # The order of the axes is written out: in a loop XLA on CPU leaves them to the convolution, which is then some
-    # forty times slower.
+    # The transposes are written out. Within a loop, XLA on CPU leaves the order of the axes to the convolution, which
+    # is then about forty times slower.
     x, kernel = residuals
     of_kernel = _convolve(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)).transpose(1, 2, 0, 3)
     return _convolve(g, jnp.swapaxes(kernel[::-1, ::-1], 2, 3)), of_kernel

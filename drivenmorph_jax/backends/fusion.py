@@ -1,4 +1,4 @@
-"""What XLA may and may not fuse."""
+"""Limits on what XLA fuses."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from drivenmorph_jax.backends import current
 
 
 def alone(f, *args):
-    """f(*args), on CPU a computation of its own: XLA fuses it neither with what makes `args` nor with what reads it.
+    """f(*args). On CPU, XLA fuses f neither with the computation of `args` nor with the use of its result.
 
-    XLA on CPU computes an array anew for every element that reads it, where it can: eight times for the corners of a
-    gather, 27 times for as many shifts. It looks into loops as well, but not into branches. So this is a branch, taken
-    for a reason that the compiler does not see. Elsewhere it is f(*args).
+    Where it can, XLA on CPU recomputes an array for every element that reads it: eight times for the corners of a
+    gather, 27 times for as many shifts. It fuses across loops as well, but not across branches. So on CPU, f is one
+    branch of a condition whose value is hidden from the compiler. On other devices this is plain f(*args).
     """
     if current() != "cpu":
         return f(*args)
@@ -25,7 +25,9 @@ def alone(f, *args):
 
 
 def apart(x):
-    """x; on GPU x and its cotangent are written to memory. XLA on GPU would compute what leads to them within the
-    transposes around a convolution, three times for its slices, or within the sum for a bias; each of these is fast
-    only by itself."""
+    """x; on GPU, x and its cotangent are written to memory.
+
+    Without this, XLA on GPU fuses the computation of x into the transposes around a convolution, three times for its
+    three slices, or into the sum for a bias. Each of these operations is fast only when it is not fused.
+    """
     return jax.lax.optimization_barrier(x) if current() == "gpu" else x

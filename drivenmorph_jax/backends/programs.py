@@ -1,33 +1,39 @@
-"""How programs are compiled and run on each device."""
+"""Options and numbers by which programs are compiled and run on each device."""
 
 from drivenmorph_jax.backends import current
 
-# CPU: a lower effort of LLVM, which takes three quarters of the time and makes code that runs as fast. GPU: no search
-# for the best of many kernels for each of the small matrix products.
+# CPU: a lower optimisation level of LLVM. It takes three quarters of the time, and its code runs as fast. GPU: no
+# search for the best of many kernels for each of the small matrix products.
 OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 def compiler_options():
-    """Options for `jax.jit` with which programs compile sooner on the current device."""
+    """Options for `jax.jit` that make programs compile faster on the current device."""
     return OPTIONS.get(current(), {})
 
 
 def device_memory(compiled):
-    """Bytes that a compiled program takes of each device; arguments that it may overwrite count once."""
+    """Bytes of every device's memory that a compiled program takes. Arguments that it may overwrite count once."""
     memory = compiled.memory_analysis()
-    if current() == "tpu":  # its sum of temporary arrays counts places that are used twice
+    if current() == "tpu":  # its sum of temporary arrays counts memory twice that is reused
         return memory.peak_memory_in_bytes
     return (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
             - memory.alias_size_in_bytes)
 
 
 def unrolled(length):
-    """How many of `length` steps of a loop are written out. All on GPU, where a loop copies what it keeps for its
-    backward pass once more; one elsewhere, so that the step is compiled once."""
+    """How many of the `length` steps of a loop are unrolled.
+
+    On GPU all are: a loop would copy the values kept for its backward pass once more. Elsewhere one is, so that the
+    step is compiled once.
+    """
     return length if current() == "gpu" else 1
 
 
 def pairs_ahead():
-    """Pairs that are computed while the caller works on the last one. None on CPU, which would have to do both at once:
-    the seconds of a pair would then tell of both."""
+    """How many pairs are computed while the caller works on the last one.
+
+    It is 0 on CPU, which would compute both on the same cores: the seconds of a pair would then include the caller's
+    work.
+    """
     return 0 if current() == "cpu" else 1

@@ -1,4 +1,4 @@
-"""`fields.warp.trilinear` on CPU and GPU: one gather a corner, all channels at once."""
+"""`fields.warp.trilinear` on CPU and GPU: one gather for each corner, of all channels at once."""
 
 import math
 from functools import partial
@@ -12,18 +12,19 @@ from drivenmorph_jax.backends.fusion import alone
 
 
 def _gathering(scalar_rows, loop):
-    """The form (image, u, near) of one device.
+    """The implementation (image, u, near) -> samples for one device.
 
     Args:
-      scalar_rows: an image of one channel is gathered as scalars: XLA on CPU is slow to gather rows of one value.
-      loop: the backward pass adds one corner after the other in a loop, since on CPU what each corner adds is as large
-        as the result; else in one kernel each.
+      scalar_rows: gather an image of one channel as scalars, since XLA on CPU is slow to gather rows of one value.
+      loop: add the corners one after the other in a loop in the backward pass, since on CPU the contribution of a
+        corner
+        takes as much memory as the result. Otherwise every corner is a kernel of its own.
     """
     gather = partial(_gathered_corners, scalar_rows=scalar_rows)
     scatter = partial(_scattered_corners, loop=loop)
 
-    # The backward pass is written out: autodiff's would scatter for every corner and read the image again for every
-    # axis.
+    # The backward pass is written out. Automatic differentiation would scatter into an array of its own for every
+    # corner, and read the image again for every axis.
     @jax.custom_vjp
     def gathered(image, u):
         return alone(gather, image, u)
@@ -57,7 +58,7 @@ def _scattered_corners(image, u, g, loop):
                     for axis, (total, sign) in enumerate(zip(g_u, signs, strict=True)))
         return g_flat.at[index].add(math.prod(weights)[..., None] * g, mode="drop"), g_u
 
-    # Added up in float32: bfloat16 would lose what is small, and GPUs add it at half the rate.
+    # The sum runs in float32: bfloat16 would lose small values, and GPUs add bfloat16 at half the rate.
     state = jnp.zeros(flat.shape, jnp.float32), (jnp.zeros(u.shape[:-1], u.dtype),) * u.shape[-1]
     if loop:
         state = jax.lax.fori_loop(0, 2**u.shape[-1], add, state)

@@ -1,7 +1,8 @@
-"""`fields.warp.trilinear` on TPU, where a gather moves a tile of 8 x 128 values for every sample, whatever it takes.
+"""`fields.warp.trilinear` on TPU.
 
-A displacement of at most one voxel is a sum of shifted slices. Any other gathers whole rows: a table whose rows hold
-all corners of a cell, so that a sample is one gather of one row.
+On TPU, a gather moves a tile of 8 x 128 values for every sample, however few of them the sample needs. A displacement
+of at most one voxel needs no gather: it is a sum of shifted slices. Any other displacement gathers one row of a table
+for every sample. A row of the table holds all corners of a cell.
 """
 
 import itertools
@@ -16,19 +17,24 @@ from drivenmorph_jax.backends.cell import cell
 
 
 def warped(image, u, near=False):
-    """Samples of image (*space, C) at x + u(x); `near` promises that u moves nothing by more than a voxel."""
+    """Samples of image (*space, C) at x + u(x). `near` promises that |u_a| <= 1 voxel along every axis a."""
     if near:
         return _of_slices(image, u)
     at_once = LANES >> u.shape[-1]
     return jnp.concatenate([_rows(image[..., k:k + at_once], u) for k in range(0, image.shape[-1], at_once)], -1)
+
 
 SHIFTS = -1, 0, 1
 
 
 @jax.custom_vjp
 def _of_slices(image, u):
-    """out(x) = sum over k in {-1, 0, 1}^n of image(x + k) prod_a max(0, 1 - |u_a(x) - k_a|), for |u_a| <= 1: no
-    gather, and its adjoint is no scatter."""
+    """Samples of the image at x + u(x), where |u_a| <= 1 voxel along every axis a.
+
+      out(x) = sum over k in {-1, 0, 1}^n of image(x + k) prod_a max(0, 1 - |u_a(x) - k_a|)
+
+    It takes no gather, and its adjoint takes no scatter.
+    """
     padded, weights, space = _edge_padded(image), _hats(u), image.shape[:-1]
     return sum(math.prod(weights[axis][k] for axis, k in enumerate(shift)).astype(image.dtype)[..., None]
                * padded[tuple(slice(1 + k, 1 + k + n) for k, n in zip(shift, space, strict=True))]
@@ -40,7 +46,7 @@ def _edge_padded(image):
 
 
 def _hats(u):
-    """[{k: weight of the shift k}] of each axis."""
+    """[{k: weight of the shift k}], one for each axis."""
     return [{k: jnp.maximum(0, 1 - jnp.abs(u[..., axis] - k)) for k in SHIFTS} for axis in range(u.shape[-1])]
 
 
@@ -49,8 +55,11 @@ def _of_slices_forward(image, u):
 
 
 def _of_slices_backward(residuals, g):
-    """The image gets a sum of slices as well. Autodiff's would be one of padded arrays, each of which the compiler for
-    TPU writes to memory, at twice the traffic."""
+    """The gradient of the image is a sum of slices as well.
+
+    That of automatic differentiation is a sum of padded arrays, each of which the compiler for TPU writes to memory.
+    Its traffic is twice as large.
+    """
     image, u = residuals
     space = image.shape[:-1]
     wide = jax.tree.map(lambda x: jnp.pad(x, [(2, 2)] * len(space) + [(0, 0)] * (x.ndim - len(space))), (_hats(u), g))
@@ -67,14 +76,16 @@ def _of_slices_backward(residuals, g):
 
 _of_slices.defvjp(_of_slices_forward, _of_slices_backward)
 
-SAMPLED = "sampled"  # the name of what a TPU gathered: too dear to gather again where activations are computed again
-LANES = 128  # values that lie side by side in a TPU's memory: up to here one gather costs the same
+# The name of the values that a TPU gathered. Rematerialisation keeps them, since gathering them again costs too much.
+SAMPLED = "sampled"
+LANES = 128  # values that lie side by side in a TPU's memory: a gather of fewer costs the same
 
 
 def _table(image):
-    """(rows, LANES): a row holds both sides of a cell along every axis but the last, and two blocks along that.
+    """The table of an image: (rows, LANES).
 
-    Rows begin with every block, so both corners along the last axis lie in one. Beyond the edge are zeros.
+    A row holds both sides of a cell along every axis but the last, and two blocks of voxels along the last axis. A row
+    begins at every block, so both corners along the last axis lie in one row. Beyond the edge, the table holds zeros.
     """
     *space, channels = image.shape
     block = _block(image.shape)
@@ -88,12 +99,13 @@ def _table(image):
 
 
 def _block(shape):
-    """Voxels of a block along the last axis, of which a row of the table of an image (..., C) holds two."""
+    """Voxels of a block along the last axis, for the table of an image (..., C). A row of the table holds two
+    blocks."""
     return (LANES >> len(shape) - 1) // shape[-1]
 
 
 def _row(shape, u, first):
-    """The row of the table in which each sample finds its cell."""
+    """The row of the table that holds the cell of each sample."""
     low, _, _ = cell(shape[:-1], u, first)
     *low, last = low
     index = 0
@@ -104,10 +116,11 @@ def _row(shape, u, first):
 
 
 def _combined(rows, shape, channels, u, first):
-    """Rows (..., LANES) that the samples gathered -> their values (..., C), each the sum of its parts."""
+    """Gathered rows (..., LANES) -> values of the samples (..., C), where each value is the sum of its `_parts`."""
     block, dims = _block(shape), u.shape[-1]
     low, fraction, inside = cell(shape[:-1], u, first)
-    # As in `_warp`: the derivative is that of u wherever the sample is inside, where `clip` halves it at the edge.
+    # As in `backends.warp`, the derivative with respect to u is kept wherever the sample is inside the grid. `clip`
+    # would halve it at the edge.
     fixed = jax.lax.stop_gradient
     fraction = [fixed(f) + jnp.where(m, x - fixed(x), 0)
                 for f, m, x in zip(fraction, inside, jnp.moveaxis(u, -1, 0), strict=True)]
@@ -122,8 +135,11 @@ def _combined(rows, shape, channels, u, first):
 
 
 def _parts(image):
-    """A float32 image as three of bfloat16 that add up to it, side by side (..., 3 C), since a tile of those is half as
-    large; any other as it is. `reduce_precision`, since XLA would take a conversion back and forth for none."""
+    """A float32 image as three bfloat16 images that add up to it, side by side (..., 3 C); any other image unchanged.
+
+    A tile of bfloat16 values is half as large. `reduce_precision` rounds the parts, since XLA would remove a conversion
+    to bfloat16 and back.
+    """
     if image.dtype != jnp.float32 or 3 * image.shape[-1] << image.ndim - 1 > LANES:
         return image
     parts = []
@@ -133,21 +149,21 @@ def _parts(image):
     return jnp.concatenate(parts, -1).astype(jnp.bfloat16)
 
 
-# A slice of u at a time: what its samples gather is LANES values for each. Along the second axis, since the first may
-# be split over devices, and each of them would be sent all of u for every slice.
+# One slice of u is sampled at a time, since every sample gathers LANES values. The slices lie along the second axis:
+# the first may be split over devices, and every device would then receive all of u for every slice.
 @jax.custom_vjp
 def _rows(image, u):
-    """Samples with all corners of a cell in one row, so that a sample is one gather of one row."""
+    """Samples of the image at x + u(x): one gather of one row, which holds all corners of the cell, for each sample."""
     return _rows_by(lambda values, u: values(u), image, u)
 
 
 def _slices(x):
-    """(X, Y, ...) -> (Y, X, 1, ...)."""
+    """(X, Y, ...) -> (Y, X, 1, ...): the slices along the second axis."""
     return jnp.moveaxis(x, 1, 0)[:, :, None]
 
 
 def _rows_by(f, image, u):
-    """f(values of the samples as a function of u, u) for each slice of u, put together again."""
+    """f(function from u to the values of the samples, u) for every slice of u, joined along the second axis."""
     parts = _parts(image)
     table = _table(parts)
 
@@ -161,7 +177,7 @@ def _rows_by(f, image, u):
 
 
 def _rows_forward(image, u):
-    """With the slopes of the samples along every axis, so that the backward pass has nothing to gather."""
+    """Also computes the slopes of the samples along every axis, so that the backward pass gathers nothing."""
     def both(values, u):
         value, slope = jax.linearize(values, u)
         return value, [slope(jnp.broadcast_to(axis, u.shape)) for axis in np.eye(u.shape[-1], dtype=u.dtype)]
@@ -181,7 +197,7 @@ def _rows_backward(residuals, g):
                                       jax.ShapeDtypeStruct((*index.shape, LANES), table.dtype))
         return g_table.at[index].add(spread(g)[0].astype(jnp.float32), mode="drop"), None
 
-    # Added up in float32, as on CPU.
+    # The sum runs in float32, as on CPU.
     g_table, _ = jax.lax.scan(part, jnp.zeros(table.shape), (jnp.arange(u.shape[1]), _slices(u), _slices(g)))
     g_table = g_table.astype(table.dtype)
     g_u = jnp.stack([(slope * g).sum(-1).astype(u.dtype) for slope in slopes], -1)
