@@ -1,7 +1,9 @@
-"""What one image is smoothly brighter than the other, by their scanners' coils, taken from both in equal parts.
+"""Bias: the smooth difference in brightness between two images. It is estimated, and half is removed from each image.
+
+The coils of the scanners cause this difference.
 
 Reference: Lewis and Fox, "Correction of differential intensity inhomogeneity in longitudinal MR images", NeuroImage,
-  2004, who estimate the same quotient by a median filter.
+  2004. They estimate the same quotient by a median filter.
 """
 
 import jax.numpy as jnp
@@ -10,17 +12,24 @@ from drivenmorph_jax.fields.grid import average_pool, resize
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 
 SIGMA = 1.25  # cells
-MEAN_FLOOR = 0.01  # of a mean: a cell that neither brain reaches says nothing
+MEAN_FLOOR = 0.01  # added to every mean, so that r is 0 in cells that neither brain reaches
 
 
 def differential_bias(fixed, moving, cell, weights=None):
-    """r = log (G * w F) / (G * w M), w = 1 where neither image is background: (B, D, H, W, 1).
+    """The logarithm r of the smooth quotient of two images.
+
+      r = log (G * w F) / (G * w M)
+
+    w is 1 where neither image is background, else 0. G takes means over cells of `cell`^3 voxels, smooths them by a
+    Gaussian of `SIGMA` cells, and interpolates r linearly between the centres of the cells.
 
     Args:
-      fixed, moving: (B, D, H, W, 1) in [0, 1], background 0, roughly aligned.
-      cell: voxels; G is a mean over cells of `cell`^3 voxels and a Gaussian of `SIGMA` cells, linear between their
-        centres. Every side is a multiple of it.
+      fixed, moving: (B, D, H, W, 1) in [0, 1], with background 0, roughly aligned.
+      cell: side of a cell in voxels. Every side of the images is a multiple of it.
       weights: (B, D, H, W, 2), 0 where the fixed or the moving image does not count.
+
+    Returns:
+      r (B, D, H, W, 1).
     """
     w = (fixed > 0) & (moving > 0)
     if weights is not None:
@@ -31,6 +40,9 @@ def differential_bias(fixed, moving, cell, weights=None):
 
 
 def balanced(fixed, moving, cell, weights=None):
-    """F exp(-r/2) and M exp(r/2), at most 1, of the r of `differential_bias`: equally bright wherever one looks."""
+    """F exp(-r/2) and M exp(r/2), clipped to at most 1, with r and the arguments of `differential_bias`.
+
+    The two results have the same local brightness.
+    """
     r = differential_bias(fixed, moving, cell, weights)
     return jnp.minimum(fixed * jnp.exp(-r / 2), 1), jnp.minimum(moving * jnp.exp(r / 2), 1)

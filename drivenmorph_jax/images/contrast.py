@@ -1,8 +1,8 @@
-"""Two images of different contrast: the moving one takes the values of the fixed one, as far as it is registered.
+"""Matching of contrast: the values of the moving image are replaced by values of the fixed image.
 
-Voxel by voxel, m is replaced by E[F | M o phi = m], the mean that the fixed image has where the warped moving one is m;
-then the images are registered as two of one contrast, and with the better phi it is done again. Images arrive as
-(D, H, W) in [0, 1], their background 0.
+Each value m of the moving image becomes E[F | M o phi = m], the mean of the fixed image where the warped moving image
+is m. The images are then registered as images of one contrast, and the values are matched again with the better phi.
+Images are (D, H, W) in [0, 1], with background 0.
 
 Reference: Guimond, Roche, Ayache, Meunier, "Three-dimensional multimodal brain warping using the demons algorithm and
   adaptive intensity corrections", IEEE Transactions on Medical Imaging, 2001.
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from drivenmorph_jax.fields.warp import warp
 
-BINS, WIDTH = 64, 1.5  # values of the curve; their smoothing, in bins
-PASSES = 3  # registrations, each with the curve that the one before allows
-# 702 pairs of T1 brains, affinely aligned, correlate by .42 and more, one of them inverted by -.45 and less. Images of
-# one contrast that are taken as of two cost time and no accuracy.
+BINS, WIDTH = 64, 1.5  # number of values of the curve; width of their smoothing, in bins
+PASSES = 3  # registrations; each takes its curve from the result of the one before
+# Images whose correlation is below SAME count as images of two contrasts. The correlations of 702 affinely aligned
+# pairs of T1 brains are .42 and more. With one image of each pair inverted they are -.45 and less. Where images of one
+# contrast are taken for two, matching costs time but no accuracy.
 SAME = 0.35
 
 
@@ -26,7 +27,10 @@ def _counted(fixed, moved, weight):
 
 @jax.jit
 def correlation(fixed, moved, weight=None):
-    """Pearson correlation of two images where neither is background; `weight` (D, H, W) counts voxels, 1 if None."""
+    """Pearson correlation of two images over the voxels where neither is background.
+
+    `weight` (D, H, W) weights the voxels; None gives each the weight 1.
+    """
     w = _counted(fixed, moved, weight)
     w = w / jnp.maximum(w.sum(), 1)
     a, b = (x - (w * x).sum() for x in (fixed, moved))
@@ -35,10 +39,10 @@ def correlation(fixed, moved, weight=None):
 
 @jax.jit
 def conditional_mean(fixed, moved, weight=None):
-    """E[fixed | moved = m] at the `BINS` values m from 0 to 1, where neither is background; `weight` as above.
+    """E[fixed | moved = m] at the `BINS` values m from 0 to 1, over the voxels where neither image is background.
 
-    Means of neighbouring values count with (1 + (distance / WIDTH)^2)^-3: a value that hardly occurs gets that of the
-    nearest ones that do.
+    Voxels of neighbouring values count with the weight (1 + (distance / WIDTH)^2)^-3, distance in bins. A value that
+    hardly occurs thus gets the mean of the nearest values that do. `weight` is as in `correlation`.
     """
     w = _counted(fixed, moved, weight)
     place = moved * (BINS - 1)
@@ -56,7 +60,7 @@ def conditional_mean(fixed, moved, weight=None):
 
 @jax.jit
 def recoloured(image, curve):
-    """curve(image), `curve` as `conditional_mean` returns it; background stays 0."""
+    """curve(image), with `curve` (BINS,) as `conditional_mean` returns it. Background stays 0."""
     return jnp.where(image > 0, jnp.interp(image, jnp.linspace(0, 1, len(curve)), curve), 0)
 
 
@@ -69,13 +73,16 @@ def _curve(fixed, moving, u, weights):
 
 
 def matched(register, fixed, moving, weights=None):
-    """The moving image with the fixed one's values, for a method that registers images of one contrast.
+    """The moving image with the values of the fixed image, for a method that registers images of one contrast.
 
     Args:
-      register: function (fixed, moving) -> u (D, H, W, 3) in voxels, called `PASSES` - 1 times: what it returns from
-        the image returned here is the last pass.
-      fixed, moving: (D, H, W).
+      register: function (fixed, moving) -> u (D, H, W, 3) in voxels. It is called `PASSES` - 1 times. The caller runs
+        the last pass, with the image that is returned here.
+      fixed, moving: (D, H, W) in [0, 1], with background 0.
       weights: (fixed, moving), (D, H, W, 1) each, 0 where an image does not count.
+
+    Returns:
+      The moving image (D, H, W) with new values, on its own grid.
     """
     seen = recoloured(moving, _curve(fixed, moving, jnp.zeros((*fixed.shape, 3)), weights))
     for _ in range(PASSES - 1):

@@ -1,19 +1,15 @@
-"""Volumes from NIfTI files, checked; grids to work on; volumes back to NIfTI files.
-
-World coordinates are RAS millimetres throughout. A grid is (shape, affine), and
-world = affine @ (i, j, k, 1).
-"""
+"""Intensities of an image: its foreground and their scaling to [0, 1]."""
 
 import numpy as np
 
 
 def foreground(data):
-    """Voxels above a tenth of the 99th percentile of the positive ones: bool; all where none is positive."""
+    """The voxels above a tenth of the 99th percentile of the positive voxels: bool. If none is positive, all voxels."""
     positive = data[data > 0]
     return data > 0.1 * np.percentile(positive, 99) if positive.size else np.ones(data.shape, bool)
 
 
 def normalise(data):
-    """Intensities to [0, 1]: clip(x / p, 0, 1), p the 99.5th percentile of the foreground; float32."""
+    """Intensities scaled to [0, 1]: clip(x / p, 0, 1), p the 99.5th percentile of the foreground; float32."""
     top = np.percentile(data[foreground(data)], 99.5)
     return np.clip(data / np.float32(top), 0, 1) if top > 0 else np.zeros_like(data)

@@ -1,9 +1,4 @@
-"""The Demons algorithm as plain functions: force -> smooth -> exponentiate -> update, coarse to fine.
-
-The forces are in `forces.py`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
-
-References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
-"""
+"""Masks: interpolation of an image inside a mask, from the voxels around it."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +8,14 @@ from drivenmorph_jax.fields.smooth import gaussian_smooth
 
 @jax.jit
 def fill(x, inside):
-    """x (*space, C) with what lies in the mask `inside` (*space, 1) interpolated from what lies around it.
+    """x with the voxels inside a mask interpolated from the voxels outside. Outside, x is unchanged.
 
-    A Gaussian mean of the surroundings, then Gaussians of falling width within the mask, so that the result is
-    continuous at its edge. Elsewhere x is unchanged.
+    The voxels inside first get a Gaussian mean of the voxels outside. Gaussians of falling width then smooth the
+    inside, so that the result is continuous at the edge of the mask.
+
+    Args:
+      x: (*space, C).
+      inside: (*space, 1), bool, the mask.
     """
     dims, outside = inside.ndim - 1, 1.0 - inside
     around = gaussian_smooth(jnp.concatenate([x * outside, outside], -1), 16.0, dims)

@@ -1,8 +1,4 @@
-"""Volumes from NIfTI files, checked; grids to work on; volumes back to NIfTI files.
-
-World coordinates are RAS millimetres throughout. A grid is (shape, affine), and
-world = affine @ (i, j, k, 1).
-"""
+"""Reading of images and label maps, with checks, from NIfTI and MGH files, nibabel images and arrays."""
 
 import gzip
 import math
@@ -15,18 +11,19 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.volume import Volume, same_grid
 
 MOST_VOXELS = 2**30
-FINEST, COARSEST = 1e-2, 1e2  # mm: what no scan of a brain has, and no grid or blur could be made for
+# Limits of the voxel size in mm. No brain scan lies beyond them, and no working grid or blur could be computed there.
+FINEST, COARSEST = 1e-2, 1e2
 PATHS = (str, os.PathLike)
 
 
 def load_image(source):
-    """A 3-D image as a Volume of float32, from a file, a nibabel image, or an array with voxels of 1 mm.
+    """Read a 3-D image as a Volume of float32, from a file, a nibabel image, or an array with voxels of 1 mm.
 
-    Raises InputError where the file cannot be read, is not one 3-D volume of finite and varying intensity
-    with something above zero, or has no usable geometry.
+    Raises InputError where the file cannot be read or is not one 3-D volume, where its intensities are not finite, do
+    not vary or are nowhere above zero, or where its geometry cannot be used.
     """
     data, image, path = _read_volume(source)
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
+    with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused below
         data = data.astype(np.float32)
     if not np.isfinite(data).all():
         raise InputError(f"{path} has NaN or infinite voxels; replace them, for instance by 0")
@@ -38,16 +35,20 @@ def load_image(source):
 
 
 def load_labels(source, image=None):
-    """A label map as a Volume of int32, from what `load_image` takes; `image`, where given, is the Volume it labels.
+    """Read a label map as a Volume of int32, from any source that `load_image` takes.
 
-    Raises InputError as `load_image` does, and where labels are negative, fractional or all background, or
-    lie on another grid than `image` (affines may differ by 1e-3).
+    Args:
+      source: a file, a nibabel image, or an array with voxels of 1 mm.
+      image: the Volume that is labelled, or None. With it, the grids are compared (affines may differ by 1e-3).
+
+    Raises InputError where the file cannot be read or is not one 3-D volume with a usable geometry, where labels are
+    negative, fractional or all background, or where they lie on another grid than `image`.
     """
     data, source, path = _read_volume(source)
     if not np.isfinite(data).all():
         raise InputError(f"{path} has NaN or infinite voxels; give a label map of whole numbers")
     whole = np.rint(data)
-    if np.abs(data - whole).max() > 1e-3:  # a scaled file misses whole numbers by rounding
+    if np.abs(data - whole).max() > 1e-3:  # a file with a scale factor has whole numbers up to rounding
         raise InputError(f"{path} has fractional values; give a label map of whole numbers, not an image")
     if whole.min() < 0 or float(whole.max()) > np.iinfo(np.int32).max:
         raise InputError(f"{path} has labels below 0 or above {np.iinfo(np.int32).max}; renumber its labels")
@@ -60,10 +61,13 @@ def load_labels(source, image=None):
 
 
 def open_nifti(source):
-    """(nibabel NIfTI image of any dimension, its header checked but its voxels not yet read; what to call it).
+    """Open an image of any number of dimensions. The header is checked; the voxels are not read yet.
 
     Args:
-      source: a NIfTI or MGH file, a nibabel image, or an array, whose voxels count as 1 mm.
+      source: a NIfTI or MGH file, a nibabel image, or an array with voxels of 1 mm.
+
+    Returns:
+      The nibabel NIfTI image, and the name that messages give it.
 
     Raises InputError where the file is missing, damaged, too large or without usable geometry.
     """
@@ -88,7 +92,7 @@ def _opened(source):
         if hasattr(source, "dataobj"):
             return nibabel.Nifti1Image.from_image(source), source.get_filename() or "the image"
         data = np.asarray(source)
-        kept = np.int32 if data.dtype.kind in "biu" else np.float32  # NIfTI has no bool, and few read 64 bits
+        kept = np.int32 if data.dtype.kind in "biu" else np.float32  # NIfTI has no bool; few tools read 64 bits
         return nibabel.Nifti1Image(data.astype(kept), np.eye(4)), "the array"
     path = str(source)
     if not os.path.exists(path):
@@ -97,7 +101,7 @@ def _opened(source):
         raise InputError(f"{path} is a folder; give a NIfTI file (.nii or .nii.gz)")
     try:
         image = nibabel.load(path)
-    except Exception as error:  # damaged bytes make nibabel raise nearly anything
+    except Exception as error:  # damaged bytes make nibabel raise exceptions of nearly any kind
         raise _unreadable(path) from error
     if isinstance(image, nibabel.MGHImage):
         image = nibabel.Nifti1Image.from_image(image)
@@ -109,17 +113,17 @@ def _opened(source):
 def read_voxels(image, path):
     """The voxels of a nibabel image, scaled by its slope and intercept.
 
-    Raises InputError where they are cut short or damaged, or are not real numbers.
+    Raises InputError where the data are cut short or damaged, or are not real numbers.
     """
     if image.get_data_dtype().kind not in "biuf":
         raise InputError(f"{path} holds colour or complex voxels; convert it to one real number a voxel")
     try:
         if path.endswith((".gz", ".mgz")) and nibabel.is_proxy(image.dataobj):
-            with gzip.open(path) as whole:  # only at the end of the file does gzip look at its checksum
+            with gzip.open(path) as whole:  # gzip compares the checksum only at the end of the file
                 while whole.read(2**24):
                     pass
         return np.ascontiguousarray(image.dataobj)
-    except Exception as error:  # gzip, zlib, the memory map and the size check each raise their own
+    except Exception as error:  # gzip, zlib, the memory map and the size check raise different exceptions
         raise _unreadable(path) from error
 
 

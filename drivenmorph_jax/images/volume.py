@@ -1,7 +1,8 @@
-"""Volumes from NIfTI files, checked; grids to work on; volumes back to NIfTI files.
+"""The `Volume`: an image or label map with its grid and header, and its reorientation, resampling and smoothing.
 
-World coordinates are RAS millimetres throughout. A grid is (shape, affine), and
-world = affine @ (i, j, k, 1).
+World coordinates are RAS millimetres. A grid is (shape, affine), and
+
+  world = affine @ (i, j, k, 1)
 """
 
 from dataclasses import dataclass, replace
@@ -28,12 +29,12 @@ class Volume:
 
 
 def same_grid(a, b, tolerance=1e-3):
-    """Whether two Volumes have the same shape, and affines that differ by no more than `tolerance`."""
+    """Whether two Volumes have the same shape, and affines whose entries differ by no more than `tolerance`."""
     return a.data.shape == b.data.shape and np.allclose(a.affine, b.affine, rtol=0, atol=tolerance)
 
 
 def canonical(volume):
-    """The same volume with its axes permuted and flipped to be nearest to R, A, S; no interpolation."""
+    """The same volume with its axes permuted and flipped to be nearest to R, A, S. Nothing is interpolated."""
     flips = orientations.io_orientation(volume.affine)
     affine = volume.affine @ orientations.inv_ornt_aff(flips, volume.data.shape)
     data = np.ascontiguousarray(orientations.apply_orientation(volume.data, flips))
@@ -41,10 +42,18 @@ def canonical(volume):
 
 
 def resample(volume, shape, affine, transform=None, order=1):
-    """Sample a Volume on the grid (shape, affine): out(o) = volume(A_volume^-1 T affine o).
+    """Sample a Volume on the grid (shape, affine).
 
-    `transform` T (4, 4) maps the grid's world to the volume's, in RAS mm; without it T = I. Order 1 is
-    linear, 0 nearest; outside the volume the value is 0. The result has the volume's own type.
+      out(o) = volume(A_volume^-1 T affine o)    at voxel o of the grid
+
+    Args:
+      volume: the Volume.
+      shape, affine: the grid; the affine maps voxels to RAS mm.
+      transform: T (4, 4), from the world of the grid to the world of the volume, in RAS mm. None is the identity.
+      order: 1 is linear, 0 nearest. Outside the volume the value is 0.
+
+    Returns:
+      An array of `shape` with the type of the volume.
     """
     transform = np.eye(4) if transform is None else transform
     matrix = np.linalg.inv(volume.affine) @ transform @ affine
@@ -53,22 +62,26 @@ def resample(volume, shape, affine, transform=None, order=1):
 
 
 def smoothed(volume, spacing):
-    """The Volume, blurred where its voxels are finer than `spacing` mm, so that resampling to that does not alias.
+    """The Volume, smoothed along axes with voxels finer than `spacing` mm. Resampling to `spacing` then does not alias.
 
-    The full width at half maximum of the Gaussian is one coarse voxel.
+    The full width at half maximum of the Gaussian is `spacing`. Axes with voxels of at least .9 `spacing` are not
+    smoothed.
     """
     sigma = np.where(volume.spacing < 0.9 * spacing, spacing / 2.355 / volume.spacing, 0)
     return replace(volume, data=ndimage.gaussian_filter(volume.data, sigma)) if sigma.any() else volume
 
 
 def with_type(volume, dtype):
-    """The same Volume with a header of that type: what lies on its grid is then stored so, where it fits."""
+    """The same Volume with the type `dtype` in its header.
+
+    Whole numbers that are written on its grid are then stored in this type, where they fit.
+    """
     header = volume.header.copy()
     header.set_data_dtype(dtype)
     return replace(volume, header=header)
 
 
 def on_grid(shape, affine, header=None, path=""):
-    """A Volume of nothing on a grid, to say where something else lies."""
+    """A Volume of zeros that stands for a grid alone."""
     return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(affine, float),
                   header or nibabel.Nifti1Header(), path)

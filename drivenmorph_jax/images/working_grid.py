@@ -1,7 +1,8 @@
-"""Volumes from NIfTI files, checked; grids to work on; volumes back to NIfTI files.
+"""The working grid: an isotropic grid around the foreground of an image, on which registration runs.
 
-World coordinates are RAS millimetres throughout. A grid is (shape, affine), and
-world = affine @ (i, j, k, 1).
+World coordinates are RAS millimetres. A grid is (shape, affine), and
+
+  world = affine @ (i, j, k, 1)
 """
 
 import itertools
@@ -13,12 +14,20 @@ from drivenmorph_jax.images.volume import canonical
 
 
 def working_grid(volume, spacing=1.0, multiple=16, margin=8.0):
-    """An isotropic grid round the foreground, along the volume's own canonical axes: (shape, affine).
+    """An isotropic grid around the foreground, along the canonical axes of the volume.
 
-    `spacing` and `margin` are in mm; every side is a multiple of `multiple`, the surplus shared between both
-    ends. An oblique volume gets an equally oblique grid, so nothing is interpolated for a rotation's sake; of
-    a sheared one the nearest rigid axes are taken. Voxel centres lie at whole multiples of `spacing` from the
-    volume's first voxel, so resampling a volume of exactly that spacing copies it.
+    The grid of an oblique volume is equally oblique, so no rotation has to be interpolated. A sheared volume gets the
+    nearest rigid axes. Voxel centres lie at whole multiples of `spacing` from the first voxel of the volume. Resampling
+    a volume of exactly this spacing therefore copies its voxels.
+
+    Args:
+      volume: the Volume.
+      spacing: voxel size in mm.
+      multiple: every side is a multiple of it; the surplus is shared between both ends.
+      margin: mm around the foreground.
+
+    Returns:
+      (shape, affine), the affine from voxels to RAS mm.
     """
     volume = canonical(volume)
     left, _, right = np.linalg.svd(volume.affine[:3, :3] / volume.spacing)
@@ -36,7 +45,10 @@ def working_grid(volume, spacing=1.0, multiple=16, margin=8.0):
 
 
 def _bounding_box(mask):
-    """First and last voxel of a mask along each axis, without .05 % of it at each end: specks don't count."""
+    """The first and the last voxel of a mask along each axis.
+
+    .05 % of the mask is left out at each end, so that single specks do not count.
+    """
     total = np.count_nonzero(mask)
     for axis in range(3):
         others = tuple(a for a in range(3) if a != axis)

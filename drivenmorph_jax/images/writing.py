@@ -1,8 +1,4 @@
-"""Volumes from NIfTI files, checked; grids to work on; volumes back to NIfTI files.
-
-World coordinates are RAS millimetres throughout. A grid is (shape, affine), and
-world = affine @ (i, j, k, 1).
-"""
+"""Writing of images, label maps and fields as NIfTI files."""
 
 import nibabel
 import numpy as np
@@ -14,18 +10,18 @@ ENDINGS = (".nii", ".nii.gz")
 
 
 def save(path, data, like, intent=None):
-    """Write voxels (X, Y, Z, ...) that lie on the grid of the Volume `like` as NIfTI, whole or not at all.
+    """Write voxels (X, Y, Z, ...) on the grid of the Volume `like` as a NIfTI file, complete or not at all.
 
-    Affine, qform and sform codes are those of `like`. Floats are stored as float32; whole numbers in the
-    integer type of `like` where they fit, else as int16 or int32. `intent` is a NIfTI intent code.
+    The affine and the qform and sform codes are those of `like`. Floats are stored as float32. Whole numbers are stored
+    in the integer type of `like` where they fit, else as int16 or int32. `intent` is a NIfTI intent code.
 
-    Raises InputError where the file cannot be written or its name ends otherwise than in .nii or .nii.gz.
+    Raises InputError where the file cannot be written or its name does not end in .nii or .nii.gz.
     """
     write(path, to_nibabel(data, like, intent))
 
 
 def write(path, image):
-    """Write a nibabel image, whole or not at all; raises as `save` does."""
+    """Write a nibabel image, complete or not at all. It raises the errors of `save`."""
     if not str(path).endswith(ENDINGS):
         raise InputError(f"{path} must end in .nii or .nii.gz to be written")
     with replacing(path) as temporary:
@@ -33,11 +29,11 @@ def write(path, image):
 
 
 def to_nibabel(data, like, intent=None):
-    """What `save` writes, as a nibabel image."""
+    """The image that `save` writes, as a nibabel image."""
     image = nibabel.Nifti1Image(data.astype(_storage_type(data, like)), like.affine)
     codes = int(like.header["qform_code"]), int(like.header["sform_code"])
     if codes == (0, 0):
-        codes = 0, 1  # without any code each reader places the volume by a rule of its own
+        codes = 0, 1  # without a code, every reader places the volume by a different rule
     image.set_qform(like.affine, codes[0])
     image.set_sform(like.affine, codes[1])
     image.header.set_xyzt_units("mm")
