@@ -1,4 +1,4 @@
-"""Affine pre-alignment of two volumes by mutual information, with SimpleITK."""
+"""Affine alignment of two volumes by mutual information, with SimpleITK."""
 
 import itertools
 
@@ -14,26 +14,32 @@ from drivenmorph_jax.transforms.itk import FLIP, from_itk
 
 SPACING = 2.0  # mm; twelve parameters need no finer images
 TURNS = (-25.0, 0.0, 25.0)  # starting angles about each axis, degrees
-SAMPLES = 100_000  # voxels that one evaluation of the metric looks at
+SAMPLES = 100_000  # voxels that one evaluation of the metric uses
 TRIED = 4  # how many of the 27 starts are optimised
 
 
 def register_affine(fixed, moving, fixed_mask=None, moving_mask=None):
-    """The affine T (4, 4) from the fixed to the moving Volume's world, RAS mm: moving(T x) ~ fixed(x).
+    """The affine T (4, 4) from the world of the fixed to the world of the moving Volume, in RAS mm.
 
-    Maximises Mattes mutual information at 2 mm: centres of mass brought together, 27 rotations about them
-    tried at 8 mm, the best four optimised as similarities, the best of these as an affine at 8, 4 and 2 mm.
-    The same input gives the same T on any number of cores. Voxels where a mask, a Volume on its image's grid, is above
-    0 are left out.
+      moving(T x) ~ fixed(x)
 
-    Raises InputError where the volumes cannot be brought to overlap.
+    T maximises Mattes mutual information at 2 mm. The centres of mass are aligned first. Then 27 rotations about them
+    are tried at 8 mm, the best four are optimised as similarities, and the best of these is optimised as an affine at
+    8, 4 and 2 mm. The same input gives the same T on any number of cores.
+
+    Args:
+      fixed, moving: the Volumes.
+      fixed_mask, moving_mask: Volumes on the grids of their images, or None. Voxels where a mask is above 0 are left
+        out.
+
+    Raises InputError where no overlap of the volumes is found.
 
     Reference: Mattes et al., PET-CT image registration in the chest using free-form deformations, 2003.
     """
     (*f, f_centre), (*m, m_centre) = _image(fixed, fixed_mask), _image(moving, moving_mask)
     try:
         result = _optimise(f, m, f_centre, m_centre)
-    except RuntimeError as error:  # ITK's way to say that the images don't overlap, or no longer do
+    except RuntimeError as error:  # ITK raises this where the images do not overlap
         raise _failure(fixed, moving) from error
     scales = np.linalg.svd(result[:3, :3], compute_uv=False)
     if not (np.isfinite(result).all() and 0.4 < scales.min() and scales.max() < 2.5):
@@ -74,7 +80,7 @@ def _start(angles, fixed_centre, moving_centre):
 
 
 def _run(fixed, moving, transform):
-    """Optimise `transform` in place, over a sample of the voxels that is dense on coarse images."""
+    """Optimise `transform` in place over a regular sample of the voxels. On coarse images the sample is every voxel."""
     method = _method(fixed, moving)
     if fixed[0].GetNumberOfPixels() > SAMPLES:
         method.SetMetricSamplingStrategy(method.REGULAR)
@@ -87,7 +93,7 @@ def _run(fixed, moving, transform):
 
 
 def _metric(fixed, moving, transform):
-    """Minus the mutual information over every voxel."""
+    """Minus the mutual information, over every voxel."""
     method = _method(fixed, moving)
     method.SetInitialTransform(transform)
     return method.MetricEvaluate(fixed[0], moving[0])
@@ -98,21 +104,25 @@ def _method(fixed, moving):
     for (_, used), use in ((fixed, method.SetMetricFixedMask), (moving, method.SetMetricMovingMask)):
         if used is not None:
             use(sitk.Cast(used > 0.5, sitk.sitkUInt8))
-    method.SetNumberOfWorkUnits(1)  # with more, sums run in an order that varies and so does the result
-    method.SetMetricAsMattesMutualInformation(32)  # with 50 the few 8 mm voxels lead the optimiser astray
+    method.SetNumberOfWorkUnits(1)  # with more, the order of the sums varies, and with it the result
+    method.SetMetricAsMattesMutualInformation(32)  # with 50 bins, the few voxels at 8 mm mislead the optimiser
     method.SetInterpolator(sitk.sitkLinear)
     return method
 
 
 def _pyramid(pair):
-    """The image, and where it is used, at 8, 4 and 2 mm."""
+    """The pair (image, map of the voxels in use or None) at 8, 4 and 2 mm."""
     return [tuple(x and sitk.Shrink(sitk.SmoothingRecursiveGaussian(x, SPACING * factor / 2), [factor] * 3)
                   for x in pair) for factor in (4, 2)] + [pair]
 
 
 def _image(volume, mask):
-    """A Volume's foreground as a SimpleITK image at 2 mm in [0, 1]; where it is used, 1 there, or None for everywhere;
-    its centre of mass in LPS mm."""
+    """A Volume as `_optimise` needs it.
+
+    Returns:
+      The foreground as a SimpleITK image at 2 mm, in [0, 1]; an image that is 1 at the voxels in use, or None where all
+      are; the centre of mass in LPS mm.
+    """
     shape, affine = working_grid(volume, SPACING, multiple=1)
     data = resample(smoothed(volume, SPACING), shape, affine)
     used = None

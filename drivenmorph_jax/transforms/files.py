@@ -1,12 +1,7 @@
-"""World-space transforms and their files: displacements in RAS mm on a grid, and 4x4 affines.
+"""Files of transforms: displacement fields with their JSON sidecars, forces, and ITK composites.
 
-Everything pulls back. x is a point of the fixed world, y of the moving world, both RAS mm. W is the affine of
-the working grid, which lies in the fixed world, u the field found on it in voxels, T the affine alignment:
-
-    fixed to moving   y = T d(x),        d(x) = W (w + u(w)),           w = W^-1 x
-    moving to fixed   x = d^-1(T^-1 y),  d^-1(z) = W (w + u_inv(w)),    w = W^-1 z
-
-A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, is (-x, -y, z) of RAS.
+A displacement is in RAS mm on a grid, as `transforms.world` defines it. LPS, the frame of ITK and ANTs, is (-x, -y, z)
+of RAS.
 """
 
 import json
@@ -22,16 +17,24 @@ from drivenmorph_jax.images.reading import open_nifti, read_voxels
 from drivenmorph_jax.transforms.itk import FLIP, to_itk
 from drivenmorph_jax.transforms.world import by_planes, map_points
 
-INTENTS = {"LPS": 1007, "RAS": 1006}  # vector; displacement vector
+INTENTS = {"LPS": 1007, "RAS": 1006}  # NIfTI intents: vector; displacement vector
 
 
 def write_displacement(path, displacement, like, direction, frame="LPS", about=()):
-    """Write a displacement (X, Y, Z, 3) in RAS mm on the grid of the Volume `like`, and a JSON sidecar.
+    """Write a displacement field as a NIfTI file, with a JSON sidecar.
 
-    The file is NIfTI, (X, Y, Z, 1, 3) float32 in mm: frame "LPS" with intent 1007, which ITK, SimpleITK and
-    ANTs read as a displacement field, or "RAS" with intent 1006. `direction` says in words from which image
-    to which the points move, e.g. "fixed to moving"; the sidecar gets the items of `about` too. Raises InputError
-    where it cannot be written.
+    The file is (X, Y, Z, 1, 3) float32, in mm. In the frame "LPS" it has intent 1007, which ITK, SimpleITK and ANTs
+    read as a displacement field. In the frame "RAS" it has intent 1006.
+
+    Args:
+      path: the NIfTI file. The sidecar gets the same name with the ending .json.
+      displacement: (X, Y, Z, 3) in RAS mm.
+      like: the Volume on whose grid the displacement lies.
+      direction: from which image to which the points move, in words, e.g. "fixed to moving".
+      frame: "LPS" or "RAS".
+      about: further items of the sidecar.
+
+    Raises InputError where a file cannot be written.
     """
     _write_vectors(path, displacement, like, frame, {
         "Content": "displacement d(x) of the total transform, affine and deformable: x moves to x + d(x)",
@@ -41,7 +44,10 @@ def write_displacement(path, displacement, like, direction, frame="LPS", about=(
 
 
 def write_force(path, force, like, content):
-    """Write driving forces (X, Y, Z, 3) in RAS mm as `write_displacement` writes: LPS mm, sidecar with `content`."""
+    """Write driving forces (X, Y, Z, 3), given in RAS mm, in the layout of `write_displacement`, in LPS mm.
+
+    The sidecar says `content`.
+    """
     _write_vectors(path, force, like, "LPS", {"Content": content})
 
 
@@ -55,7 +61,7 @@ def _write_vectors(path, vectors, like, frame, sidecar):
 
 
 def read_sidecar(path):
-    """What the JSON beside a displacement file says; nothing where there is none that can be read."""
+    """The items of the JSON sidecar of a displacement file. Without a sidecar that can be read, an empty dictionary."""
     try:
         return json.loads(Path(_sidecar(path)).read_text())
     except (OSError, ValueError):
@@ -63,9 +69,12 @@ def read_sidecar(path):
 
 
 def read_displacement(path):
-    """A displacement file as (displacement (X, Y, Z, 3) in RAS mm, float32; affine of its grid; its header).
+    """Read a displacement field from a NIfTI file. Intent 1007 means LPS and 1006 RAS.
 
-    Intent 1007 is taken as LPS and 1006 as RAS. Raises InputError for any other file.
+    Returns:
+      The displacement (X, Y, Z, 3) in RAS mm, float32; the affine of its grid; the header of the file.
+
+    Raises InputError where the file cannot be read, is not a displacement field, or holds NaN or infinite values.
     """
     image, path = open_nifti(path)
     frames = {intent: frame for frame, intent in INTENTS.items()}
@@ -82,7 +91,10 @@ def read_displacement(path):
 
 
 def write_composite(path, transform):
-    """Write a `Transform` as ITK's composite, .h5: the field on its grid, x -> linear^-1(x + d(x)), then the affine."""
+    """Write a `Transform` as an ITK composite (.h5): a displacement field, then the affine part.
+
+      x -> linear^-1(x + d(x)) on the grid of the transform,    then x -> linear x
+    """
     back, grid = np.linalg.inv(transform.linear), transform.grid
     near = by_planes(transform.displacement.shape, grid.affine,
                       lambda i, x: map_points(back, x + transform.displacement[i]) - x)

@@ -1,12 +1,7 @@
-"""World-space transforms and their files: displacements in RAS mm on a grid, and 4x4 affines.
+"""Affine transforms in the form of ITK: files and SimpleITK objects.
 
-Everything pulls back. x is a point of the fixed world, y of the moving world, both RAS mm. W is the affine of
-the working grid, which lies in the fixed world, u the field found on it in voxels, T the affine alignment:
-
-    fixed to moving   y = T d(x),        d(x) = W (w + u(w)),           w = W^-1 x
-    moving to fixed   x = d^-1(T^-1 y),  d^-1(z) = W (w + u_inv(w)),    w = W^-1 z
-
-A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, is (-x, -y, z) of RAS.
+Affines of this package are 4x4 matrices between RAS worlds, in mm. LPS, the frame of ITK and ANTs, is (-x, -y, z) of
+RAS.
 """
 
 import os
@@ -22,9 +17,11 @@ AFFINE_ENDINGS = (".tfm", ".txt", ".mat")
 
 
 def write_affine(path, transform):
-    """Write T (4, 4), RAS world to RAS world, as an ITK affine (LPS): text in .tfm and .txt, MATLAB in .mat.
+    """Write T (4, 4), from RAS world to RAS world in mm, as an ITK affine in LPS.
 
-    Raises InputError where it cannot be written.
+    The file is text for .tfm and .txt, and MATLAB's format for .mat.
+
+    Raises InputError where the file has another ending or cannot be written.
     """
     if not str(path).endswith(AFFINE_ENDINGS):
         raise InputError(f"{path} must end in {', '.join(AFFINE_ENDINGS)} to be written as an affine")
@@ -33,7 +30,7 @@ def write_affine(path, transform):
 
 
 def read_affine(path):
-    """The linear transform in an ITK file, whatever its ITK type, as T (4, 4) from RAS world to RAS world.
+    """Read a linear transform of any ITK type from an ITK file, as T (4, 4) from RAS world to RAS world in mm.
 
     Raises InputError where the file cannot be read, or its transform is not linear, 3-D and invertible.
     """
@@ -52,7 +49,7 @@ def read_affine(path):
 
 
 def to_itk(transform):
-    """T (4, 4) in RAS as a SimpleITK affine, which lives in LPS."""
+    """T (4, 4), in RAS mm, as a SimpleITK affine, in LPS mm."""
     lps = FLIP @ transform @ FLIP
     itk = sitk.AffineTransform(3)
     itk.SetMatrix(lps[:3, :3].ravel().tolist())
@@ -61,7 +58,7 @@ def to_itk(transform):
 
 
 def from_itk(itk):
-    """Any linear SimpleITK transform, in LPS, as T (4, 4) in RAS."""
+    """A linear SimpleITK transform of any type, in LPS mm, as T (4, 4) in RAS mm."""
     origin = np.array(itk.TransformPoint((0.0, 0.0, 0.0)))
     lps = np.eye(4)
     lps[:3, 3] = origin

@@ -1,13 +1,4 @@
-"""World-space transforms and their files: displacements in RAS mm on a grid, and 4x4 affines.
-
-Everything pulls back. x is a point of the fixed world, y of the moving world, both RAS mm. W is the affine of
-the working grid, which lies in the fixed world, u the field found on it in voxels, T the affine alignment:
-
-    fixed to moving   y = T d(x),        d(x) = W (w + u(w)),           w = W^-1 x
-    moving to fixed   x = d^-1(T^-1 y),  d^-1(z) = W (w + u_inv(w)),    w = W^-1 z
-
-A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, is (-x, -y, z) of RAS.
-"""
+"""Points in CSV files, moved by a transform."""
 
 import csv
 
@@ -17,9 +8,13 @@ from drivenmorph_jax.errors import InputError
 
 
 def move_table(source, out, transform):
-    """Write the CSV file `source` to `out` with the points in its columns x, y, z, RAS mm, moved by a `Transform`.
+    """Move the points of a CSV file by a `Transform`.
 
-    Raises InputError where it has no such columns, or what stands in them are no numbers.
+    The points are in the columns x, y, z of the file `source`, in RAS mm. The file `out` has the moved points and the
+    other columns unchanged.
+
+    Raises InputError where `source` cannot be read or has no points, where it lacks these columns, or where their
+    values are not finite numbers.
     """
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:

@@ -1,12 +1,6 @@
-"""World-space transforms and their files: displacements in RAS mm on a grid, and 4x4 affines.
+"""The `Transform`: a displacement between the worlds of two images, with its grid, affine part, inverse and files.
 
-Everything pulls back. x is a point of the fixed world, y of the moving world, both RAS mm. W is the affine of
-the working grid, which lies in the fixed world, u the field found on it in voxels, T the affine alignment:
-
-    fixed to moving   y = T d(x),        d(x) = W (w + u(w)),           w = W^-1 x
-    moving to fixed   x = d^-1(T^-1 y),  d^-1(z) = W (w + u_inv(w)),    w = W^-1 z
-
-A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, is (-x, -y, z) of RAS.
+Everything is in RAS mm. `transforms.world` has the formulas.
 """
 
 from dataclasses import dataclass
@@ -38,24 +32,24 @@ ORDERS = {"linear": 1, "nearest": 0}
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """x -> x + displacement(x), from the world of one image to that of another, RAS mm, sampled on the first's grid.
+    """The transform x -> x + displacement(x) from the world of a first image to the world of a second, in RAS mm.
 
-    An image pulls back: `apply` brings one of the second world onto the grid of the first. Points move the other way,
-    from the first world to the second.
+    The displacement is sampled on the grid of the first image. Images are pulled back: `apply` resamples an image of
+    the second world onto the grid of the first. Points move from the first world to the second.
     """
 
     displacement: np.ndarray  # (X, Y, Z, 3), RAS mm, on `grid`
     grid: Volume
-    linear: np.ndarray  # (4, 4), the affine part of it: what is left is small, and is what gets inverted
-    other: Volume | None = None  # the grid that the inverse is sampled on
-    backward: np.ndarray | None = None  # displacement of the inverse on that grid, where it is known
+    linear: np.ndarray  # (4, 4), the affine part; the rest is small, and `inverse` inverts only the rest iteratively
+    other: Volume | None = None  # grid of the inverse, where it is known
+    backward: np.ndarray | None = None  # displacement of the inverse on the grid `other`, where it is known
     names: tuple[str, str] = ("fixed", "moving")
 
     @classmethod
     def load(cls, path):
-        """The transform in a displacement file (as `save` writes, or ITK's), with what its sidecar tells besides.
+        """Read a transform from a displacement file, as `save` or ITK writes it, and from its sidecar if it has one.
 
-        Raises InputError where it is none.
+        Raises InputError where the file is not a displacement field.
         """
         displacement, affine, header = read_displacement(path)
         about = read_sidecar(path)
@@ -68,12 +62,12 @@ class Transform:
 
     @cached_property
     def inverse(self):
-        """The way back, on the other image's grid. Raises InputError where that grid is not known."""
+        """The inverse `Transform`, on the grid of the other image. Raises InputError where that grid is not known."""
         if self.other is None:
             raise InputError(f"{self.grid.path} does not tell the other image's grid: give it as --reference")
         backward = self.backward
         if backward is None:
-            # linear^-1 o self lies near the identity, in the first world, where it is inverted in voxels.
+            # linear^-1 o self is close to the identity and stays in the first world. It is inverted there, in voxels.
             back = np.linalg.inv(self.linear)
             near = by_planes(self.displacement.shape, self.grid.affine,
                               lambda i, x: map_points(back, x + self.displacement[i]) - x)
@@ -84,7 +78,10 @@ class Transform:
                          self.names[::-1])
 
     def compose(self, then):
-        """x -> then(self(x)), from the first world to the second of `then`; points beyond its grid move as its edge."""
+        """x -> then(self(x)), from the first world of this transform to the second world of `then`.
+
+        Beyond the grid of `then`, the displacement at its edge is used.
+        """
         def follow(first, second):
             field, to_voxel = _channels_first(second.displacement), np.linalg.inv(second.grid.affine)
 
@@ -98,12 +95,18 @@ class Transform:
                          follow(then.inverse, self.inverse) if known else None, (self.names[0], then.names[1]))
 
     def apply(self, image, interpolation="linear", reference=None):
-        """An image of the second world on the grid of the first, as a nibabel image.
+        """Resample an image of the second world onto the grid of the first.
 
         Args:
-          image: what `nifti.load_image` takes; of a 4-D series every volume is moved.
-          interpolation: "linear", or "nearest" for label maps, which keeps their type.
-          reference: Volume on whose grid the result lies, in place of the transform's own.
+          image: any source that `images.reading.load_image` takes, or a 4-D series, of which every volume is resampled.
+          interpolation: "linear", or "nearest" for label maps, which keeps their values and type.
+          reference: a Volume whose grid replaces the grid of the transform.
+
+        Returns:
+          A nibabel image. Outside `image` its value is 0.
+
+        Raises InputError where the interpolation is unknown, or where the image cannot be read, is not 3-D or 4-D, or
+        has NaN or infinite voxels.
         """
         if interpolation not in ORDERS:
             raise InputError(f"interpolation is {interpolation!r}: set it to one of {', '.join(ORDERS)}")
@@ -131,16 +134,17 @@ class Transform:
         return out
 
     def points(self, points):
-        """Points (N, 3) of the first world, RAS mm, in the second."""
+        """Move points (N, 3) of the first world to the second, in RAS mm."""
         return transform_points(points, self.displacement, self.grid.affine)
 
     def save(self, path, frame="LPS"):
-        """Write what the file's ending says.
+        """Write the transform in the format that the ending of the file names.
 
-        .nii, .nii.gz: the displacement field, LPS mm as ITK, SimpleITK and ANTs read it, or frame="RAS", and a JSON
-        sidecar. .h5: an ITK composite of affine and field. .tfm, .txt, .mat: the affine part alone, for ITK.
+        With .nii or .nii.gz, the file is the displacement field, with a JSON sidecar. It is in LPS mm, as ITK,
+        SimpleITK and ANTs read it, or in RAS mm with frame="RAS". With .h5, it is an ITK composite of the field and the
+        affine. With .tfm, .txt or .mat, it is the affine part alone, for ITK.
 
-        Raises InputError where it cannot be written.
+        Raises InputError where the file has another ending or cannot be written.
         """
         if str(path).endswith(ENDINGS):
             other = {} if self.other is None else {"TargetGridShape": list(self.other.data.shape),
@@ -153,7 +157,14 @@ class Transform:
             write_affine(path, self.linear)
 
     def save_learn2reg(self, path):
-        """Write Learn2Reg's field: A_other^-1 (x + d(x)) - i at voxel i of the grid, (X, Y, Z, 3), voxels."""
+        """Write the field of Learn2Reg, (X, Y, Z, 3) in voxels.
+
+          A_other^-1 (x + d(x)) - i    at voxel i of the grid
+
+        x is the world position of voxel i, and A_other is the affine of the grid `other`.
+
+        Raises InputError where the file cannot be written.
+        """
         to_fixed, to_moving = (np.linalg.inv(grid.affine) for grid in (self.grid, self.other))
 
         def plane(i, x):

@@ -1,12 +1,13 @@
-"""World-space transforms and their files: displacements in RAS mm on a grid, and 4x4 affines.
+"""Transforms in world space: from a field in voxels to displacements in RAS mm, and their use on images and points.
 
-Everything pulls back. x is a point of the fixed world, y of the moving world, both RAS mm. W is the affine of
-the working grid, which lies in the fixed world, u the field found on it in voxels, T the affine alignment:
+Every transform pulls back. x is a point of the fixed world and y a point of the moving world, both in RAS mm. W is the
+affine of the working grid, which lies in the fixed world. u is the displacement on this grid, in voxels, and u_inv that
+of the inverse. T is the affine alignment.
 
-    fixed to moving   y = T d(x),        d(x) = W (w + u(w)),           w = W^-1 x
-    moving to fixed   x = d^-1(T^-1 y),  d^-1(z) = W (w + u_inv(w)),    w = W^-1 z
+  fixed to moving   y = T d(x),        d(x) = W (w + u(w)),           w = W^-1 x
+  moving to fixed   x = d^-1(T^-1 y),  d^-1(z) = W (w + u_inv(w)),    w = W^-1 z
 
-A file holds the displacement y - x (or x - y). LPS, the world of ITK and ANTs, is (-x, -y, z) of RAS.
+The displacement from fixed to moving is y - x, that from moving to fixed x - y.
 """
 
 import os
@@ -20,7 +21,10 @@ from drivenmorph_jax.fields.jacobian import determinant
 
 
 def linear_part(displacement, affine):
-    """The affine (4, 4) nearest to x -> x + displacement(x), in RAS mm: least squares over every fourth voxel."""
+    """The affine (4, 4) closest to x -> x + displacement(x), in RAS mm, by least squares over every fourth voxel.
+
+    `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`. Every fourth voxel is taken along each axis.
+    """
     some = tuple(slice(None, None, 4) for _ in range(3))
     index = np.moveaxis(np.indices(displacement.shape[:3]), 0, -1)[some].reshape(-1, 3)
     x = map_points(affine, index)
@@ -32,11 +36,18 @@ def linear_part(displacement, affine):
 
 
 def total_displacement(shape, affine, u, work_affine, transform):
-    """T d(x) - x, from fixed to moving, at every voxel of the fixed grid: (X, Y, Z, 3), RAS mm.
+    """The displacement T d(x) - x, from fixed to moving, at every voxel of the fixed grid.
 
-    (shape, affine) is the fixed grid; u (D, H, W, 3), in voxels of the grid with affine `work_affine`, is
-    sampled linearly and edge-clamped; `transform` T (4, 4) maps the fixed to the moving world. It is made
-    without folds by `unfolded_in_world`.
+    u is sampled linearly and clamped at its edge. `unfolded_in_world` then removes folds.
+
+    Args:
+      shape, affine: the grid of the fixed image.
+      u: (D, H, W, 3) displacement in voxels of the working grid.
+      work_affine: W, the affine of the working grid.
+      transform: T (4, 4), from the fixed to the moving world.
+
+    Returns:
+      (X, Y, Z, 3), in RAS mm.
     """
     deform = _deformation(u, work_affine)
     displacement = _displacement(shape, affine, lambda x: map_points(transform, deform(x)))
@@ -44,21 +55,29 @@ def total_displacement(shape, affine, u, work_affine, transform):
 
 
 def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform):
-    """d^-1(T^-1 y) - y, from moving to fixed, at every voxel of the moving grid: (X, Y, Z, 3), RAS mm.
+    """The displacement d^-1(T^-1 y) - y, from moving to fixed, at every voxel of the moving grid.
 
-    (shape, affine) is the moving grid; u_inverse (D, H, W, 3) lies on the same working grid as u, and
-    `transform` is the same T. It is made without folds by `unfolded_in_world`.
+    `unfolded_in_world` removes folds.
+
+    Args:
+      shape, affine: the grid of the moving image.
+      u_inverse: (D, H, W, 3) displacement of the inverse, in voxels of the working grid of u.
+      work_affine: W, the affine of the working grid.
+      transform: T (4, 4), from the fixed to the moving world.
+
+    Returns:
+      (X, Y, Z, 3), in RAS mm.
     """
     deform, back = _deformation(u_inverse, work_affine), np.linalg.inv(transform)
     return unfolded_in_world(_displacement(shape, affine, lambda y: deform(map_points(back, y))), affine, back)
 
 
 def unfolded_in_world(displacement, affine, transform):
-    """A displacement (X, Y, Z, 3) in RAS mm with Jacobian determinants above 0, as `fields.unfold.unfolded` makes it.
+    """A displacement (X, Y, Z, 3) in RAS mm whose folds are removed by `fields.unfold.unfolded`.
 
-    On a grid coarser than the one it was found on, samples of a field that folds nowhere can fold: a difference over
-    two voxels bridges what turns within them. Where they do not, or where the affine part, `transform` (4, 4), is a
-    reflection, the displacement is returned as it is.
+    A field without folds can fold when it is sampled on a coarser grid: a difference over two coarse voxels does not
+    see changes between them. The displacement is returned unchanged if it has no folds. It is also unchanged if its
+    affine part `transform` (4, 4) is a reflection.
     """
     if np.linalg.det(transform) < 0 or jacobian_determinant_of_displacement(displacement, affine).min() > 0:
         return displacement
@@ -67,17 +86,22 @@ def unfolded_in_world(displacement, affine, transform):
 
 
 def force_on_grid(shape, affine, force, work_affine):
-    """Forces (D, H, W, 3) in voxels of the working grid as vectors in RAS mm on another grid: (X, Y, Z, 3)."""
+    """Forces of the working grid as vectors in RAS mm on the grid (shape, affine): (X, Y, Z, 3).
+
+    `force` (D, H, W, 3) is in voxels of the working grid, and `work_affine` is the affine of that grid.
+    """
     to_voxel, channels = np.linalg.inv(work_affine), _channels_first(force)
     back = work_affine[:3, :3].T
     return by_planes((*shape, 3), affine, lambda i, x: _sample(channels, map_points(to_voxel, x)) @ back)
 
 
 def pull_back(volume, displacement, affine, order=1):
-    """Pull a Volume back: out(x) = volume(x + displacement(x)), (X, Y, Z) in the volume's own type.
+    """Pull a Volume back onto the grid of a displacement.
 
-    `displacement` (X, Y, Z, 3) in RAS mm lies on the grid with `affine`. Order 1 is linear, 0 nearest;
-    outside the volume the value is 0.
+      out(x) = volume(x + displacement(x))
+
+    `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`. Order 1 is linear, 0 nearest. Outside the
+    volume the value is 0. The result is (X, Y, Z), in the type of the volume.
     """
     to_voxel = np.linalg.inv(volume.affine)
 
@@ -88,21 +112,22 @@ def pull_back(volume, displacement, affine, order=1):
 
 
 def transform_points(points, displacement, affine):
-    """Move points (N, 3) in RAS mm: p + displacement(p), sampled linearly and edge-clamped.
+    """Move points p (N, 3), in RAS mm, to p + displacement(p).
 
-    A pull-back displacement from fixed to moving moves points of the fixed image to the moving one.
+    The displacement is sampled linearly and clamped at its edge. A pull-back displacement from fixed to moving moves
+    points of the fixed image to the moving image.
     """
     points = np.asarray(points, np.float64)
     return points + _sample(_channels_first(displacement), map_points(np.linalg.inv(affine), points))
 
 
 def jacobian_determinant_of_displacement(displacement, affine):
-    """det d(x + displacement(x)) / dx at every voxel, by central differences in world space: (X, Y, Z).
+    """The Jacobian determinant of x -> x + displacement(x) in world space, by central differences: (X, Y, Z).
 
-    `displacement` (X, Y, Z, 3) in RAS mm on a grid with `affine`, oblique or sheared as it may be.
+    `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`, which may be oblique or sheared.
     """
     to_voxel = np.linalg.inv(affine)[:3, :3].T.astype(np.float32)
-    depth, step = len(displacement), 16  # a slab at a time: nine derivatives of a whole head fill memory
+    depth, step = len(displacement), 16  # slabs, because nine derivatives of a whole head fill memory
     out = np.empty(displacement.shape[:3], np.float32)
     for start in range(0, depth, step):
         stop, first, last = min(start + step, depth), max(start - 1, 0), min(start + step + 1, depth)
@@ -113,7 +138,7 @@ def jacobian_determinant_of_displacement(displacement, affine):
 
 
 def _deformation(u, affine):
-    """The map z -> W (w + u(w)), w = W^-1 z, of world points (..., 3)."""
+    """The map z -> W (w + u(w)), w = W^-1 z, of world points (..., 3). `affine` is W."""
     to_voxel, field = np.linalg.inv(affine), _channels_first(u)
 
     def deform(points):
@@ -128,9 +153,10 @@ def _displacement(shape, affine, move):
 
 
 def by_planes(shape, affine, plane, dtype=np.float32):
-    """plane(i, world points (Y, Z, 3)) for every plane i of a grid (X, Y, Z, ...), as one array.
+    """One array of plane(i, x) for every plane i of a grid, x (Y, Z, 3) the world points of the plane.
 
-    Planes run on all cores, and one by one: all points of a head at once, in float64, would fill memory.
+    `shape` (X, Y, Z, ...) is the shape of the result, `affine` that of the grid. Each core computes one plane at a
+    time, because the points of a whole head, in float64, would fill memory.
     """
     y, z = np.meshgrid(np.arange(shape[1]), np.arange(shape[2]), indexing="ij")
     first = np.stack([np.zeros_like(y), y, z], axis=-1)
