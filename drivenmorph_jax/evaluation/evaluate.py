@@ -1,4 +1,4 @@
-"""Scores of a checkpoint on the ordered pairs of a data set, and the report of them."""
+"""Evaluation of a network on the ordered pairs of a data set: `evaluate`, and `evaluate_checkpoint` for a saved one."""
 
 import resource
 from pathlib import Path
@@ -26,19 +26,20 @@ from drivenmorph_jax.transforms.world import total_displacement
 
 
 def evaluate(config, params, dataset, split, out, training=None, refine_steps=0, l2r=None):
-    """Score every ordered pair of a split, and write the scores to `out`.
+    """Score every ordered pair of a split, and write the results to the folder `out`.
 
-    `summary.json`, `pairs.csv`, figures, and the same to read as `report.html` and `report.md`. `pairs.jsonl` gets a
-    line a pair, with the Dice of every label: a run that was stopped continues from there, if network, settings and
-    images are still the same.
+    The results are `summary.json`, `pairs.csv`, the figures, and two reports with the same content, `report.html` and
+    `report.md`. `pairs.jsonl` holds one line a pair, with the Dice of every label. A run that was stopped continues
+    from these lines, if network, settings and images are still the same.
 
     Args:
-      config: the training's, with `data` for this data set.
+      config: the configuration of the training, with `data` for this data set.
       params: of the network of `config.model`.
+      dataset: as `data.load` returns it, padded to `grid_multiple(config)`.
       split: "train", "val" or "test".
-      training: folder whose `metrics.jsonl` gives the training curves, where there is one.
+      training: folder whose `metrics.jsonl` gives the training curves, or None.
       refine_steps: iterations of Demons in `network.refinement.refined`; 0: one pass of the network.
-      l2r: folder for Learn2Reg's fields of the pairs, where the data set is one of files.
+      l2r: folder for the fields of the pairs in Learn2Reg's format; only for a data set of files.
 
     Returns:
       The summary. Raises InputError where the split has no pair.
@@ -81,9 +82,9 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
 
 
 def _score_pairs(predicted, dataset, split, record):
-    """Score the pairs that `record` does not hold yet; yields each (pair, u) once it is recorded."""
+    """Score the pairs that are not in `record` yet. Yields (pair, u) for each pair once it is recorded."""
     subjects, pairs = getattr(dataset, split), dataset.pairs(split)
-    # The control of a fixed image's pairs: the force between two images of which neither is this one, where there are.
+    # The control for the pairs of a fixed image is the force between two other images, if the split has two others.
     jobs = []
     for k, fixed in enumerate(subjects):
         left = [pair for pair in pairs if pair[0] is fixed and names_of(pair) not in record.rows]
@@ -91,7 +92,7 @@ def _score_pairs(predicted, dataset, split, record):
             other, next_but_one = (subjects[(k + i) % len(subjects)] for i in (1, 2))
             jobs += [(True, (other, dataset.atlas or next_but_one)), *((False, pair) for pair in left)]
     if jobs:
-        for _ in predicted(pairs[:1]):  # compiles, so that the seconds of the first pair are those of the others
+        for _ in predicted(pairs[:1]):  # compiles, so that the seconds of the first pair are without compilation
             pass
     with tqdm(total=len(pairs), initial=len(record.rows), unit="pair", desc=split, dynamic_ncols=True) as bar:
         for (is_control, pair), (fields, seconds) in zip(jobs, predicted([pair for _, pair in jobs]), strict=True):
@@ -104,7 +105,8 @@ def _score_pairs(predicted, dataset, split, record):
 
 
 def _draw(out, dataset, pairs, found, predicted, statistics):
-    """({caption: figure}, viewers): the worst, the median and the best pair, the force by level, Dice by structure."""
+    """({caption: figure}, viewers) of the worst, median and best pair, of the force by level and of Dice by
+    structure."""
     drawn, viewers = {}, []
     rank = ranked([one["scores"] for one in found])
     shown = {"Worst": rank[0], "Median": rank[len(rank) // 2], "Best": rank[-1]}
@@ -122,7 +124,7 @@ def _draw(out, dataset, pairs, found, predicted, statistics):
 
 
 def _by_label(found):
-    """{label: [Dice of each pair]} before and after."""
+    """({label: [Dice of each pair]} before the registration, the same after it)."""
     sides = {}, {}
     for one in found:
         for label, values in one["dice"].items():
@@ -132,7 +134,7 @@ def _by_label(found):
 
 
 def _write_l2r(folder, root, fixed, moving, u):
-    """disp_<fixed>_<moving>.nii.gz: (X, Y, Z, 3) in voxels of the two files, identity not included."""
+    """Write disp_<fixed>_<moving>.nii.gz: (X, Y, Z, 3) in voxels of the two files, identity not included."""
     files = [load_image(Path(root) / f"{subject.id}{IMAGE}") for subject in (fixed, moving)]
     displacement = total_displacement(files[0].data.shape, files[0].affine, u, fixed.affine, np.eye(4))
     found = Transform(displacement, files[0], np.eye(4), files[1])
@@ -140,7 +142,7 @@ def _write_l2r(folder, root, fixed, moving, u):
 
 
 def _show(path, fixed, moving, u, force, row, spacing):
-    """Draw one pair's picture to `path`; returns its viewer."""
+    """Draw the overview of one pair to `path`, and return its viewer."""
     spacing = (spacing,) * 3
     warped = np.asarray(warp(jnp.asarray(moving.image)[..., None], u)[..., 0])
     title = f"{moving.id} to {fixed.id}"
@@ -153,11 +155,12 @@ def _show(path, fixed, moving, u, force, row, spacing):
 
 def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refine_steps=0, l2r=None,
                         others=()):
-    """`evaluate` a checkpoint on its own data set, or on the folder `root`, and print the table.
+    """`evaluate` a checkpoint on its own data set, or on the folder `root`, and print the table of the scores.
 
-    `others` are names of `rivals.METHODS` to run on the same pairs afterwards.
+    The images of a folder are downsampled by the whole factor that brings their voxels nearest to those of the
+    training. `others` are names of `rivals.METHODS`. These methods run on the same pairs afterwards.
 
-    The folder is downsampled by the whole number that brings its voxels nearest to those the network was trained on.
+    Raises InputError where `l2r` or `others` are given for a data set without files.
     """
     config, params, about = load_checkpoint(folder)
     voxel = about["spacing"] * config.data.downsample

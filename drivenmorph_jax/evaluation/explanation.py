@@ -1,4 +1,4 @@
-"""What the driving force says of the deformation: the force of each level against what it still had to do."""
+"""How the driving force explains the deformation: the force of each level against the displacement that remained."""
 
 import numpy as np
 
@@ -9,19 +9,23 @@ RESAMPLES = 2000
 
 
 def by_name(u, force, levels):
-    """{level: (force, remaining displacement)} of one pair, and "total": (their sum, the whole displacement)."""
+    """{level: (force, remaining displacement)} of one pair; under "total" the (sum of the forces, whole
+    displacement)."""
     return {f"level {i}": (level.force, level.remaining) for i, level in enumerate(levels, start=1)} | {
         "total": (force, u)}
 
 
 def of_pair(forces, displacements, brain):
-    """{level: `metrics.force_statistics`} of the forces of one pair against what remained in the same or another.
+    """{level: `metrics.force_statistics`} of the forces of one pair and the displacements that remained in this or
+    another.
 
     Args:
-      forces, displacements: as `by_name` returns them, of which the one or the other half is used.
+      forces, displacements: as `by_name` returns them. Only the forces of the first and the displacements of the second
+        are
+        used.
       brain: the mask (D, H, W) of the images.
 
-    Returns nothing where a network has no force.
+    Returns {} where the network computes no force.
     """
     if not np.any(forces["total"][0]):
         return {}
@@ -34,10 +38,11 @@ def of_pair(forces, displacements, brain):
 
 
 def statistics(own, control):
-    """Means over pairs of what `of_pair` found, and of a control that tells what chance gives.
+    """Means over pairs of the statistics of `of_pair`, and of a control, which shows the values that occur by chance.
 
     Args:
-      own: for each pair, its force against its displacement; control: the force of another pair against it.
+      own: for each pair, the statistics of its force and its displacement; control: of another pair's force and its
+        displacement.
 
     Returns:
       {level: {statistic: {"mean", "low", "high", "control", "control_low", "control_high"}}}: means over pairs, and
@@ -50,7 +55,7 @@ def statistics(own, control):
 
 
 def force_table(table):
-    """The table of `statistics`, each number with its interval."""
+    """The Markdown table of `statistics`: every mean with its interval."""
     lines = ["| Level | " + " | ".join(f"{LABELS[name]} | control" for name in OF_FORCE) + " |",
              "| --- |" + " ---: |" * (2 * len(OF_FORCE))]
     for level, row in table.items():
@@ -65,7 +70,7 @@ def _cell(mean, low, high):
 
 
 def _bootstrap(values):
-    values = np.array(values, float)  # None, as JSON has it, becomes nan
+    values = np.array(values, float)  # None, which JSON has for nan, becomes nan
     values = values[np.isfinite(values)]
     if not values.size:
         return None, None, None

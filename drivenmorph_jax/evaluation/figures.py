@@ -1,8 +1,8 @@
-"""Figures and tables of registrations: arrays and numbers in, files out.
+"""Figures of registrations and of training, as PNG files.
 
-Arrays are of one pair, RAS: axis 0 runs to the Right, 1 to Anterior, 2 to Superior; spacing in mm. Colours
-stay apart for colour-blind readers; no global matplotlib state is touched. Every file is written beside its
-place and then moved there, so that a reader never sees half of one.
+Arrays belong to one pair and are RAS: axis 0 runs to the Right, 1 to Anterior, 2 to Superior. Spacing is in mm.
+Colour-blind readers can distinguish the colours. No global state of matplotlib is changed. Every file is written
+completely beside its place and then moved there, so no reader finds an incomplete file.
 """
 
 import io
@@ -25,20 +25,20 @@ SQUARE = 16.0  # mm, of a checkerboard
 def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None, matched=None):
     """One page for one pair: images, differences, checkerboards, grid, displacement beside driving force, Jacobian.
 
-    The three planes pass through the fixed brain's centre of mass, all at one scale in mm. Grid and arrows
-    show the in-plane part of phi: an arrow runs from a fixed point to the moving point that it samples.
-    Arrows are magnified, displacement and force each by its own factor, which the key gives.
+    The three planes pass through the centre of mass of the fixed brain. All have one scale in mm. Grid and arrows show
+    the in-plane part of phi: an arrow runs from a fixed point to the moving point that it samples. Arrows are
+    magnified: displacement and force each have a factor of their own, which the key gives.
 
     Args:
       path: the PNG to write.
       fixed, moving, warped: (D, H, W) or (D, H, W, 1) on the fixed grid, `moving` after the affine.
       u, force: (D, H, W, 3) in voxels.
-      jac: det(I + grad u), (D, H, W), or with 2 voxels cropped each side as `metrics.jacobian` gives it.
+      jac: det(I + grad u), (D, H, W), or with 2 voxels cropped at each side as `metrics.jacobian` returns it.
       spacing: voxel size in mm, (3,).
-      title: first line in bold; further lines (times, numbers) below it.
+      title: the first line is bold; further lines (times, numbers) follow below it.
       labels: (D, H, W) fixed label map; its outlines are drawn over fixed, moving and warped.
-      matched: moving and warped, of another contrast, with the values of the fixed image: what differences and
-        checkerboards show.
+      matched: for images of different contrast, (moving, warped) with the values of the fixed image; differences and
+        checkerboards show these.
     """
     fixed, moving, warped, *matched = (np.asarray(x, np.float32).reshape(x.shape[:3])
                                        for x in (fixed, moving, warped, *(matched or (moving, warped))))
@@ -82,7 +82,7 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
 
 
 def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels):
-    """{name: what draws it on a tile} of the images, their differences and their checkerboards."""
+    """{name: function that draws it on a tile} of the images, their differences and their checkerboards."""
     before, after = (np.abs(fixed - x) for x in matched)
     intensity = Normalize(0, white)
     difference = Normalize(0, max(np.percentile(before[brain], 99.5), 1e-6))
@@ -107,7 +107,8 @@ def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels)
 
 
 def _deformation_panels(fixed, moving, u, force, jac, brain, white):
-    """{name: what draws it on a tile} of the grid, the displacement beside the driving force, and the Jacobian."""
+    """{name: function that draws it on a tile} of the grid, the displacement beside the driving force, and the
+    Jacobian."""
     size, folded = np.linalg.norm(u, axis=-1), brain & (jac <= 0)
     log_jac = np.log(np.maximum(jac, 1e-3))
     bound = max(np.percentile(np.abs(log_jac[brain & ~folded]), 99.5), 0.1)
@@ -134,20 +135,22 @@ def _deformation_panels(fixed, moving, u, force, jac, brain, white):
 
 
 def uncropped(jac, shape):
-    """A Jacobian determinant on the whole grid `shape`, 1 where `metrics.jacobian` cropped it."""
+    """A Jacobian determinant on the whole grid `shape`: 1 at the voxels that `metrics.jacobian` cropped."""
     return jac if jac.shape == shape else np.pad(jac, 2, constant_values=1.0)
 
 
 def forces(path, fixed, levels, spacing):
-    """Coarse to fine, a row a level: the two terms of the force, the force, and the displacement that remained.
+    """The driving force by level, one row a level, coarse to fine: its two terms, their sum, the remaining
+    displacement.
 
-    The axial plane through the fixed brain's centre of mass. The left three are lengths, each row at a scale of its
-    own, that of the force; arrows are magnified, each tile by the factor that its key gives.
+    All tiles show the axial plane through the centre of mass of the fixed brain. The left three columns show lengths;
+    in each row they share one scale, that of the force. Arrows are magnified, in each tile by the factor that its key
+    gives.
 
     Args:
       path: the PNG to write.
       fixed: (D, H, W).
-      levels: `explanation.LevelForces` (D, H, W, 3) each, in voxels of the image, coarse to fine.
+      levels: `network.outputs.LevelForces`, (D, H, W, 3) each in voxels of the image, coarse to fine.
       spacing: voxel size in mm, (3,).
     """
     spacing = np.asarray(spacing, float)
@@ -187,7 +190,7 @@ def forces(path, fixed, levels, spacing):
 
 
 def curves(path, rows):
-    """Loss, and validation Dice where there is one, over the training step.
+    """The loss, and the validation Dice where there is one, over the training steps.
 
     Args:
       path: the PNG to write.
@@ -219,15 +222,15 @@ def curves(path, rows):
 
 
 def dice_boxplot(path, before, after, names=None, most=30):
-    """Dice before and after registration, a pair of boxes a structure, the best structure on top.
+    """Dice before and after registration: a pair of boxes for each structure, the best structure on top.
 
-    With more than `most` structures, left and right are merged; with still more, `most` of them are drawn,
+    With more than `most` structures, left and right are merged. If these are still more, `most` of them are drawn,
     evenly spaced from the best to the worst.
 
     Args:
       path: the PNG to write.
       before, after: {label: [Dice of each pair]}.
-      names: {label: name}; a label without one is shown by its number.
+      names: {label: name}; a label without a name is shown by its number.
     """
     names = names or {}
     groups = {}
@@ -265,11 +268,11 @@ def dice_boxplot(path, before, after, names=None, most=30):
 
 
 def boxes(path, groups, label):
-    """A box for each of {name: numbers}, in the order given, the first on top and marked.
+    """A box for each of {name: numbers}, in the order given. The first is on top and has another colour.
 
     Args:
       path: the PNG to write.
-      label: what the numbers are.
+      label: the quantity that the numbers give.
     """
     figure = Figure(figsize=(7.2, 1.0 + 0.42 * len(groups)), layout="constrained")
     ax = figure.subplots()
@@ -286,7 +289,7 @@ def boxes(path, groups, label):
 
 
 def _box(inside, spacing, margin=7.0):
-    """Slices of the box around `inside` and `margin` mm more."""
+    """The slices of the box around `inside`, with a margin of `margin` mm."""
     found = ndimage.find_objects(inside.astype(np.uint8))[0]
     pad = [int(np.ceil(margin / s)) for s in spacing]
     return [slice(max(s.start - p, 0), min(s.stop + p, n))
@@ -301,7 +304,7 @@ def _plain(ax, grid):
 
 
 def _without_side(name):
-    """The name of a structure without its side: Left-X, X_right, ctx-lh-X."""
+    """The name of a structure without its side: X for Left-X, X_right or ctx-lh-X."""
     bare = re.sub(r"(?i)(?<![a-z])(left|right|lh|rh)(?![a-z])", " ", name)
     return re.sub(r"[\s_-]*\s[\s_-]*", " ", bare).strip(" -_") or name
 

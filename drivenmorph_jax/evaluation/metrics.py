@@ -1,7 +1,7 @@
-"""What a registration is judged by: overlap, surface distance, regularity, inverse, force agreement.
+"""Metrics of a registration: overlap, surface distance, regularity, inverse consistency, and statistics of the force.
 
-NumPy and SciPy only, on the arrays of one pair. A field u is (D, H, W, 3) in voxels, pull-back, phi = id + u;
-label maps and masks are (D, H, W) on the fixed grid; spacing is in mm, in the order of the array's axes.
+They use NumPy and SciPy only, on the arrays of one pair. A field u is (D, H, W, 3) in voxels, pull-back, phi = id + u.
+Label maps and masks are (D, H, W) on the fixed grid. Spacing is in mm, in the order of the array's axes.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -44,12 +44,12 @@ DEFINITIONS = {
 
 
 def brain(image):
-    """Where a skull-stripped image is above 0, with holes filled: (D, H, W) bool."""
+    """The voxels where a skull-stripped image is above 0, with holes filled: (D, H, W) bool."""
     return ndimage.binary_fill_holes(image > 0)
 
 
 def warp_labels(labels, u):
-    """Labels at the voxel nearest to x + u(x), clamped at the edge: (D, H, W) of the type given."""
+    """The label of the voxel nearest to x + u(x), clamped at the edge: (D, H, W), of the type given."""
     index = 0
     for axis, n in enumerate(labels.shape):
         x = np.arange(n, dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
@@ -59,13 +59,14 @@ def warp_labels(labels, u):
 
 
 def dice(fixed_labels, moved_labels, exclude=(0,), moving_labels=None):
-    """Dice overlap 2|A n B| / (|A| + |B|) of every label that both images hold.
+    """Dice overlap 2|A n B| / (|A| + |B|) of every label that both images have.
 
     Args:
       fixed_labels, moved_labels: arrays of one shape, whole numbers >= 0.
       exclude: labels to leave out.
-      moving_labels: the moving image's map before it was moved, of any shape: a label that it holds and the moved map
-        has lost has a Dice of 0. Without it, the labels of `moved_labels` itself.
+      moving_labels: the moving image's label map before warping, of any shape. A label that it has and the warped map
+        lacks
+        gets a Dice of 0. Without it, the labels of `moved_labels` count.
 
     Returns:
       {label: Dice}.
@@ -81,14 +82,16 @@ def dice(fixed_labels, moved_labels, exclude=(0,), moving_labels=None):
 
 
 def mean_dice(fixed_labels, moved_labels, exclude=(0,), moving_labels=None):
-    """Mean of `dice` over labels; nan where the images have no label in common."""
+    """Mean of `dice` over the labels; nan where the images have no label in common."""
     return _mean(dice(fixed_labels, moved_labels, exclude, moving_labels).values())
 
 
 def hd95(fixed_labels, moved_labels, spacing_mm, exclude=(0,)):
-    """95 % Hausdorff distance in mm of every label that both maps hold.
+    """95 % Hausdorff distance in mm of every label that both maps have.
 
-    max(q95 of d(A -> B), q95 of d(B -> A)), each percentile weighted by the area of the surface elements.
+      max(q95 of d(A -> B), q95 of d(B -> A))
+
+    Each percentile is weighted by the area of the surface elements.
 
     Args:
       fixed_labels, moved_labels: (D, H, W), whole numbers >= 0.
@@ -98,8 +101,9 @@ def hd95(fixed_labels, moved_labels, spacing_mm, exclude=(0,)):
     Returns:
       {label: mm}.
 
-    Reference: the package surface-distance, as in Learn2Reg; its definition and its tables of areas, but with trees of
-    the surfaces' places instead of distance maps of the volume. Other packages differ by up to 10 mm.
+    Reference: the package surface-distance, as in Learn2Reg. The definition and the tables of areas are those of the
+    package. The distances come from k-d trees of the surface points instead of distance maps of the volume. Other
+    packages differ by up to 10 mm.
     """
     fixed, moved = _whole(fixed_labels), _whole(moved_labels)
     boxes = {}
@@ -122,12 +126,13 @@ def hd95(fixed_labels, moved_labels, spacing_mm, exclude=(0,)):
 
 @cache
 def _surface_areas(spacing):
-    """Area in mm^2 of the surface within 2^3 voxels, for each of the 256 ways in which a label can fill them."""
+    """Area in mm^2 of the surface within 2^3 voxels, for each of the 256 ways in which a label can fill these
+    voxels."""
     return np.array(lookup_tables.create_table_neighbour_code_to_surface_area(spacing))
 
 
 def _surface(mask, areas):
-    """Where 2^3 voxels are filled in part: (N, 3) places and the area of the surface within each."""
+    """The places (N, 3) where a mask fills 2^3 voxels in part, and the area of the surface within each."""
     padded = np.pad(mask, 1).astype(np.uint8)
     n = np.array(mask.shape) + 1
     weights = np.array(lookup_tables.ENCODE_NEIGHBOURHOOD_3D_KERNEL, np.uint8)
@@ -144,7 +149,7 @@ def _percentile(distances, areas):
 
 
 def jacobian(u):
-    """J = det(I + grad u) by central differences in voxels, 2 voxels cropped each side: (D-4, H-4, W-4)."""
+    """J = det(I + grad u) by central differences in voxels, with 2 voxels cropped at each side: (D-4, H-4, W-4)."""
     gradients = np.gradient(np.asarray(u, np.float32), axis=(0, 1, 2))
     columns = []
     for axis, gradient in enumerate(gradients):
@@ -155,22 +160,24 @@ def jacobian(u):
 
 
 def fold_pct(jac, mask=None):
-    """Percentage of voxels with J <= 0, `jac` from `jacobian`, `mask` (D, H, W) on the uncropped grid."""
+    """Percentage of voxels with J <= 0. `jac` is as `jacobian` returns it, `mask` (D, H, W) lies on the uncropped
+    grid."""
     return float(100 * np.mean(_inside(jac, mask) <= 0))
 
 
 def sdlogj(jac, mask=None):
-    """Standard deviation of log max(J, 1e-9); arguments as `fold_pct`."""
+    """Standard deviation of log max(J, 1e-9); arguments as for `fold_pct`."""
     return float(np.std(np.log(np.maximum(_inside(jac, mask), 1e-9)), dtype=np.float64))
 
 
 def sdlogj_l2r(jac, mask=None):
-    """Learn2Reg's std of log(clip(J + 3, 1e-9, 1e9)), that of published tables; arguments as `fold_pct`."""
+    """Learn2Reg's std of log(clip(J + 3, 1e-9, 1e9)), the one in published tables; arguments as for `fold_pct`."""
     return float(np.std(np.log(np.clip(_inside(jac, mask) + 3, 1e-9, 1e9)), dtype=np.float64))
 
-# A unit cube splits into five tetrahedra in two ways: one at each of four corners, and one in the middle.
-# Over both ways a voxel owns the eight corner tetrahedra around it and the middle one of two opposite cubes;
-# each is given by its three edges from the voxel.
+
+# A unit cube splits into five tetrahedra in two ways: one at each of four corners, and one in the middle. Both ways
+# together give every voxel ten tetrahedra: the corner tetrahedra of the eight cubes around it, and the middle ones of
+# two opposite cubes. A tetrahedron is listed by its three edges from the voxel.
 _TETRAHEDRA = [((i, 0, 0), (0, j, 0), (0, 0, k)) for i in (1, -1) for j in (1, -1) for k in (1, -1)] + [
     ((s, s, 0), (s, 0, s), (0, s, s)) for s in (1, -1)]
 
@@ -178,10 +185,10 @@ _TETRAHEDRA = [((i, 0, 0), (0, j, 0), (0, 0, k)) for i in (1, -1) for j in (1, -
 def ndv_pct(u, mask=None):
     """Non-diffeomorphic volume: the volume that phi turns inside out, in % of the mask's volume.
 
-    100 / |mask| sum over x in mask, tetrahedra t at x:  max(0, -vol(phi(t))) / 2,  |mask| in voxels
+      100 / |mask| sum over x in mask, tetrahedra t at x of max(0, -vol(phi(t))) / 2,   |mask| in voxels
 
-    phi is the piecewise linear map through the voxels, the / 2 averages over the two ways to split a cube.
-    The field goes on constant beyond the border, so no voxel is cropped.
+    phi is the piecewise linear map through the voxels. The factor 1 / 2 averages over the two ways to split a cube.
+    Beyond the border, the field keeps the value at the edge, so no voxel is cropped.
 
     Args:
       u: (D, H, W, 3) displacement in voxels.
@@ -195,7 +202,7 @@ def ndv_pct(u, mask=None):
     mask = np.ones(shape, bool) if mask is None else np.asarray(mask) > 0
     padded = np.pad(u, [(1, 1)] * 3 + [(0, 0)], mode="edge")
     folded = 0.0
-    for i in range(shape[0]):  # plane by plane, so that the edges of all tetrahedra stay in the cache
+    for i in range(shape[0]):  # plane by plane, so that the edges of all tetrahedra fit in the cache
         where = mask[i]
         if not where.any():
             continue
@@ -213,7 +220,7 @@ def ndv_pct(u, mask=None):
 
 
 def inverse_consistency(u, u_inv, spacing, mask=None):
-    """Mean |phi^-1(phi(x)) - x| = |u(x) + u_inv(x + u(x))| over the mask, in mm; u_inv sampled linearly.
+    """Mean |phi^-1(phi(x)) - x| = |u(x) + u_inv(x + u(x))| over the mask, in mm; u_inv is sampled linearly.
 
     Args:
       u, u_inv: (D, H, W, 3) in voxels, on grids of one shape and spacing.
@@ -228,20 +235,20 @@ def inverse_consistency(u, u_inv, spacing, mask=None):
 
 
 def tre(u, u_true, spacing, mask=None):
-    """Mean |u(x) - u_true(x)| over the mask in mm; fields (D, H, W, 3) in voxels of `spacing` mm."""
+    """Mean |u(x) - u_true(x)| over the mask in mm; the fields are (D, H, W, 3) in voxels of `spacing` mm."""
     where = ... if mask is None else np.asarray(mask) > 0
     return float(np.mean(np.linalg.norm((u[where] - u_true[where]) * spacing, axis=-1)))
 
 
 def force_statistics(force, remaining, mask=None):
-    """How far a driving force p points along, and grows with, the displacement u that remains.
+    """How well a driving force p agrees with the displacement u that remains, in direction and in size.
 
     Args:
       force, remaining: (D, H, W, 3) in voxels.
       mask: (D, H, W) or None.
 
     Returns:
-      {"cosine", "pearson", "spearman", "r2"}, see `DEFINITIONS`; nan where undefined (nothing remains).
+      {"cosine", "pearson", "spearman", "r2"}, see `DEFINITIONS`; nan where undefined (no displacement remains).
     """
     where = ... if mask is None else np.asarray(mask) > 0
     p, u = (np.asarray(x[where], np.float64).reshape(-1, 3) for x in (force, remaining))
@@ -250,7 +257,7 @@ def force_statistics(force, remaining, mask=None):
     cosine = np.sum(p[far] * u[far], axis=-1) / np.maximum(p_size[far] * u_size[far], 1e-12)
 
     design = np.concatenate([p, np.ones_like(p[:, :1])], axis=-1)
-    # Normal equations: 4x4, where a QR of a million rows would take seconds. pinv, as p may lie in a plane.
+    # The normal equations are 4x4; a QR of a million rows would take seconds. pinv, since all p may lie in a plane.
     fit = design @ (np.linalg.pinv(design.T @ design) @ (design.T @ u))
     scatter = np.sum((u - u.mean(axis=0)) ** 2)
     return {
@@ -266,13 +273,13 @@ def pair_metrics(u, u_inv, fixed_labels, moving_labels, spacing, mask=None, excl
     """Every number of one pair as {metric: float}, named and defined as in `DEFINITIONS`.
 
     Args:
-      u, u_inv: (D, H, W, 3) in voxels; without an inverse (None) `inverse_mm` is left out.
+      u, u_inv: (D, H, W, 3) in voxels; without an inverse (None), `inverse_mm` is left out.
       fixed_labels, moving_labels: (D, H, W) on one grid, the moving ones before the deformation; or None.
       spacing: voxel size in mm, (3,).
       mask: (D, H, W), the fixed brain.
       exclude: labels to leave out of Dice and HD95.
-      hausdorff: False leaves HD95 out, which takes longer than everything else.
-      u_true: (D, H, W, 3) in voxels where the true field is known; adds `tre_mm`.
+      hausdorff: False leaves out HD95, which takes longer than all other metrics together.
+      u_true: (D, H, W, 3) in voxels, where the true field is known; adds `tre_mm`.
     """
     u = np.asarray(u, np.float32)
     row = {}
@@ -295,7 +302,8 @@ def pair_metrics(u, u_inv, fixed_labels, moving_labels, spacing, mask=None, excl
 
 
 def summarise(rows):
-    """{metric: {"mean", "std"}} over the pairs that have the metric; nan is left out, other keys are skipped.
+    """{metric: {"mean", "std"}} over the pairs that have the metric. nan is left out; keys that are no metric are
+    skipped.
 
     The std is that of the pairs themselves (ddof = 0).
     """

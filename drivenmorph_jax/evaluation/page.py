@@ -1,6 +1,6 @@
-"""report.html: tables, figures, and slices to move through, in one file that needs no network.
+"""report.html: tables, figures and slices to move through, in one file that needs no network connection.
 
-`page.html` is the template: its script draws the three planes of volumes that lie in the page as pictures.
+The template is `page.html`. Its script draws the three planes of the volumes, which the page holds as pictures.
 """
 
 import base64
@@ -20,13 +20,13 @@ from drivenmorph_jax.evaluation.tables import ABOUT_FORCE, LABELS, OF_FORCE, OF_
 from drivenmorph_jax.files import replacing
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SPACING = 2.0  # mm, the smallest voxels in the page
-COLUMNS = 12  # of axial slices in a picture
+SPACING = 2.0  # mm, about the smallest voxels in the page
+COLUMNS = 12  # axial slices in a row of a picture
 MAPS = ("gray", "cividis", "RdBu_r")
 
 
 def write(path, title, parts):
-    """Write the page: `parts` are pieces of HTML, as the functions below make them.
+    """Write the page. `parts` are pieces of HTML, as the functions below return them.
 
     Raises InputError where the file cannot be written.
     """
@@ -38,7 +38,8 @@ def write(path, title, parts):
 
 
 def report(path, title, summary, rows, force, figures, viewers):
-    """The page of an evaluation, of what `report.report_md` takes, and of the pieces that `viewer` made."""
+    """The page of an evaluation. The arguments are those of `tables.report_md`, and the pieces that `viewer`
+    returned."""
     of_force = [heading("The driving force"), paragraph(ABOUT_FORCE), table(force)] if force else []
     defined = (*summary, *OF_FORCE) if force else summary
     write(path, title, [
@@ -67,24 +68,25 @@ def table(markdown):
 
 
 def definitions(found):
-    """{term: what it means} as a list."""
+    """{term: its definition} as an HTML list."""
     return "<dl>" + "".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(meaning)}</dd>"
                             for term, meaning in found.items()) + "</dl>"
 
 
 def figure(caption, path):
-    """A PNG file, taken into the page."""
+    """A PNG file, embedded in the page."""
     picture = base64.b64encode(Path(path).read_bytes()).decode()
     return f'<h3>{html.escape(caption)}</h3><img class="figure" alt="{html.escape(caption)}" src="{_PNG}{picture}">'
 
 
 def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing):
-    """Three planes of one pair to move through, with any of its volumes over any other.
+    """Three planes of one pair to move through, with any of its volumes shown over any other.
 
     Args:
-      fixed, moving, warped: (D, H, W), RAS; averaged to voxels of at least `SPACING` mm.
+      fixed, moving, warped: (D, H, W), RAS; averaged to voxels of about `SPACING` mm where they are smaller.
       u, force: (D, H, W, 3) in voxels; their lengths are shown.
-      jacobian: (D, H, W), or with 2 voxels cropped each side as `metrics.jacobian` gives it; its logarithm is shown.
+      jacobian: (D, H, W), or with 2 voxels cropped at each side as `metrics.jacobian` returns it; its logarithm is
+        shown.
       spacing: voxel size in mm, (3,).
     """
     spacing = np.asarray(spacing, float)
@@ -111,18 +113,19 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing):
     return (f'<section class="viewer"><h3>{html.escape(caption)}</h3>'
             f'<script type="application/json">{json.dumps(data)}</script></section>')
 
+
 _PNG = "data:image/png;base64,"
 
 
 def _pooled(x, factors):
-    """Means over blocks, what is left at the far ends cut off."""
+    """Means over blocks of `factors` voxels. Voxels at the far ends that fill no block are cut off."""
     whole = x[tuple(slice(n // f * f) for n, f in zip(x.shape, factors, strict=True))]
     blocks = [side for n, f in zip(whole.shape, factors, strict=True) for side in (n // f, f)]
     return whole.reshape(blocks).mean((1, 3, 5))
 
 
 def _mosaic(voxels):
-    """Axial slices side by side, row after row, as a grey PNG in base64."""
+    """The axial slices side by side, row after row, as a grey PNG in base64."""
     nx, ny, nz = voxels.shape
     rows = -(-nz // COLUMNS)
     slices = np.pad(voxels, ((0, 0), (0, 0), (0, rows * COLUMNS - nz))).reshape(nx, ny, rows, COLUMNS)

@@ -1,4 +1,4 @@
-"""The pairs that an evaluation has scored, kept on disk: a run that was stopped continues from there."""
+"""The record of an evaluation: the pairs that it has scored, on disk, so that a stopped run can continue."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from drivenmorph_jax.runtime.provenance import git_commit
 
 
 class Record:
-    """The pairs that a run has scored, kept in out/pairs.jsonl: `rows` is {(fixed, moving): what `scored` returns}.
+    """The pairs that a run has scored, kept in out/pairs.jsonl. `rows` is {(fixed, moving): what `scored` returned}.
 
-    The first line holds the identity of the run. Pairs of another run, or of one that has ended (its summary.json is
-    there), are dropped, and so is a line that was cut short.
+    The first line holds the identity of the run. Pairs of another run are dropped, and so are those of a run that has
+    ended (its summary.json exists) and a line that is incomplete.
     """
 
     def __init__(self, out, identity):
@@ -31,7 +31,7 @@ class Record:
         text = rows_text([row])
         with self.path.open("a") as file:
             file.write(text)
-        self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = json.loads(text)  # as from the file
+        self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = json.loads(text)  # as a later run reads it
 
 
 def names_of(pair):
@@ -40,7 +40,7 @@ def names_of(pair):
 
 
 def identity_of(config, params, subjects, atlas, refine_steps, l2r):
-    """A digest of all that the scores follow from."""
+    """A digest of everything on which the scores depend."""
     subjects = subjects if atlas is None else (*subjects, atlas)
     settings = [config.to_dict(), git_commit(), refine_steps, str(l2r), [s.id for s in subjects]]
     digest = hashlib.sha256(json.dumps(settings).encode())

@@ -1,8 +1,8 @@
-"""Other methods on the same pairs, by the same scores and the same clock.
+"""Other registration methods on the same pairs, with the same scores and the same timing.
 
 Each method is a command of its own, `python -m drivenmorph_jax.evaluation.rivals METHOD FIXED MOVING OUT`. The command
-starts Python, reads two files and writes one displacement field. The seconds are those of the whole command; commands
-run one after the other. requirements-rivals.txt lists the packages that the project does not bring.
+starts Python, reads two files and writes one displacement field. The seconds are those of the whole command. Commands
+run one after the other. requirements-rivals.txt lists the packages that the project does not install.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, read_rows, replacing, rows_text
 from drivenmorph_jax.runtime.shipped import shipped
 
-ROOT = Path(__file__).resolve().parents[2]  # of the package: for a command in another folder
+ROOT = Path(__file__).resolve().parents[2]  # the folder of the package, for a command in another folder
 
 
 def network(fixed, moving, out, checkpoint, refine_steps="0"):
-    """A network of this project, by the weights in the folder `checkpoint`."""
+    """A network of this project, with the weights in the folder `checkpoint`."""
     from drivenmorph_jax.network.inference import downsample_to, grid_multiple, load_checkpoint, make_predict
     from drivenmorph_jax.runtime import sharding
 
@@ -40,7 +40,7 @@ def network(fixed, moving, out, checkpoint, refine_steps="0"):
 
 
 def demons(fixed, moving, out, force="lncc"):
-    """The classical algorithm of the project; `force` as `register.py` has it."""
+    """The classical Demons of this project; `force` as in `register`."""
     from drivenmorph_jax.demons import MULTIPLE, registered
     from drivenmorph_jax.runtime import sharding
 
@@ -50,7 +50,7 @@ def demons(fixed, moving, out, force="lncc"):
 
 
 def itk_demons(fixed, moving, out):
-    """SimpleITK's diffeomorphic Demons, three levels."""
+    """SimpleITK's diffeomorphic Demons, on three levels."""
     import SimpleITK as sitk
 
     f, m = (sitk.ReadImage(path, sitk.sitkFloat32) for path in (fixed, moving))
@@ -68,13 +68,13 @@ def itk_demons(fixed, moving, out):
 
 
 def greedy(fixed, moving, out):
-    """Greedy, local correlation of 5^3 voxels."""
+    """Greedy, with local correlation over 5^3 voxels."""
     from picsl_greedy import Greedy3D
     Greedy3D().execute(f"-d 3 -m WNCC 2x2x2 -i {fixed} {moving} -n 100x50x20 -o {out}")
 
 
 def syn(fixed, moving, out):
-    """ANTs SyN, mutual information."""
+    """ANTs SyN, with mutual information."""
     import ants
     f, m = ants.image_read(fixed), ants.image_read(moving)
     _save(f, m, ants.registration(f, m, "SyNOnly", reg_iterations=(100, 70, 20), initial_transform="Identity"), out)
@@ -85,11 +85,11 @@ def syntx(fixed, moving, out):
     import types
 
     import ants
-    # It imports this for denoising and surfaces, which SyN is not asked for, and PyPI does not have it.
+    # The package imports antstorch for denoising and surfaces, which SyN does not need. PyPI does not have antstorch.
     sys.modules.setdefault("antstorch", types.ModuleType("antstorch"))
     import syntx as package
     f, m = ants.image_read(fixed), ants.image_read(moving)
-    # The images are aligned already: an identity keeps it from an affine of its own.
+    # The images are aligned already. With an identity, the package computes no affine of its own.
     identity = out.removesuffix(".nii") + "_identity.mat"
     ants.write_transform(ants.new_ants_transform(dimension=3, transform_type="AffineTransform"), identity)
     _save(f, m, package.syn(
@@ -99,11 +99,12 @@ def syntx(fixed, moving, out):
         formulation="eulerian", regularizer="sobolev", kernel_type="sobolev", sobolev_alpha=1.5, antisymmetric=True),
         out)
 
-METHODS = {  # name: (what runs, arguments, the package it needs)
+
+METHODS = {  # name: (function, its arguments, the package it needs)
     "drivenmorph": (network, (str(shipped("weights", "brain-t1")),), None),
     "voxelmorph": (network, (str(shipped("weights", "voxelmorph-t1")),), None),
     "transmorph": (network, (str(shipped("weights", "transmorph-t1")),), None),
-    "affine": (None, (), None),  # as the images come
+    "affine": (None, (), None),  # no deformation
     "demons": (demons, (), None),
     "demons-intensity": (demons, ("intensity",), None),
     "demons-mind": (demons, ("mind",), None),
@@ -115,14 +116,14 @@ METHODS = {  # name: (what runs, arguments, the package it needs)
 
 
 def run(method, fixed, moving, *arguments):
-    """(u, seconds): the field (D, H, W, 3) in voxels, RAS axis order, and the wall clock of the command.
+    """(u, seconds): the field (D, H, W, 3) in voxels, in RAS axis order, and the wall-clock seconds of the command.
 
     Args:
-      method: a name of `METHODS`, whose package is there.
+      method: a name of `METHODS` whose package is installed.
       fixed, moving: NIfTI files on one grid.
-      arguments: of the method's function, in place of those that `METHODS` has.
+      arguments: for the method's function, in place of those in `METHODS`.
 
-    Raises InputError with what the command said where it failed.
+    Raises InputError with the message of the command where it failed.
     """
     from drivenmorph_jax.transforms.files import read_displacement
 
@@ -145,9 +146,9 @@ def run(method, fixed, moving, *arguments):
 
 
 def installed(names):
-    """Those of `names` that can run; says what each of the others lacks.
+    """Those of `names` that can run. Prints what each of the others lacks.
 
-    Raises InputError for a name that is none of `METHODS`.
+    Raises InputError for a name that is not in `METHODS`.
     """
     found = []
     for name in names:
@@ -165,18 +166,19 @@ def installed(names):
 
 
 def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
-    """Run every method on every ordered pair of a split, DrivenMorph first; writes rivals.jsonl, .md and .png to `out`.
+    """Run every method on every ordered pair of a split, DrivenMorph first; write rivals.jsonl, .md and .png to `out`.
 
-    A run that rivals.jsonl has already, of the same files, weights and version, is not done again: a comparison that
-    was stopped goes on, and a method can be added later.
+    A run that rivals.jsonl already holds, of the same files, weights and version, is not repeated. So a comparison that
+    was stopped continues, and a method can be added later.
 
     Args:
       dataset: a folder's, not padded; root: that folder.
       names: of `METHODS`, all of them installed.
+      checkpoint, refine_steps: of DrivenMorph; by default the weights of the project, without refinement.
 
     Returns:
-      The Markdown table: mean and std of every score; p of Wilcoxon's signed-rank test on the pairs' Dice against
-      DrivenMorph, by Holm's correction.
+      The Markdown table: mean and std of every score, and the p value of Wilcoxon's signed-rank test on the pairs' Dice
+      against DrivenMorph, with Holm's correction.
     """
     from tqdm import tqdm
 
@@ -189,7 +191,7 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
     arguments["drivenmorph"] = checkpoint or arguments["drivenmorph"][0], refine_steps
     record = out / "rivals.jsonl"
     known = {run["key"]: run["scores"] for run in read_rows(record)}
-    with replacing(record) as temporary:  # less a line that was cut short
+    with replacing(record) as temporary:  # without a line that is incomplete
         temporary.write_text(rows_text({"key": key, "scores": scores} for key, scores in known.items()))
     rows, reused = {name: [] for name in names}, 0
     with tqdm(total=len(pairs) * len(names), unit="run", dynamic_ncols=True) as progress:
@@ -222,11 +224,11 @@ def compare(dataset, root, split, names, out, checkpoint=None, refine_steps=0):
 
 
 def _key(method, arguments, files, exclude):
-    """A digest of all that the scores of one run follow from."""
+    """A digest of everything on which the scores of one run depend."""
     from drivenmorph_jax.runtime.provenance import git_commit
 
     package = METHODS[method][2]
-    # Not every wheel says which packages it holds.
+    # Not every wheel declares which packages it holds.
     version = (importlib.metadata.version(importlib.metadata.packages_distributions().get(package, [package])[0])
                if package else git_commit())
     digest = hashlib.sha256(json.dumps([method, version, [*map(int, exclude)], *map(str, arguments)]).encode())
@@ -237,7 +239,7 @@ def _key(method, arguments, files, exclude):
 
 
 def rivals_table(rows):
-    """The table of {method: rows of pairs}, its first method being the one that the others are tested against."""
+    """The Markdown table of {method: rows of pairs}. The other methods are tested against the first."""
     from drivenmorph_jax.evaluation import metrics, tables
 
     first, *others = rows
@@ -254,7 +256,10 @@ def rivals_table(rows):
 
 
 def holm(p):
-    """Holm's correction: sorted upwards, p_(i) (n - i), i from 0, made non-decreasing and at most 1; nan stays nan."""
+    """Holm's correction of p values; nan stays nan.
+
+      sorted upwards, p_(i) (n - i) for i from 0, made non-decreasing and at most 1
+    """
     p = np.asarray(p, float)
     corrected, known = np.full(p.shape, np.nan), np.flatnonzero(np.isfinite(p))
     order = known[np.argsort(p[known])]
@@ -278,7 +283,7 @@ def _images(fixed, moving):
 
 
 def _padded(fixed, moving, multiple):
-    """Both images in [0, 1], with background up to a multiple."""
+    """Both images, normalised to [0, 1] and padded with background so that every side is a multiple of `multiple`."""
     import jax.numpy as jnp
 
     from drivenmorph_jax.images.intensity import normalise

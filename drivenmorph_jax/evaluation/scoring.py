@@ -1,4 +1,4 @@
-"""What is kept of a registered pair of a data set: its scores, and what its force says of its deformation."""
+"""The scores of a registered pair of a data set, the statistics of its force, and the ranking of pairs."""
 
 from drivenmorph_jax import data
 from drivenmorph_jax.evaluation import metrics
@@ -7,7 +7,7 @@ from drivenmorph_jax.evaluation.validation import similarity
 
 
 def scored(pair, fields, control, seconds, dataset):
-    """What `record.Record` keeps of a pair, as JSON has it.
+    """The entry of a pair in `record.Record`, ready for JSON.
 
     Args:
       pair: (fixed, moving), `Subject`s.
@@ -35,9 +35,10 @@ def scored(pair, fields, control, seconds, dataset):
 
 
 def ranked(rows):
-    """Places of `rows` of scores from the worst to the best: by Dice where any pair has it, else by local correlation.
+    """The indices of `rows` of scores from the worst to the best: by Dice where any pair has it, else by local
+    correlation.
 
-    A pair without the number that the others are ranked by is left out.
+    A pair without the number used for ranking is left out, unless no pair has it.
     """
     def number(row, name):
         value = row.get(name)

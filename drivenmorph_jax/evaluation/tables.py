@@ -1,9 +1,4 @@
-"""Figures and tables of registrations: arrays and numbers in, files out.
-
-Arrays are of one pair, RAS: axis 0 runs to the Right, 1 to Anterior, 2 to Superior; spacing in mm. Colours
-stay apart for colour-blind readers; no global matplotlib state is touched. Every file is written beside its
-place and then moved there, so that a reader never sees half of one.
-"""
+"""Tables of scores, as CSV and Markdown files, and the Markdown report of an evaluation."""
 
 import csv
 import io
@@ -29,7 +24,7 @@ ABOUT_FORCE = ("The forces of each level against the displacement that remained 
 
 
 def pairs_csv(path, rows):
-    """One line a pair, one column a key, in order of first appearance; a missing number stays empty."""
+    """Write one line a pair and one column a key, in the order of first appearance. A missing number stays empty."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _keys(rows), lineterminator="\n")
     writer.writeheader()
@@ -38,7 +33,7 @@ def pairs_csv(path, rows):
 
 
 def markdown_table(summary):
-    """`metrics.summarise`'s {metric: {"mean", "std"}} as a Markdown table, one line a metric."""
+    """The Markdown table of {metric: {"mean", "std"}}, as `metrics.summarise` returns it: one line a metric."""
     lines = ["| Metric | Mean | Std |", "| --- | ---: | ---: |"]
     lines += [f"| {LABELS.get(key, key)} | {_digits(value['mean'])} | {_digits(value['std'])} |"
               for key, value in summary.items()]
@@ -46,7 +41,7 @@ def markdown_table(summary):
 
 
 def pairs_table(rows):
-    """A Markdown table, one line a pair."""
+    """The Markdown table of the pairs, one line a pair."""
     keys = _keys(rows)
     lines = ["| " + " | ".join(LABELS.get(key, key) for key in keys) + " |",
              "| " + " | ".join("---" for _ in keys) + " |"]
@@ -55,14 +50,14 @@ def pairs_table(rows):
 
 
 def report_md(path, summary, rows, figures, force):
-    """A Markdown page: the table, the definition of every number in it, the force, every pair, the figures.
+    """Write a Markdown page: table of scores, definition of every number, force, every pair, figures.
 
     Args:
       path: the file to write; links are relative to its folder.
       summary: {metric: {"mean", "std"}}.
       rows: one dict a pair.
       figures: {caption: path of the picture}.
-      force: the Markdown table of the force's statistics, empty where there is no force.
+      force: the Markdown table of the force's statistics, empty where the network computes no force.
     """
     path = Path(path)
     definitions, of_force = ("\n".join(f"- **{LABELS[key]}**: {DEFINITIONS[key]}" for key in group

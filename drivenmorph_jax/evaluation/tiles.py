@@ -1,8 +1,6 @@
-"""Figures and tables of registrations: arrays and numbers in, files out.
+"""The parts of a figure: `Sheet`, a page of tiles, and `Tile`, one plane of a volume.
 
-Arrays are of one pair, RAS: axis 0 runs to the Right, 1 to Anterior, 2 to Superior; spacing in mm. Colours
-stay apart for colour-blind readers; no global matplotlib state is touched. Every file is written beside its
-place and then moved there, so that a reader never sees half of one.
+Volumes are RAS: axis 0 runs to the Right, 1 to Anterior, 2 to Superior. Spacing is in mm.
 """
 
 import numpy as np
@@ -13,12 +11,12 @@ from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#E69F00", "#56B4E9", "#F0E442", "#5A5A5A"  # Okabe and Ito
 HALO = withStroke(linewidth=3, foreground="black")
-# Name of the view, the axes it shows as (right, up), and the letters at its left, right, bottom and top.
+# Name of the view, the axes that it shows to the right and upwards, and the letters at its left, right, bottom and top.
 VIEWS = (("Axial", (0, 1), "LRPA"), ("Coronal", (0, 2), "LRIS"), ("Sagittal", (1, 2), "PAIS"))
 
 
 class Tile:
-    """One plane of a volume on black, in mm; arrays are cut where the tile needs them."""
+    """One plane of a volume on black, in mm. Its methods take whole volumes and cut the plane out of them."""
 
     def __init__(self, ax, axes, centre, box, spacing, width):
         self.ax, self.box, self.spacing, self.width = ax, box, spacing, width
@@ -31,21 +29,21 @@ class Tile:
         ax.set(**self.limits)
 
     def cut(self, x):
-        """The plane with `up` along its rows and `right` along its columns, as imshow takes it."""
+        """The plane of a volume, with `up` along its rows and `right` along its columns, as imshow takes it."""
         return np.swapaxes(np.take(x, self.index, axis=self.normal), 0, 1)
 
     def points(self, shape):
-        """Coordinates in mm of the voxel centres, (n_up, n_right) each."""
+        """Coordinates of the voxel centres in mm, (n_up, n_right) each."""
         return np.meshgrid(*((np.arange(shape[a]) + 0.5) * self.spacing[a] for a in (self.right, self.up)))
 
     def image(self, x, norm, cmap, inside=None):
-        """The plane as a picture; outside the mask `inside` it stays black."""
+        """Draw the plane as a picture; outside the mask `inside` it stays black."""
         plane = self.cut(x)
         extent = (0, plane.shape[1] * self.spacing[self.right], 0, plane.shape[0] * self.spacing[self.up])
         shown = self.ax.imshow(plane, cmap=cmap, norm=norm, origin="lower", extent=extent, aspect="auto",
                                interpolation="nearest" if np.isnan(plane).any() else "bilinear")
         if inside is not None:
-            # Filled up to the mask's contour, which is smoother than the edges of its voxels.
+            # Black is filled up to the contour of the mask, which is smoother than the edges of its voxels.
             outside = np.pad(1.0 - self.cut(inside), 1, constant_values=1.0)
             x, y = (np.arange(-0.5, n - 1) * self.spacing[a]
                     for n, a in zip(outside.shape[::-1], (self.right, self.up), strict=True))
@@ -66,7 +64,7 @@ class Tile:
         inside = self.cut(brain)[thin]
         x, y = (c[thin][inside] for c in self.points(brain.shape))
         dx, dy = (self.cut(vectors[..., a])[thin][inside] for a in (self.right, self.up))
-        # One magnification for the three views, taken from the whole brain: their arrows can be compared.
+        # The three views have one magnification, computed from the whole brain, so that their arrows can be compared.
         usual = max(np.percentile(np.linalg.norm(vectors[brain], axis=-1), 95), 1e-3)
         quiver = self.ax.quiver(x, y, dx, dy, color=colour, angles="xy", scale_units="xy",
                                 scale=usual / (1.5 * gap), width=0.0075, headwidth=3.4, headlength=3.8,
@@ -102,12 +100,12 @@ class Tile:
 
 
 class Sheet:
-    """A page of blocks of tiles, placed in inches, with a strip for colour bars below each."""
+    """A page of blocks of tiles, laid out in inches, with a strip for colour bars below each block."""
 
     def __init__(self, columns, heights, title, blocks=2, tile=2.2, gap=0.04, left=0.36, head=0.3, strip=0.62):
         lines = title.split("\n") if title else []
         self.tile, self.gap, self.left, self.head, self.strip = tile, gap, left, head, strip
-        # All lengths are whole pixels at 150 dpi: else pictures stick out of their tiles by a part of one.
+        # All lengths are whole pixels at 150 dpi. Otherwise pictures extend beyond their tiles by a part of a pixel.
         self.heights = [round(tile * h / 0.02) * 0.02 for h in heights]
         self.top = 0.12 + 0.26 * len(lines)
         self.block = head + sum(self.heights) + gap * (len(heights) - 1) + strip
@@ -143,6 +141,6 @@ class Sheet:
         return self.top + (block + 1) * self.block - self.strip + 0.09
 
     def _axes(self, x, y, width, height):
-        """Axes whose upper left corner lies x and y inches from that of the page."""
+        """Axes whose upper left corner is x and y inches from the upper left corner of the page."""
         return self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width,
                                      height / self.height))

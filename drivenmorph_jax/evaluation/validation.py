@@ -1,4 +1,4 @@
-"""Validation while a network trains: mean scores over the pairs of the val split."""
+"""Validation during training: mean scores over the pairs of the val split."""
 
 import jax
 import numpy as np
@@ -12,11 +12,12 @@ WINDOW = 9  # voxels
 
 
 def validate(predict, params, dataset, space=1):
-    """Means over the ordered val pairs.
+    """Mean scores over the ordered pairs of the val split.
 
     Returns:
-      {"val_dice", "val_fold_pct"} over the pairs whose images have a label in common, if there are any; else
-      {"val_lncc"}, the local correlation of the images, over all pairs.
+      {"val_dice", "val_fold_pct"}, means over the pairs whose images have a label in common. Where there is no such
+        pair,
+      {"val_lncc"}, the mean local correlation of the images over all pairs.
     """
     rows, pairs = [], dataset.pairs("val")
     for (fixed, moving), ((u, *_), _) in zip(pairs, predictions(predict, params, pairs, space), strict=True):
@@ -34,7 +35,8 @@ def validate(predict, params, dataset, space=1):
 
 
 def similarity(fixed, moving, u):
-    """Mean squared local correlation of the fixed and the warped moving image (D, H, W), boxes of `WINDOW` voxels."""
+    """Mean squared local correlation of the fixed and the warped moving image (D, H, W), in boxes of `WINDOW`^3
+    voxels."""
     return float(_similarity(fixed, moving, u))
 
 
