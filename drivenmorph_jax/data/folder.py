@@ -1,4 +1,4 @@
-"""A data set of the user's own: a folder of NIfTI files that share one grid.
+"""Data sets of the user: a folder of NIfTI files that share one grid.
 
     ID_t1.nii.gz      the brain
     ID_seg.nii.gz     its label map (optional)
@@ -20,24 +20,29 @@ from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import canonical
 
 IMAGE, LABELS = "_t1.nii.gz", "_seg.nii.gz"
-SPLIT_SEED = 0  # a folder without splits.json is split the same way by training and by evaluation
+SPLIT_SEED = 0  # fixed, so that training and evaluation split a folder without splits.json in the same way
 THREADS = 4
 
 
 def folder_dataset(config, splits=SPLITS):
-    """The subjects of a folder, in canonical RAS axis order, intensities in [0, 1].
+    """Read the subjects of a folder, in canonical RAS axis order, with intensities in [0, 1].
+
+    Without a splits.json, a tenth of the subjects become val and a tenth test, the same ones every time. Each has at
+    least two subjects where there are six, and one where there are three.
 
     Args:
-      config: root, the folder; exclude, labels that scores leave out besides background; splits, the path of
-        a splits.json, or None to look for one in the folder and its parent. Without any, a tenth each become
-        val and test (at least two where there are six, one where there are three), the same ones every time.
-        With skip_bad a subject that cannot be read is named on stderr and left out. atlas, the id of the moving
-        image of all pairs, or None for pairs of subjects.
+      config: root, the folder. exclude, labels that scores leave out besides background. splits, the path of a
+        splits.json, or None to look for one in the folder and then in its parent. skip_bad: if true, a subject that
+        cannot be read is named on stderr and left out. atlas, the id of the moving image of all pairs, or None for
+        pairs of subjects.
       splits: the splits to read; the others stay empty.
 
+    Returns:
+      A `Dataset`.
+
     Raises:
-      InputError: no such folder, fewer than two images in it, ids without an image, a subject in two splits,
-        images that do not share one isotropic grid, or a file that cannot be read.
+      InputError: no such folder, fewer than two images in it, ids without an image, a subject in two splits, an invalid
+        splits.json, no subject in `splits`, images that do not share one isotropic grid, or a file that cannot be read.
     """
     root = Path(config.root)
     if not root.is_dir():
@@ -55,7 +60,7 @@ def folder_dataset(config, splits=SPLITS):
         if atlas not in found:
             raise InputError(f"{root / (atlas + IMAGE)} does not exist: set data.atlas to the id of an image that does")
         wanted = dict.fromkeys([*wanted, atlas])
-    with ThreadPoolExecutor(THREADS) as pool:  # unpacking gzip releases the interpreter
+    with ThreadPoolExecutor(THREADS) as pool:  # gzip releases the interpreter lock
         read = pool.map(lambda id: _read_subject(root, id, config.get("skip_bad", False) and id != atlas), wanted)
         subjects = {subject.id: subject for subject in read if subject is not None}
     if not subjects:
@@ -71,7 +76,7 @@ def folder_dataset(config, splits=SPLITS):
 
 
 def _beside(root, name):
-    """The file of that name in the folder or else in its parent, or None."""
+    """The file of that name in the folder or, failing that, in its parent; None if neither has one."""
     return next((path for path in (root / name, root.parent / name) if path.is_file()), None)
 
 
@@ -102,7 +107,7 @@ def _read_splits(path, root, found):
 
 def drawn_splits(found):
     order = [found[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(found))]
-    # Two make the smallest split that has a pair in it.
+    # A split needs two subjects to have a pair.
     held = max(min(2, len(found) // 3), round(len(found) / 10))
     return {"val": order[:held], "test": order[held:2 * held], "train": order[2 * held:]}
 
@@ -123,7 +128,7 @@ def _read_subject(root, id, skip_bad):
 
 
 def _common_spacing(root, subjects):
-    """The voxel size in mm that all share. Raises InputError naming the first file on another grid."""
+    """The voxel size in mm that all subjects share. Raises InputError, which names the first file on another grid."""
     first = subjects[0]
     for subject in subjects:
         same_affine = np.allclose(subject.affine, first.affine, atol=1e-3)

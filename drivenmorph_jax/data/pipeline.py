@@ -1,4 +1,4 @@
-"""Random training pairs by Grain: seeded, sharded over hosts, prefetched, and resumable."""
+"""Batches of random training pairs by Grain: seeded, divided over hosts, prefetched, and resumable."""
 
 import grain
 import jax
@@ -13,11 +13,11 @@ READERS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batc
 
 
 def training_batches(subjects, batch_size, seed, *, atlas=None, downsample=1, with_labels=False):
-    """Batches of random `ordered_pairs`, without end, every pair once before any again.
+    """An endless sequence of batches of random `ordered_pairs`. Every pair comes once before any pair comes again.
 
-    The order and the keys follow from the seed and a pair's place in the sequence alone. Process p of
-    n takes every n-th pair of it, so that hosts together see what one would. The iterator's `get_state` and
-    `set_state` continue a run bit for bit.
+    The order and the keys depend only on the seed and on the place of a pair in the sequence. Process p of n takes
+    every n-th pair of the sequence, so n hosts together see the pairs that a single host would see. `get_state` and
+    `set_state` of the iterator continue a run bit for bit.
 
     Args:
       subjects: at least two, on one grid (D, H, W).
@@ -25,15 +25,16 @@ def training_batches(subjects, batch_size, seed, *, atlas=None, downsample=1, wi
       seed: integer.
       atlas: the moving image of all pairs, or None for pairs of different subjects.
       downsample: factor by which images are average-pooled, and labels strided, once at the start.
-      with_labels: add the label maps.
+      with_labels: whether to add the label maps.
 
     Returns:
-      An iterator over {'fixed', 'moving': (B, D, H, W, 1) float32} and, with labels, {'fixed_labels',
-      'moving_labels': (B, D, H, W) int32}; 'pair' (B,), its place among the `ordered_pairs`; and 'key' (B, 2) uint32,
-      of its random changes, which `augmentation.augmented` makes. All are NumPy arrays.
+      An iterator over dictionaries of NumPy arrays: 'fixed' and 'moving' (B, D, H, W, 1) float32; with labels,
+      'fixed_labels' and 'moving_labels' (B, D, H, W) int32; 'pair' (B,), the places of the pairs among the
+      `ordered_pairs`; 'key' (B, 2) uint32, the keys of the random changes by `augmentation.augmented`.
 
     Raises:
-      InputError: fewer than two subjects, labels asked for but missing, or a side that `downsample` does not divide.
+      InputError: fewer than two subjects, a missing label map with `with_labels`, or a side that `downsample` does not
+        divide.
     """
     if len(subjects) < 2:
         raise InputError(f"training needs at least 2 subjects, not {len(subjects)}: add to the train split")
@@ -69,5 +70,5 @@ def _pooled(subject, factor):
 def _strided(subject, factor):
     if subject.labels is None:
         raise InputError(f"{subject.id} has no label map: add {subject.id}_seg.nii.gz or train without")
-    # No voxel is central in an even block; every image takes the same one, so pairs stay aligned.
+    # A block with an even side has no central voxel. Every image takes the same voxel, so pairs stay aligned.
     return np.ascontiguousarray(subject.labels[(slice(factor // 2, None, factor),) * 3])

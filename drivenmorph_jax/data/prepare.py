@@ -1,12 +1,21 @@
-"""Bring a public data set, or a folder of your own, into the form that train.py and eval.py read.
+"""Preparation of a public data set, or of any folder of images, for training and evaluation.
 
-python -m drivenmorph_jax.data.prepare NAME SOURCE DESTINATION
+    drivenmorph prepare NAME SOURCE DESTINATION
 
-NAME says how SOURCE is laid out. Images must be skull-stripped. Each is checked, turned to RAS, aligned to the MNI152
-brain by an affine (unless its layout is aligned already), resampled to 1 mm and cropped to one grid; labels follow by
-nearest neighbour. DESTINATION gets ID_t1.nii.gz, ID_seg.nii.gz, splits.json, labels.csv where the source has one,
-mni152_t1.nii.gz, which data.atlas can name, where images were aligned to it, and contact_sheet.png: look at it. A
-broken subject is named and left out. What is there already is not made again.
+`python -m drivenmorph_jax.data.prepare` does the same. NAME is the layout of SOURCE, one of `LAYOUTS`. Images must be
+skull-stripped. Each image is checked and turned to RAS. Unless the layout is aligned already, the image is aligned to
+the MNI152 brain by an affine, resampled to 1 mm and cropped to one grid. Labels follow by nearest neighbour.
+
+DESTINATION gets
+
+    ID_t1.nii.gz        the images
+    ID_seg.nii.gz       the label maps
+    splits.json         the subjects of each split
+    labels.csv          the names of the labels, where SOURCE has this file
+    mni152_t1.nii.gz    the MNI152 brain, where images were aligned to it; data.atlas can name it
+    contact_sheet.png   a slice of every subject, to be looked at
+
+A subject that cannot be used is named and left out. Subjects that are already there are not made again.
 """
 
 import io
@@ -33,7 +42,7 @@ from drivenmorph_jax.images.intensity import foreground, normalise
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import canonical, on_grid, resample, smoothed
 
-SHAPE, SPACING = (160, 192, 160), 1.0  # of the grid in MNI space; holds the template's brain and 10 mm more
+SHAPE, SPACING = (160, 192, 160), 1.0  # of the grid in MNI space: the brain of the template and 10 mm around
 NIFTI = (".nii.gz", ".nii", ".mgz")
 
 
@@ -110,7 +119,7 @@ def folder(source):
     return found
 
 
-LAYOUTS = {  # name: (what finds {id: (image, labels or None, split or None)}, whether it is aligned already)
+LAYOUTS = {  # name: (function that finds {id: (image, labels or None, split or None)}, whether images are aligned)
     "oasis": (neurite_oasis, True), "oasis-l2r": (learn2reg_oasis, True), "ixi": (ixi, False),
     "ixi-pkl": (ixi_pickles, True), "lpba40": (lpba40, False), "mindboggle": (mindboggle, False),
     "malf": (malf, False), "bids": (bids, False), "folder": (folder, False),
@@ -118,7 +127,7 @@ LAYOUTS = {  # name: (what finds {id: (image, labels or None, split or None)}, w
 
 
 class _Arrays(pickle.Unpickler):
-    """Unpickles NumPy arrays and nothing else: a pickle is a program, and this one may not call anything."""
+    """An unpickler for NumPy arrays only. A pickle can call any function, and this class allows no others."""
 
     ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
                *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
@@ -131,7 +140,10 @@ class _Arrays(pickle.Unpickler):
 
 
 def load_pickle(path):
-    """(image, labels) of one of TransMorph's pickles. Raises InputError where it holds anything but two arrays."""
+    """Read (image, labels) from a pickle of TransMorph's authors.
+
+    Raises InputError where the pickle does not hold just two 3-D arrays of one shape.
+    """
     try:
         image, labels = _Arrays(io.BytesIO(Path(path).read_bytes())).load()
         image, labels = np.asarray(image, np.float32), np.asarray(labels)
@@ -143,9 +155,18 @@ def load_pickle(path):
 
 
 def prepare(name, source, destination, workers=None):
-    """Prepare the data set in the folder `source`, laid out as `name` of `LAYOUTS` says; returns the ids that it made.
+    """Prepare the data set in the folder `source` for training and evaluation, in the folder `destination`.
 
-    Raises InputError where fewer than two subjects can be used.
+    Args:
+      name: layout of `source`, a name of `LAYOUTS`.
+      source, destination: folders.
+      workers: number of subjects at a time; by default one a core.
+
+    Returns:
+      The ids of the subjects in `destination`.
+
+    Raises InputError where `source` is not a folder, `destination` cannot be made, or fewer than two subjects can be
+    used.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
@@ -177,7 +198,10 @@ def prepare(name, source, destination, workers=None):
 
 
 def _prepared(job):
-    """Write one subject; returns what is wrong with it, or None. Each process runs one at a time, on one core."""
+    """Prepare one subject. The result is a message about an input that cannot be used, or None.
+
+    Each process prepares one subject at a time, on one core.
+    """
     id, image, labels, destination, aligned = job
     out = destination / f"{id}{IMAGE}"
     if out.is_file():
@@ -201,24 +225,28 @@ def _prepared(job):
         like = on_grid(voxels.shape, grid)
         if segmentation is not None:
             writing.save(destination / f"{id}{LABELS}", segmentation.astype(np.int32), like)
-        _save(out, voxels, like)  # last: where it is, the subject is whole
+        _save(out, voxels, like)  # last, so that a subject with an image is complete
     except InputError as error:
         return str(error)
     return None
 
 
 def _save(path, voxels, like):
-    # 255 steps are more than a scanner's noise lets through.
+    # 255 steps are finer than the noise of a scanner.
     writing.save(path, np.rint(255 * normalise(voxels)).astype(np.int16), like)
 
 
 def _source(path):
-    """Analyze files, which only LPBA40 still has, are opened here: of them nothing else knows which side is left."""
+    """The image to give to `load_image`: Analyze files are opened here, other paths are returned.
+
+    `load_image` refuses Analyze files, because they do not say which side is left. Only LPBA40 still has them, and only
+    for this data set is it known.
+    """
     return nibabel.load(path) if path.name.endswith((".img", ".img.gz")) else path
 
 
 def mni_grid():
-    """(the MNI152 brain as a Volume, the affine of a grid of `SHAPE` around it)."""
+    """The MNI152 brain as a Volume, and the affine of a grid of `SHAPE` around it."""
     from nilearn.datasets import load_mni152_template
     template = canonical(load_image(load_mni152_template(resolution=1)))
     inside = np.argwhere(foreground(template.data))
@@ -229,7 +257,11 @@ def mni_grid():
 
 
 def _write_splits(destination, given):
-    """splits.json: as the data set has them; who has none is drawn, a tenth for val and a tenth for test."""
+    """Write splits.json, with the splits of the data set where it has them.
+
+    Otherwise all subjects are divided at random, a tenth for val and a tenth for test. If the data set has fewer than
+    two subjects for val, its train subjects are divided in this way.
+    """
     splits = {split: [id for id in given if given[id] == split] for split in ("train", "val", "test")}
     if not all(given.values()):
         splits = drawn_splits(sorted(given))
@@ -240,7 +272,10 @@ def _write_splits(destination, given):
 
 
 def contact_sheet(path, folder, ids):
-    """A picture of every subject's middle axial plane, labels outlined: what is turned or shifted is seen at once."""
+    """Write a picture with the middle axial slice of every subject and the outlines of its labels.
+
+    A turned or shifted brain stands out in it.
+    """
     columns = min(12, len(ids))
     rows = -(-len(ids) // columns)
     figure = Figure(figsize=(1.2 * columns, 1.45 * rows), facecolor="black", layout="tight")

@@ -1,4 +1,4 @@
-"""What a data set is: subjects on one grid, in three splits."""
+"""The classes `Subject` and `Dataset`: subjects on one grid, in three splits, and the pairs of a split."""
 
 import csv
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ class Subject:
     image: np.ndarray  # (D, H, W) float32 in [0, 1]
     labels: np.ndarray | None  # (D, H, W) int32
     affine: np.ndarray  # (4, 4), voxel -> RAS mm
-    to_template: np.ndarray | None = None  # (D, H, W, 3) voxels: x shows the template's x + to_template(x)
+    to_template: np.ndarray | None = None  # (D, H, W, 3) voxels: x shows the template at x + to_template(x)
     from_template: np.ndarray | None = None  # (D, H, W, 3) voxels, the inverse
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Subjects by split; a split that was not asked for is empty."""
+    """The subjects of a data set by split. A split that was not requested is empty."""
 
     name: str
     train: tuple[Subject, ...]
@@ -32,26 +32,29 @@ class Dataset:
     test: tuple[Subject, ...]
     spacing: float  # mm, the same along every axis
     label_names: dict[int, str]
-    exclude: tuple[int, ...]  # labels left out of scores; background is always one
-    atlas: Subject | None = None  # the moving image of every pair, where there is one
+    exclude: tuple[int, ...]  # labels that scores leave out, always with background
+    atlas: Subject | None = None  # the moving image of every pair; None for pairs of subjects
 
     def pairs(self, split):
-        """The pairs (fixed, moving) of a split."""
+        """The pairs (fixed, moving) of a split, by `ordered_pairs`."""
         return ordered_pairs(getattr(self, split), self.atlas)
 
 
 def ordered_pairs(subjects, atlas=None):
-    """(fixed, moving): all n (n - 1) ordered pairs of different subjects, or the atlas to each of them."""
+    """All pairs (fixed, moving): the n (n - 1) ordered pairs of different subjects, or the atlas to each subject."""
     movings = subjects if atlas is None else (atlas,)
     return [(fixed, moving) for fixed in subjects for moving in movings if fixed is not moving]
 
 
 def padded(dataset, multiple):
-    """The data set with background added at the far end of each axis, up to a multiple; affines stay true."""
+    """The data set with background added at the far end of each axis, up to a multiple of `multiple` voxels.
+
+    The affines stay valid, because the first voxel does not move.
+    """
     def pad(x):
         if x is None:
             return None
-        # A field goes on as at the border, anything else with background.
+        # Beyond the border, a field repeats its edge. Images and labels get background.
         return np.pad(x, [(0, -n % multiple) for n in x.shape[:3]] + [(0, 0)] * (x.ndim - 3),
                       mode="edge" if x.ndim == 4 else "constant")
 
@@ -67,7 +70,9 @@ def padded(dataset, multiple):
 
 
 def read_label_names(path):
-    """Names by number from a table whose first two columns are number and name, with or without a header.
+    """Read the names of labels from a CSV table as {number: name}.
+
+    The first two columns are number and name. A header is optional.
 
     Raises InputError where no row has a whole number in its first column.
     """
