@@ -1,6 +1,5 @@
-"""The one exception that reaches a user, how a program ends with it, and how it reads an argument."""
-
+"""`InputError`, the exception for an input that a user can correct."""
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used: one sentence that names the file or key, and the remedy."""
+    """An input of the user cannot be used. The message is one sentence that names the file or key and the remedy."""

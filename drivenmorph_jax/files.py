@@ -1,4 +1,4 @@
-"""Output files: whole or not at all."""
+"""Output files and folders: complete files or none, a lock on a folder, and JSON."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,12 @@ from drivenmorph_jax.errors import InputError
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path`, with its ending, that takes its name only when the block succeeds."""
+    """A context with a temporary path in the folder of `path` and with the same ending.
+
+    The temporary file is renamed to `path` only when the block succeeds, so `path` is never half written.
+
+    Raises InputError where the file cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -27,8 +32,11 @@ def replacing(path):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Holds the folder for this process. Raises InputError where another process of this machine holds it."""
-    with (Path(folder) / ".lock").open("w") as file:  # the system lets go of it when the process ends, however
+    """A context that locks the folder for this process.
+
+    Raises InputError where another process of this machine has locked it.
+    """
+    with (Path(folder) / ".lock").open("w") as file:  # the system unlocks it however the process ends
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -38,19 +46,22 @@ def alone_in(folder):
 
 
 def read_rows(path):
-    """The rows of a file of JSON lines, in order; none where there is none. A killed process can leave half a line."""
+    """The rows of a file of JSON lines, in order. A missing file has no rows.
+
+    A last line without its end is left out, because a process that is killed can leave half a line.
+    """
     if not Path(path).is_file():
         return []
     return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def rows_text(rows):
-    """Rows as JSON lines."""
+    """The text of rows as JSON lines."""
     return "".join(json_text(row) + "\n" for row in rows)
 
 
 def json_text(x, indent=None):
-    """x as JSON, in which a number that is not finite is null: JSON has no NaN, and strict readers refuse it."""
+    """x as JSON. Numbers that are not finite become null, because JSON has no NaN and strict readers refuse it."""
     return json.dumps(_finite(x), indent=indent, allow_nan=False)
 
 
@@ -63,14 +74,14 @@ def _finite(x):
 
 
 def check_folder(path):
-    """Raises InputError where `make_folder` would: before long work, and without making anything."""
+    """Raises InputError where `make_folder` would fail. It serves as a check before long work, and makes nothing."""
     there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be made a folder ({there} is a file or not writable): give another one")
 
 
 def make_folder(path):
-    """The folder `path`, made where it is missing, as a Path. Raises InputError where it cannot be."""
+    """Make the folder `path` if it is missing, and return it as a Path. Raises InputError where it cannot be made."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
