@@ -1,1 +1,1 @@
-"""Training: the step, the loop, and how a run is stopped and resumed."""
+"""Training: the compiled step, the loop of a run, and the ways in which a run stops."""

@@ -1,4 +1,4 @@
-"""The training loop: data, state, steps, validation, checkpoints, and the scores at the end."""
+"""The training loop: a run reads data, takes steps, validates, saves checkpoints, and is scored at its end."""
 
 import time
 from contextlib import closing, nullcontext
@@ -22,16 +22,16 @@ from drivenmorph_jax.runtime.provenance import environment
 from drivenmorph_jax.training.step import compiled_step, make_augment, make_optimizer
 from drivenmorph_jax.training.stopping import terminated, trim_memory
 
-MAX_SKIPPED = 10  # steps in a row that are not finite, before a run gives up
+MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, after which a run ends
 
 
 def train_and_evaluate(config, workdir, memory=None):
-    """Train a network, or continue the last run in `workdir` where it stopped, and score it on held-out pairs.
+    """Train a network and score it on held-out pairs. A run in `workdir` that was stopped is continued.
 
     Args:
-      config: as `configs/default.py` makes it; `init` names a checkpoint to begin with, whose levels are the coarsest
+      config: as `configs/default.py` makes it; `init` names a checkpoint to start from, whose levels are the coarsest
         of this model.
-      workdir: gets `latest/` and `best/` checkpoints, `metrics.jsonl`, `tensorboard/` and `evaluation/`.
+      workdir: gets the checkpoints `latest/` and `best/`, `metrics.jsonl`, `tensorboard/` and `evaluation/`.
       memory: as in `compiled_step`.
 
     Returns:
@@ -40,7 +40,7 @@ def train_and_evaluate(config, workdir, memory=None):
 
     Raises:
       InputError: a setting that does not fit the data or the devices, a checkpoint of another model, another run in
-        `workdir`, no room for a checkpoint, or MAX_SKIPPED steps in a row whose loss or gradient is not finite.
+        `workdir`, no space for a checkpoint, or MAX_SKIPPED steps in a row whose loss or gradient is not finite.
     """
     workdir = make_folder(workdir)
     with alone_in(workdir) if jax.process_index() == 0 else nullcontext():
@@ -51,18 +51,19 @@ def train_and_evaluate(config, workdir, memory=None):
 
 
 def _steps(run, stopping, unsaved):
-    """Every step that is left, with validations and checkpoints; False where the run was stopped before the last."""
+    """Take all remaining steps, with validations and checkpoints. False where the run was stopped before the last
+    step."""
     config, alone = run.config, jax.process_count() == 1
     for step in range(run.start + 1, config.steps + 1):
         last = step == config.steps
         validates = step % config.val_every == 0 or last
         if validates and step - 1 > (run.latest.latest_step() or 0):
-            # A run that is stopped while it validates, which may take minutes, continues from here.
+            # Validation may take minutes. A run that is stopped meanwhile continues from this step.
             run.keep(step - 1)
         run.read_batch()
         unsaved.set()
         run.step(step)
-        # Several processes must end at the same step: the runtime agrees on one.
+        # Several processes must end at the same step, which the JAX runtime chooses.
         ending = stopping.is_set() if alone else run.latest.reached_preemption(step)
         if validates:
             if ending and alone:
@@ -86,9 +87,9 @@ def _stopped(step):
 
 
 class Run:
-    """One run: its data, its state (parameters, optimizer, place in the data), its writers.
+    """One run: its data, its state (parameters, state of the optimizer, position in the data), its writers.
 
-    `start` is the step of the checkpoint that the run continues from, 0 where there is none.
+    `start` is the step of the checkpoint from which the run continues, 0 where there is none.
     """
 
     def __init__(self, config, workdir, memory):
@@ -108,7 +109,7 @@ class Run:
         self.skipped, self.began = 0, time.perf_counter()
 
     def read_batch(self):
-        """Read the next batch, and compile the step for its shapes where that has not been done."""
+        """Read the next batch. For the first batch, also compile the step for its shapes."""
         batch = next(self.batches)
         self.pairs = batch.pop("pair")
         self.batch = self.augment(sharding.global_batch(batch, self.mesh))
@@ -118,14 +119,20 @@ class Run:
             self.about["config"], self.predict = self.config.to_dict(), make_predict(self.config)
 
     def step(self, step):
-        """One step on the batch that was read; logs the step before, so that nothing waits for its numbers."""
+        """Take one step on the batch that was read.
+
+        It logs the numbers of the step before, so that the host need not wait for those of this step.
+        """
         self.params, self.opt_state, row = self.compiled(self.params, self.opt_state, self.batch)
         row["seconds"] = time.perf_counter() - self.began
         self.record()
         self.waiting = step, self.pairs, row
 
     def record(self, extra=None):
-        """Log the step whose numbers are waiting, `extra` numbers with them; raises after MAX_SKIPPED bad ones."""
+        """Log the step whose numbers are not logged yet, with the numbers `extra`.
+
+        Raises InputError after MAX_SKIPPED steps in a row whose loss or gradient is not finite.
+        """
         if self.waiting is None:
             return
         (step, pairs, row), self.waiting = self.waiting, None
@@ -144,27 +151,28 @@ class Run:
         self.logs.skip(step, f"{told}: the step is skipped", extra)
 
     def keep(self, step):
-        """Save the state after this step, from which the next run continues."""
+        """Save the state after this step. The next run continues from it."""
         self.record()
         checkpoint.save(self.latest, step, self.about | {"step": step}, self.params, self.opt_state,
                         self.batches.get_state())
 
     def validate(self):
-        """Scores of the val pairs. A copy on one device: every process scores all pairs by itself."""
+        """Scores of the val pairs. Every process scores all pairs, with a copy of the parameters on one device."""
         here = jax.tree.map(lambda x: x.addressable_data(0), self.params)
         scores = validate(self.predict, here, self.dataset, self.config.space)
         trim_memory()
         return scores
 
     def keep_best(self, step, scores):
-        """Save the parameters where their score is the best so far, or the first, which may be nan."""
+        """Save the parameters if their score is the best so far, or the first; the first may be nan."""
         score = scores["val_dice" if "val_dice" in scores else "val_lncc"]
         if score > self.best_score or not self.best.latest_step():
             self.best_score = score
             checkpoint.save(self.best, step, self.about | {"score": score, "step": step}, self.params)
 
     def scores(self):
-        """`evaluate` the best parameters on the test pairs, or on the val pairs where there are none to test."""
+        """`evaluate` the best parameters on the test pairs, or on the val pairs where there are fewer than 2 test
+        subjects."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params = checkpoint.read_params(self.workdir / "best", jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), self.shapes))
@@ -192,7 +200,7 @@ def _check(config, mesh):
 
 
 def _data(config, mesh):
-    """(the data set, its training batches, what changes a batch at random)."""
+    """(the data set, its training batches, the random augmentation of a batch)."""
     dataset = data.load(config.data, multiple=grid_multiple(config))
     if len(dataset.val) < 2:
         raise InputError(f"{dataset.name} has {len(dataset.val)} subjects in its val split: put at least 2 there")
@@ -208,13 +216,13 @@ def _data(config, mesh):
 
 
 def _state(run):
-    """(shapes of the parameters, step, parameters, optimizer's state): of the newest checkpoint, else initial."""
+    """(shapes of the parameters, step, parameters, state of the optimizer): of the newest checkpoint, else initial."""
     config, model = run.config, make_network(run.config.model)
     side = 2 * multiple(config.model)
     image = jnp.zeros((1, side, side, side, 1))
 
     def init():
-        # XLA on CPU takes a second to compile threefry, JAX's usual generator, for each of the kernels.
+        # XLA on CPU takes a second to compile threefry, the default random generator of JAX, for each of the kernels.
         params = model.init(jax.random.key(config.seed, impl="rbg"), image, image)["params"]
         return params, run.optimizer.init(params)
 

@@ -1,4 +1,4 @@
-"""Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
+"""The training step: the optimizer, the compiled step and its memory, and the augmentation of a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,18 @@ from drivenmorph_jax.runtime import sharding
 
 
 def make_optimizer(config):
-    """Adam with global-norm clipping, and a learning rate that warms up linearly and falls as a cosine."""
+    """Adam with clipping by the global norm, and a learning rate with linear warm-up and cosine decay."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps,
                                                   max(config.steps, config.warmup_steps + 1))
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
 
 
 def make_train_step(model, optimizer, config, mesh):
-    """Jitted (params, opt_state, batch) -> (params, opt_state, row); donates the state, splits the batch over `mesh`.
+    """Jitted (params, opt_state, batch) -> (params, opt_state, row). It donates the state and splits the batch over
+    `mesh`.
 
-    The loss is a mean over the global batch, so that its gradient is the same on any number of devices. A step whose
-    loss or gradient is not finite leaves the state as it is.
+    The loss is a mean over the global batch, so its gradient is the same on any number of devices. A step whose loss or
+    gradient is not finite leaves the state unchanged.
     """
     def loss(params, batch):
         return total_loss(config.loss, model.apply({"params": params}, batch["fixed"], batch["moving"]), batch)
@@ -43,20 +44,24 @@ def make_train_step(model, optimizer, config, mesh):
     return jax.jit(train_step, donate_argnums=(0, 1), in_shardings=(whole, whole, sharding.split_batch(mesh)),
                    out_shardings=whole, compiler_options=programs.compiler_options())
 
-# What `compiled_step` tries, in this order, to need less memory.
+
+# Settings that `compiled_step` tries, in this order, to need less memory.
 SMALLER = ({}, {"remat": True}, {"remat": True, "dtype": "bfloat16"})
 
 
 def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None):
-    """(the step compiled for these shapes, the configuration that it has); tells its memory before any of it is taken.
+    """(the step compiled for these shapes, the configuration that it was compiled with).
+
+    It prints the memory of the step before any of that memory is allocated.
 
     Args:
-      memory: bytes that it may take of each device: the first of `SMALLER` that keeps to it is taken. By default those
-        that the device has, and the configuration stays as it is.
+      memory: bytes of each device that the step may take. The first settings of `SMALLER` that need no more are used.
+        By
+        default the limit is the memory of the device, and the configuration is not changed.
 
-    Raises InputError where that does not suffice.
+    Raises InputError where the limit does not suffice.
     """
-    limit = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)  # a CPU tells nothing
+    limit = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)  # a CPU reports no limit
     for settings in SMALLER if memory else SMALLER[:1]:
         config = config.copy_and_resolve_references()
         config.model.update({key: value for key, value in settings.items() if key in config.model})
@@ -77,8 +82,11 @@ def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None
 
 
 def make_augment(config, mesh, labels=None):
-    """Jitted: a batch of `training_batches` over `mesh` -> that of a step, changed at random as `config.data` says, and
-    its label maps, where it has any, as one channel for each of `labels`."""
+    """Jitted: a batch of `training_batches` over `mesh` -> the batch for a step.
+
+    The images are augmented at random with the settings of `config.data`. Label maps, where the batch has them, become
+    one channel for each of `labels`.
+    """
     settings = {key: config.data[key] for key in ("crop", "flip", "affine", "intensity", "bias", "noise")}
 
     def augment(batch):

@@ -1,4 +1,4 @@
-"""Training, read from top to bottom: data, shapes, shardings, the step, the loop, the scores."""
+"""The end of a run by SIGTERM, and the memory that a long run returns to the system."""
 
 import ctypes
 import os
@@ -10,19 +10,22 @@ import jax
 
 
 def trim_memory():
-    """Give free memory back to the system: glibc keeps some of what every validation took, and in days it adds up."""
+    """Return free memory to the system. glibc keeps some of the memory of every validation, which adds up over days."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:  # not so on a Mac
+    if trim:  # a Mac has no malloc_trim
         trim(0)
 
 
 @contextmanager
 def terminated():
-    """Two Events: the first SIGTERM sets, in place of ending the process: for the loop, which can save; nothing else
-    looks. The second the loop sets while it has something to save: else a thread ends the process at once, since the
-    compiler, in which minutes can pass, does not let Python's handlers run."""
+    """Yields two Events, `stopping` and `unsaved`, by which SIGTERM ends a run without loss.
+
+    The first SIGTERM sets `stopping` instead of ending the process. Only the training loop checks it, since only the
+    loop can save. The loop sets `unsaved` while it has something to save. While it is not set, a thread ends the
+    process at once: the compiler may run for minutes and lets no signal handler of Python run.
+    """
     stopping, unsaved = threading.Event(), threading.Event()
-    # No other thread may listen to signals. Of several processes the runtime listens, and tells all of them.
+    # Only the main thread may handle signals. With several processes the JAX runtime handles SIGTERM for all of them.
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield stopping, unsaved
         return
