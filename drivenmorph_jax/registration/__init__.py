@@ -1,9 +1,9 @@
 """Registration of two images, in stages: read, align, plan, prepare, deform, transfer, score.
 
-Each stage is a function that takes what the stage before returned, a frozen dataclass, and returns its own, which has
-those fields and its own. `register` runs them in their order:
+Each stage is a function. It takes the frozen dataclass that the stage before returned, and returns one of its own,
+which adds fields to those of the former. `register` runs all stages in order:
 
-    request = Request("a.nii.gz", "b.nii.gz")
+    request = Request(fixed="a.nii.gz", moving="b.nii.gz")
     result = result_of(score(transfer(deform(prepare(plan(align(read(request))))))))
 """
 

@@ -1,4 +1,4 @@
-"""Images, label maps, series and points moved by a transform in a file."""
+"""Application of a saved transform to files: images, label maps, series and points."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,14 @@ from drivenmorph_jax.transforms.transform import Transform
 
 
 def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None):
-    """Move files by a displacement field, as apply.py does; yields each path that it wrote.
+    """Move files by a displacement field, as `drivenmorph apply` does. Yields each path that it wrote.
 
     Args:
-      transform: file of the field; `inverse` takes the way back, on the grid of `reference` where the sidecar does not
-        tell the other image's.
-      out: file for one image or for the points, folder for several images, which keep their names.
+      transform: file of the field.
+      out: a file for one image or for the points; a folder for several images, which keep their names.
       images: files to resample; or points: a CSV with columns x, y, z, RAS mm.
+      inverse: use the inverse transform. It lies on the grid of the other image, which the sidecar describes; where it
+        does not, on the grid of `reference`.
       reference: image on whose grid the results lie.
 
     Raises InputError where a file cannot be used or written.

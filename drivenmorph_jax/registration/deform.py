@@ -17,15 +17,15 @@ from drivenmorph_jax.registration.read import kept
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Deformed(Prepared):
-    """Prepared images and what deforms one to the other, on the working grid, (D, H, W, 3) in voxels."""
+    """Prepared images and the deformation between them, on the working grid: fields (D, H, W, 3) in voxels."""
 
     contrast: str  # "same" or "other"
-    correlation: float | None  # of the images' values, where it decided on the contrast
-    seen: jax.Array  # the moving image as it was registered; where contrast is "other", with the fixed one's values
+    correlation: float | None  # of the images' values, if it decided on the contrast
+    seen: jax.Array  # the moving image that was registered; with contrast "other" it has the values of the fixed one
     u: np.ndarray
     u_inverse: np.ndarray
     force: np.ndarray
-    counted: jax.Array | None  # (D, H, W) bool, where both images count; None without masks
+    counted: jax.Array | None  # (D, H, W) bool, True at voxels outside both masks; None without masks
 
 
 def deform(prepared: Prepared) -> Deformed:
@@ -49,11 +49,11 @@ def deform(prepared: Prepared) -> Deformed:
 
 
 def _contrast(prepared):
-    """("same" or "other", the correlation that decided it, or None)."""
+    """("same" or "other", the correlation that decided on it, or None where the request did)."""
     request, weights = prepared.request, prepared.weights
     if request.contrast != "auto":
         return request.contrast, None
     counted = None if weights is None else jnp.minimum(*weights)[..., 0]
     r = float(correlation(prepared.fixed_on_grid, prepared.moving_on_grid, counted))
-    by_mind = request.method == "demons" and request.force == "mind"  # descriptors are for any contrast as they are
+    by_mind = request.method == "demons" and request.force == "mind"  # MIND descriptors need no change of contrast
     return ("same" if by_mind or r >= SAME else "other"), r

@@ -1,4 +1,4 @@
-"""Stage 3: the working grid, the method that will run on it, and the memory that it needs."""
+"""Stage 3: the working grid, the method that will run on it, and the memory that this needs."""
 
 import os
 from collections.abc import Callable
@@ -21,18 +21,22 @@ from drivenmorph_jax.runtime import sharding
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
 BASE_BYTES = 600e6  # Python, JAX and SimpleITK
-# A voxel's share of what lies on the images' own grids: images, two displacements and the force, three float32 each,
-# Jacobian, and a copy of the largest while it is written; of what Demons has on its working grid; and of what lies
-# there between the passes of the network: images, three fields, and the forces of every level.
+# Bytes for each voxel. FIXED_BYTES, MOVING_BYTES: on the images' own grids, for images, two displacements and the force
+# (three float32 each), Jacobian, and a copy of the largest of these while it is written. DEMONS_BYTES: on the working
+# grid of Demons. PASS_BYTES: on the working grid between the passes of the network, for images, three fields, and the
+# forces of every level.
 FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, PASS_BYTES = 64, 24, 160, 60
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Planned(Aligned):
-    """An aligned pair, the working grid, and the method as two functions of images (D, H, W) on that grid.
+    """An aligned pair, the working grid, and the method as two functions of images (D, H, W) on this grid.
 
-    `once`(fixed, moving, weights) -> u. `whole`(fixed, moving, weights) -> (u, u_inverse or None, force). Fields are
-    (D, H, W, 3) in voxels; weights are (fixed, moving), (D, H, W, 1) each, 0 where an image does not count, or None.
+      once(fixed, moving, weights) -> u
+      whole(fixed, moving, weights) -> (u, u_inverse or None, force)
+
+    The fields are (D, H, W, 3) in voxels. The weights are (fixed, moving), (D, H, W, 1) each, 0 at voxels to ignore; or
+    None.
     """
 
     shape: tuple[int, int, int]
@@ -44,7 +48,7 @@ class Planned(Aligned):
 
 
 def plan(aligned: Aligned) -> Planned:
-    """Choose the working grid and compile what runs on it.
+    """Choose the working grid and compile the programs for it.
 
     Raises InputError where the memory does not suffice.
     """
@@ -60,7 +64,7 @@ def plan(aligned: Aligned) -> Planned:
 
 
 def _demons(aligned, limit):
-    """The fields of `Planned` for the classical algorithm."""
+    """The fields of `Planned` for classical Demons."""
     spacing, force = max(DEMONS_SPACING, float(aligned.fixed.spacing.min())), aligned.request.force
     shape, grid = working_grid(aligned.fixed, spacing, demons.MULTIPLE)
 
@@ -81,8 +85,11 @@ def _demons(aligned, limit):
 
 
 def _network(aligned, limit):
-    """The fields of `Planned` for the network: of full, half and quarter resolution the finest that keeps to the
-    limit, else the last."""
+    """The fields of `Planned` for the network.
+
+    The network runs at full, half or quarter resolution: at the finest that needs no more than the limit, else at a
+    quarter.
+    """
     config, params, about = aligned.network
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
     for coarser in (1, 2, 4):
@@ -114,7 +121,7 @@ def _of_a_batch(weights):
 
 @lru_cache(maxsize=4)
 def _program(network, tree, leaves, shape, masked, limit):
-    """What `sharding.compiled_and_memory` returns; once, where many images of one size are registered."""
+    """The result of `sharding.compiled_and_memory`, cached, so that many images of one size are compiled for once."""
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     weights = jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32) if masked else None
     return sharding.compiled_and_memory(network.lower(jax.tree.unflatten(tree, leaves), image, image, weights), limit)

@@ -1,4 +1,4 @@
-"""Stage 4: both images on the working grid, their intensities in [0, 1], masks taken out."""
+"""Stage 4: both images on the working grid, with intensities in [0, 1] and masked voxels filled."""
 
 from dataclasses import dataclass
 
@@ -16,16 +16,17 @@ from drivenmorph_jax.registration.read import kept
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prepared(Planned):
-    """A planned registration and its images on the working grid (D, H, W), the moving one through the affine."""
+    """A planned registration and its images on the working grid (D, H, W). The moving image is affinely aligned."""
 
     fixed_on_grid: jax.Array
     moving_on_grid: jax.Array
-    masks: tuple[jax.Array, jax.Array] | None  # (D, H, W) bool, True where the fixed, the moving image does not count
+    masks: tuple[jax.Array, jax.Array] | None  # (D, H, W) bool, True inside the masks of the fixed and the moving image
     weights: tuple[jax.Array, jax.Array] | None  # (D, H, W, 1), 0 there
 
 
 def prepare(planned: Planned) -> Prepared:
-    """Resample both images to the working grid and normalise them; what masks cover is interpolated from around.
+    """Resample both images to the working grid and normalise them. Masked voxels are interpolated from the voxels
+    around.
 
     Raises InputError where the moving image does not overlap the fixed one.
     """

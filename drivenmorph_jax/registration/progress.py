@@ -1,11 +1,11 @@
-"""What a registration prints while it runs."""
+"""The progress that a registration prints while it runs."""
 
 import time
 from contextlib import contextmanager
 
 
 class Progress:
-    """`with progress(name):` prints a stage's name and its seconds, and keeps them in `seconds`."""
+    """`with progress(name):` prints the name and the seconds of a stage, and keeps them in `seconds`."""
 
     def __init__(self, quiet):
         self.quiet, self.seconds = quiet, {}

@@ -1,4 +1,4 @@
-"""Stage 1: what is asked for, checked, and the images read."""
+"""Stage 1: the request is checked, and the images are read."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ CHOICES = {"method": tuple(REFINE_STEPS), "force": tuple(FORCES), "contrast": ("
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """What `register` is asked for; its docstring says what each field means.
+    """The arguments of `register`, whose docstring explains each field.
 
     Raises InputError for an unknown method, force or contrast.
     """
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pair:
-    """The two images as they are on disk, with what belongs to them, and the network where one is asked for."""
+    """The two images as they are on disk, with their label maps and masks, and the network for method "drivenmorph"."""
 
     request: Request
     fixed: Volume
@@ -56,7 +56,7 @@ class Pair:
     moving_labels: Volume | None
     fixed_mask: Volume | None
     moving_mask: Volume | None
-    given_affine: bool | np.ndarray  # True: to be found; False: world coordinates agree; else (4, 4), RAS mm
+    given_affine: bool | np.ndarray  # True: find it; False: world coordinates agree; else (4, 4), RAS mm
     refine_steps: int
     network: tuple[Any, Any, dict] | None  # (config, params, about) of `network.inference.load_checkpoint`
 
@@ -87,5 +87,5 @@ def read(request: Request) -> Pair:
 
 
 def kept(stage):
-    """The fields of a stage's dataclass as keywords, for the next stage's."""
+    """The fields of a stage's dataclass as keyword arguments for the dataclass of the next stage."""
     return {field.name: getattr(stage, field.name) for field in fields(stage)}

@@ -1,4 +1,4 @@
-"""Two images in; aligned image, transforms, force and a picture out: `register` runs the stages."""
+"""Registration of two images: `register` runs all stages and returns aligned image, transforms, force and scores."""
 
 from drivenmorph_jax.registration.align import align
 from drivenmorph_jax.registration.deform import deform
@@ -17,26 +17,28 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
              quiet=False):
     """Register the image `moving` to `fixed`: files, nibabel images, or arrays with voxels of 1 mm.
 
-    The fixed image is resampled to a working grid, the moving one to the same grid through the affine. The field found
-    there becomes a transform in millimetres, sampled on the images' own grids, so the voxels that are written are
+    Both images are resampled to a working grid, the moving one through the affine. The field is computed there. It
+    becomes a transform in millimetres, sampled on the images' own grids. So the images that are written are
     interpolated once.
 
     Args:
-      checkpoint: a training's folder, for method "drivenmorph"; by default the weights that come with the package.
+      checkpoint: folder of a training, for method "drivenmorph"; by default the weights that come with the package.
       method: "drivenmorph", or "demons", which needs no weights.
-      force: of method "demons": "lncc" (local correlation), "intensity" (symmetric Demons force, for images of one
+      force: for method "demons": "lncc" (local correlation), "intensity" (symmetric Demons force, for images of one
         scanner) or "mind" (the same on MIND descriptors, which do not change when an image is inverted).
-      contrast: "same"; "other", as of T1 and T2: the moving image takes the fixed one's values, see `images.contrast`;
-        or "auto": "other" where the images' values correlate by less than `SAME` once they are affinely aligned.
-      affine: True to find one first; False where world coordinates agree already; else an ITK file of an affine, or a
+      contrast: "same"; "other", such as T1 and T2: the moving image takes the values of the fixed one, see
+        `images.contrast`; or "auto": "other" where the values of the affinely aligned images correlate by less than
+          `SAME`.
+      affine: True to find one first; False where world coordinates agree already; else the file of an ITK affine, or a
         (4, 4) from the fixed to the moving world in RAS mm, which is used as it is.
-      refine_steps: iterations of Demons on the working grid between the network's forward and backward registration
-        and its passes on the residual, see `network.refinement`; 0: the network once, forward. After method "demons":
-        iterations by local correlation, or by MIND after force "mind". By default 10, and 0 after Demons.
+      refine_steps: for method "drivenmorph", iterations of Demons on the working grid between the averaged registration
+        and the passes on the residual, see `network.refinement`; by default 10; 0: one forward pass of the network. For
+        method "demons", iterations by local correlation after it, or by MIND with force "mind"; by default 0.
       fixed_labels, moving_labels: label maps on the grids of their images.
-      fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or sick: no force is taken
-        from there, and the field is interpolated inside.
-      memory: bytes that may be used. Where the network would need more, it gets images of half or a quarter of the
+      fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or pathological. Masked
+        voxels
+        give no force, and the field inside is interpolated.
+      memory: bytes that may be used. Where the network needs more, it runs on images of half or a quarter of the
         resolution; the refinement still runs at full resolution.
       quiet: print nothing.
 
@@ -44,8 +46,9 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
       A `Result`.
 
     Raises:
-      InputError: an image that cannot be used, an unknown method, force or contrast, or memory that does not suffice,
-        before it is taken.
+      InputError: an image that cannot be used, an unknown method, force or contrast, or memory that does not suffice.
+        The
+        memory is checked before it is allocated.
     """
     progress = Progress(quiet)
     state = Request(fixed=fixed, moving=moving, checkpoint=checkpoint, method=method, force=force, contrast=contrast,

@@ -23,22 +23,22 @@ FORCE_IS = {
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A registration. Vectors and determinants lie on the fixed image's grid."""
+    """The result of a registration. Vectors and determinants lie on the grid of the fixed image."""
 
-    warped: nibabel.Nifti1Image  # the moving image
+    warped: nibabel.Nifti1Image  # the moving image, warped, warped
     warped_labels: nibabel.Nifti1Image | None
     transform: Transform  # from the fixed to the moving image, affine and deformable, with its inverse
     force: np.ndarray  # (X, Y, Z, 3), RAS mm
     jacobian: np.ndarray  # (X, Y, Z), determinant of the transform
-    summary: dict  # what summary.json holds: similarity, Dice, folding, seconds, each with its definition
-    pictured: dict  # what `evaluation.figures.overview` draws, on the working grid
+    summary: dict  # the content of summary.json: similarity, Dice, folding, seconds, with their definitions
+    pictured: dict  # the arguments of `evaluation.figures.overview`, on the working grid
 
     def overview(self, path):
-        """Draw the picture of the registration to a PNG file."""
+        """Draw the overview of the registration to a PNG file."""
         figures.overview(path, title=_title(self.summary), **self.pictured)
 
     def report(self, path="report.html"):
-        """Write the page of the registration: slices to move through, picture, numbers. Returns its path."""
+        """Write the report of the registration: slices to move through, overview, numbers. Returns its path."""
         picture = Path(path).with_suffix(".png")
         self.overview(picture)
         return self._page(path, picture)
@@ -52,7 +52,7 @@ class Result:
         return path
 
     def save(self, out, formats=("itk",), bids=None):
-        """Write everything to the folder `out`, as `drivenmorph register` does.
+        """Write all files of the registration to the folder `out`, as `drivenmorph register` does.
 
         Args:
           formats: of the transform and its inverse: "itk" displacement fields, LPS mm, and the affine; "ras" the
@@ -60,7 +60,7 @@ class Result:
           bids: (prefix, moving space, fixed space), such as ("sub-01", "T1w", "MNI152NLin2009cAsym"): the transforms
             are named as BIDS derivatives, sub-01_from-T1w_to-MNI152NLin2009cAsym_mode-image_xfm.
 
-        Raises InputError where something cannot be written.
+        Raises InputError where a file cannot be written.
         """
         out = make_folder(out)
 
@@ -68,7 +68,7 @@ class Result:
             self._save_images(out)
             self._save_transforms(out, formats, bids)
 
-        # Compressing takes as long as drawing, and only one of them needs Python.
+        # Compressing takes as long as drawing. The two can run in parallel, since only drawing holds Python's lock.
         with ThreadPoolExecutor(1) as pool:
             written = pool.submit(volumes)
             self.overview(out / "overview.png")
@@ -104,7 +104,7 @@ class Result:
 
 
 def result_of(scored: Scored, seconds=None) -> Result:
-    """The `Result` of a scored registration, with the seconds of each stage in its summary where they are given."""
+    """The `Result` of a scored registration. `seconds` of each stage, where given, are added to its summary."""
     summary = scored.summary
     if seconds is not None:
         summary = summary | {"seconds": seconds | {"total": sum(seconds.values())}}
@@ -117,7 +117,7 @@ def result_of(scored: Scored, seconds=None) -> Result:
 
 
 def _pictured(scored):
-    """What `evaluation.figures.overview` draws."""
+    """The arguments of `evaluation.figures.overview`."""
     alike = outlines = None
     if scored.contrast == "other":
         alike = [np.asarray(x) for x in (scored.seen, warp(scored.seen[..., None], scored.u)[..., 0])]

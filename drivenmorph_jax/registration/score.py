@@ -1,4 +1,4 @@
-"""Stage 7: similarity, Dice, folding and the rest, each with its definition."""
+"""Stage 7: similarity, Dice, folding and further numbers, each with its definition."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from drivenmorph_jax.registration.read import kept
 from drivenmorph_jax.registration.transfer import Transferred
 from drivenmorph_jax.runtime.provenance import environment
 
-WINDOW = 9  # voxels, of the local correlation that is reported
+WINDOW = 9  # side of the boxes of the reported local correlation, in voxels
 DEFINITIONS = {
     "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, without "
                   "what masks leave out; before: after the affine.",
@@ -33,11 +33,11 @@ class Scored(Transferred):
     """A registration and its numbers."""
 
     moved: np.ndarray  # (D, H, W), the moving image warped on the working grid
-    summary: dict  # what summary.json holds
+    summary: dict  # the content of summary.json
 
 
 def score(transferred: Transferred) -> Scored:
-    """Score a registration; numbers that are not finite become None, which JSON knows."""
+    """Score a registration. Numbers that are not finite become None, since JSON has no nan."""
     pair, request = transferred, transferred.request
     jacobian = pair.jacobian[metrics.brain(normalise(pair.fixed.data) > 0.02)]
     moved = np.asarray(warp(pair.moving_on_grid[..., None], pair.u)[..., 0])

@@ -1,4 +1,4 @@
-"""Stage 6: from the working grid to the images' own grids, in millimetres."""
+"""Stage 6: the transform in millimetres, and its results on the images' own grids."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from drivenmorph_jax.transforms.world import (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Transferred(Deformed):
-    """A deformation and what it makes on the grid of the fixed image, (X, Y, Z)."""
+    """A deformation, and its transform and results on the grid of the fixed image, (X, Y, Z)."""
 
     transform: Transform  # from the fixed to the moving image, with its inverse
     warped: np.ndarray
@@ -28,13 +28,14 @@ class Transferred(Deformed):
 
 
 def transfer(deformed: Deformed) -> Transferred:
-    """The total transform, affine and deformable, and the moving image, labels, Jacobian and force through it."""
+    """Compute the total transform, affine and deformable. It warps the moving image and its labels. Its Jacobian
+    determinant and the force are given on the same grid."""
     fixed, moving, grid, affine = deformed.fixed, deformed.moving, deformed.grid, deformed.affine
     displacement = total_displacement(fixed.data.shape, fixed.affine, deformed.u, grid, affine)
     backward = total_inverse_displacement(moving.data.shape, moving.affine, deformed.u_inverse, grid, affine)
     vectors = force_on_grid(fixed.data.shape, fixed.affine, deformed.force, grid)
     if deformed.fixed_mask is not None:
-        vectors[deformed.fixed_mask.data > 0] = 0  # between two voxels of the working grid there is no sharp edge
+        vectors[deformed.fixed_mask.data > 0] = 0  # resampled from the working grid, the force has no sharp edge
     labels = deformed.moving_labels
     return Transferred(
         **kept(deformed), transform=Transform(displacement, fixed, affine, moving, backward),
