@@ -1,7 +1,7 @@
-"""Checkpoints, by Orbax: `latest` to go on from, `best` (on the validation pairs) to use.
+"""Checkpoints, written by Orbax: `latest`, from which a run continues, and `best` by the validation pairs, for use.
 
-A checkpoint holds `params`; `about`: the configuration, the git commit and what a user of the parameters must know;
-and in `latest` also `opt_state` and `data`, the state of the input pipeline.
+A checkpoint holds `params` and `about`: the configuration, the git commit and what a user of the parameters must know.
+In `latest` it also holds `opt_state` and `data`, the state of the input pipeline.
 """
 
 import copy
@@ -24,19 +24,19 @@ SHIPPED = shipped("weights", "brain-t1")
 
 
 class Damaged(InputError):
-    """A checkpoint that cannot be read, or holds other values than were written."""
+    """A checkpoint that cannot be read, or whose values differ from those that were written."""
 
 
 def manager(folder):
-    """Writer of checkpoints in `folder`; the last two stay, should the newer one be damaged."""
-    # Not asynchronous: a run that is killed repeats one interval at most, and a disk that is full is known at once.
-    # Parameters and optimizer take less than a second to write.
+    """Writer of checkpoints in `folder`. It keeps the last two, in case the newer one is damaged."""
+    # Not asynchronous: a run that is killed repeats at most one interval, and a full disk is reported at once. Writing
+    # parameters and the state of the optimizer takes less than a second.
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 
 def save(manager, step, about, params, opt_state=None, data=None):
-    """Write one checkpoint; returns when it is on disk. `about` and `data` are made of what JSON knows.
+    """Write one checkpoint, and return when it is on disk. `about` and `data` must be valid JSON.
 
     Raises InputError where it cannot be written.
     """
@@ -49,7 +49,7 @@ def save(manager, step, about, params, opt_state=None, data=None):
     try:
         with _json_once():
             manager.save(step, args=ocp.args.Composite(**arguments))
-    except Exception as error:  # Orbax raises nearly anything
+    except Exception as error:  # Orbax raises many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{manager.directory} cannot be written ({reason[:200]}): make room; the same command goes on "
                          "from the last checkpoint that is whole") from error
@@ -57,9 +57,12 @@ def save(manager, step, about, params, opt_state=None, data=None):
 
 @contextmanager
 def _json_once():
-    """Keeps a save from losing memory. TensorStore (0.1.76 to 0.1.86) never frees the text of JSON that it turns into
-    Python objects. For every array Orbax asks it for the normal form of one path, and for statistics that it only logs:
-    60 KB and more a save. Within the block Orbax gets the first answer again, and no statistics."""
+    """Within the block, saving a checkpoint leaks no memory.
+
+    TensorStore (0.1.76 to 0.1.86) never frees the text of JSON that it turns into Python objects. For every array,
+    Orbax asks it for the normal form of one path, and for statistics that Orbax only logs: 60 KB and more a save.
+    Within the block Orbax gets the first answer again, and no statistics.
+    """
     to_json, known = tensorstore.KvStore.Spec.to_json, {}
 
     def once(spec, *args, **kwargs):
@@ -84,7 +87,7 @@ def _replaced(owner, name, value):
 
 
 def digest(item):
-    """SHA-256 of the values of a tree of arrays, or of what JSON knows, as text."""
+    """SHA-256 of the values of a tree of arrays, or of an object that JSON can hold, as text."""
     found = hashlib.sha256()
     for path, x in jax.tree.leaves_with_path(item):
         if isinstance(x, jax.Array):
@@ -95,17 +98,19 @@ def digest(item):
 
 
 def _verify(path, name, item, checksums):
-    """Raises Damaged where the item is not what was written; checkpoints of before there were checksums have none."""
+    """Raises Damaged where the item differs from the one that was written. Old checkpoints have no checksums."""
     if checksums and checksums.get(name) != digest(item):
         raise _damaged(path)
 
 
 def restore(manager, params, opt_state):
-    """(step, params, opt_state, data) of the newest checkpoint that is whole; the two given as ShapeDtypeStructs with
-    shardings. A damaged one is named and removed. None where there is no checkpoint.
+    """(step, params, opt_state, data) of the newest checkpoint that is whole, or None where there is no checkpoint.
 
-    Raises InputError where the checkpoint belongs to another model or holds a link, and Damaged where all of them are
-    damaged.
+    `params` and `opt_state` are given as ShapeDtypeStructs with shardings. A damaged checkpoint is reported. It is
+    removed once an older one is restored.
+
+    Raises InputError where the checkpoint belongs to another model or holds a link, and Damaged where all checkpoints
+    are damaged.
     """
     damaged = None
     for step in sorted(manager.all_steps(), reverse=True):
@@ -139,9 +144,9 @@ def _restore_step(manager, step, params, opt_state):
 
 
 def read_about(folder):
-    """`about` of the checkpoint in a training's folder, or in its `best` or `latest`.
+    """`about` of the checkpoint in the folder of a training, or in its `best` or `latest`.
 
-    Raises InputError where there is none, and Damaged where it holds other values than were written.
+    Raises InputError where there is no checkpoint, and Damaged where its values differ from those that were written.
     """
     return _about(_newest(folder))
 
@@ -162,7 +167,7 @@ def _damaged(path):
 
 
 def read_shapes(folder):
-    """The parameters' shapes and types, as ShapeDtypeStructs; `folder` as in `read_about`.
+    """Shapes and types of the parameters, as ShapeDtypeStructs; `folder` as in `read_about`.
 
     Raises Damaged where they cannot be read.
     """
@@ -172,7 +177,7 @@ def read_shapes(folder):
 def read_params(folder, params):
     """The parameters, in the shapes and shardings of the ShapeDtypeStructs `params`; `folder` as in `read_about`.
 
-    Raises InputError where they belong to another model, and Damaged where they are not what was written.
+    Raises InputError where they belong to another model, and Damaged where they differ from those that were written.
     """
     path = _newest(folder)
     _check(path, params)
@@ -185,7 +190,8 @@ def read_params(folder, params):
 
 
 def read_into(folder, params):
-    """`params` with those that the checkpoint holds in their place: a model may have levels that it has not.
+    """`params`, with the parameters of the checkpoint in their places. The model may have levels that the checkpoint
+    lacks.
 
     Raises InputError where the checkpoint holds parameters that `params` lacks or has in another shape.
     """
@@ -215,10 +221,12 @@ def _newest(folder):
 
 
 def _own(path):
-    """The path of a checkpoint that is all there. TensorStore follows links: a stranger's checkpoint could take other
-    files in as parameters, which are shared with what is trained from them (flax issue 5487).
+    """`path`, a checkpoint, after a check that it holds files and folders only.
 
-    Raises InputError where it holds anything but files and folders.
+    TensorStore follows links. Through a link, a checkpoint from a stranger could read other files as parameters, and
+    whoever shares a model trained from them would share these files (flax issue 5487).
+
+    Raises InputError where the checkpoint holds anything else.
     """
     for part in path.rglob("*"):
         if part.is_symlink() or not (part.is_file() or part.is_dir()):
@@ -236,8 +244,11 @@ def _stored(path):
 
 
 def _check(path, wanted):
-    """Compare shapes before anything is read: Orbax restores a part of a tree without a word, and of another shape it
-    complains once more, with a traceback, when the program ends."""
+    """Raises InputError where the shapes of the parameters on disk differ from those wanted.
+
+    The shapes are compared before anything is read: Orbax restores a part of a tree without an error, and for another
+    shape it reports its error once more, with a traceback, when the program ends.
+    """
     stored = _stored(path)
     same = jax.tree.structure(stored) == jax.tree.structure(wanted) and all(
         a.shape == b.shape for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(wanted), strict=True))

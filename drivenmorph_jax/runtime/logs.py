@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, JSON lines, TensorBoard."""
+"""The log of a training run: progress bar, JSON lines, TensorBoard."""
 
 from pathlib import Path
 
@@ -9,10 +9,11 @@ from drivenmorph_jax.files import read_rows, rows_text
 
 
 class Logs:
-    """Writers of one run in `folder`, from step `start` on: `metrics.jsonl`, one row a step, and TensorBoard events.
+    """Writers of one run in `folder`, from step `start` on: `metrics.jsonl`, with one row a step, and TensorBoard
+    events.
 
-    Rows of steps after `start`, left by a run that was stopped between two checkpoints, are dropped: those steps are
-    done again. A process that is not `main` writes nothing.
+    Rows of steps after `start` are dropped, since the run repeats these steps: an earlier run was stopped between two
+    checkpoints. A process that is not `main` writes nothing.
     """
 
     def __init__(self, folder, start, steps, main=True):
@@ -39,7 +40,7 @@ class Logs:
         self._append({"step": step, **row})
 
     def skip(self, step, reason, extra=None):
-        """A step without numbers of its own; every process says why."""
+        """Log a step whose numbers are not finite. Every process prints the reason."""
         tqdm.write(reason)
         if self.main:
             self._append({"step": step, "skipped": reason, **(extra or {})})
@@ -57,5 +58,5 @@ class Logs:
 
 
 def read(folder):
-    """The rows of a run's `metrics.jsonl`, in order; none where there is no such file."""
+    """The rows of `metrics.jsonl` of a run, in order; an empty list where there is no such file."""
     return read_rows(Path(folder) / "metrics.jsonl")

@@ -1,7 +1,8 @@
-"""The devices: how a program starts on them, and the mesh. Batches are split over it, parameters are everywhere.
+"""The devices: the start of a program on them, and the mesh. Batches are split over it; every device has all
+parameters.
 
-The mesh has two axes: "data", over which pairs are split, and "space", over which the first axis of every volume is.
-What crosses a border between two parts of a volume (convolutions, box sums, attention, warps) XLA exchanges by itself.
+The mesh has two axes. Pairs are split over "data", and the first axis of every volume over "space". XLA inserts the
+exchange between the parts of a volume that convolutions, box sums, attention and warps need.
 """
 
 import logging
@@ -18,31 +19,33 @@ from drivenmorph_jax.errors import InputError
 
 
 def start(distributed=False, deterministic=False, **process):
-    """What a program does first: keep compiled code for the next run, and join the other processes if there are any.
+    """Prepare JAX, before a program does anything else: cache of compiled code, and connection to other processes.
 
-    The code lies in ~/.cache/drivenmorph_jax, or where JAX_COMPILATION_CACHE_DIR says. `deterministic` leaves no order
-    of a sum to chance on GPUs. `process` is what `jax.distributed.initialize` takes, where nothing on the machine tells
-    it (Slurm, Kubernetes and Cloud TPU do).
+    The cache lies in ~/.cache/drivenmorph_jax, or in the folder JAX_COMPILATION_CACHE_DIR. `deterministic` makes sums
+    on GPUs reproducible. `distributed` joins the other processes. `process` holds arguments of
+    `jax.distributed.initialize`, for machines that do not provide them (Slurm, Kubernetes and Cloud TPU do).
     """
-    # An order of operations for little memory, not for many at once, of which each uses all cores: the step and the
-    # network take half as much, and no longer. XLA reads the flags when the first device is asked for; the last counts.
+    # Operations on CPU are ordered for little memory and not for concurrency, since every operation uses all cores. The
+    # training step and the network then take half the memory and the same time. XLA reads the flags when the first
+    # device is requested. Of two values of a flag the last one counts.
     flags = ["--xla_cpu_enable_concurrency_optimized_scheduler=false", os.environ.get("XLA_FLAGS", "")]
     if deterministic:
         flags.append("--xla_gpu_deterministic_ops=true")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "drivenmorph_jax"))
-    # By default what compiles within a second is not kept: a program of many small parts waits for all of them again.
+    # By default, JAX caches no program that compiles within a second. A command of many small programs would compile
+    # all of them again.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every step that it takes
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each of its actions
     if distributed:
         jax.distributed.initialize(**process)
 
 
 def device_mesh(space=1, devices=None):
-    """The devices, by default all of all processes, as a mesh ("data", "space"), `space` of them to a volume.
+    """The devices as a mesh ("data", "space"), with `space` devices for each volume; by default those of all processes.
 
-    Raises InputError where the devices of a process cannot be divided so: a volume lies within one process.
+    A volume lies within one process. Raises InputError where `space` does not divide the devices of a process.
     """
     devices = sorted(devices or jax.devices(), key=lambda device: device.process_index)
     here = sum(device.process_index == devices[0].process_index for device in devices)
@@ -53,9 +56,10 @@ def device_mesh(space=1, devices=None):
 
 
 def compiled_and_memory(lowered, limit):
-    """(the compiled program, the bytes that it takes of each device), for a caller that wants at most `limit` of them.
+    """(the compiled program, the bytes that it takes of each device), for a caller that wants at most `limit` bytes.
 
-    The compiler for TPU refuses what does not fit: (None, what it says that it takes, more than `limit` in any case).
+    The compiler for TPU refuses a program that needs more memory than the device has. Then the result is (None, the
+    bytes that the compiler reports, in any case more than `limit`).
     """
     try:
         compiled = lowered.compile()
@@ -68,19 +72,19 @@ def compiled_and_memory(lowered, limit):
 
 
 def replicated(mesh):
-    """Every device holds the whole array."""
+    """Sharding by which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh):
-    """Every device holds its part of the leading axis, and of the first spatial one, of (B, D, ...)."""
+    """Sharding of (B, D, ...) by which every device holds its part of the first axis and of the first spatial axis."""
     return NamedSharding(mesh, PartitionSpec("data", "space"))
 
 
 def global_batch(batch, mesh):
-    """One array over the mesh from what each process holds: leaves (B / processes, ...) -> (B, ...).
+    """One array over the mesh from the parts that the processes hold: leaves (B / processes, ...) -> (B, ...).
 
-    What is no volume (B, D, H, W, ...) is split over the pairs alone.
+    Volumes (B, D, H, W, ...) are split over pairs and space. Other arrays are split over the pairs alone.
     """
     pairs = NamedSharding(mesh, PartitionSpec("data"))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split_batch(mesh) if x.ndim > 3 else pairs, x),
