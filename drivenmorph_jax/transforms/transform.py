@@ -70,7 +70,7 @@ class Transform:
             # linear^-1 o self is close to the identity and stays in the first world. It is inverted there, in voxels.
             back = np.linalg.inv(self.linear)
             near = by_planes(self.displacement.shape, self.grid.affine,
-                              lambda i, x: map_points(back, x + self.displacement[i]) - x)
+                             lambda i, x: map_points(back, x + self.displacement[i]) - x)
             u = near @ np.linalg.inv(self.grid.affine[:3, :3]).T.astype(np.float32)
             backward = total_inverse_displacement(self.other.data.shape, self.other.affine, np.asarray(inverse(u)),
                                                   self.grid.affine, self.linear)
@@ -123,10 +123,9 @@ class Transform:
         if reference is not None:
             grid, field, to_voxel = reference, _channels_first(displacement), np.linalg.inv(self.grid.affine)
             displacement = by_planes((*grid.data.shape, 3), grid.affine,
-                                      lambda i, x: _sample(field, map_points(to_voxel, x)))
+                                     lambda i, x: _sample(field, map_points(to_voxel, x)))
         like = with_type(grid, source.get_data_dtype())
-        moved = [pull_back(Volume(volume, source.affine, source.header, name),
-                       displacement, grid.affine, order)
+        moved = [pull_back(Volume(volume, source.affine, source.header, name), displacement, grid.affine, order)
                  for volume in (np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])]
         out = to_nibabel(np.stack(moved, -1) if voxels.ndim == 4 else moved[0], like)
         if voxels.ndim == 4:
