@@ -1,10 +1,10 @@
-"""What each part of the network is worth: trainings that differ in one part, of one budget, scored on the val pairs.
+"""How much each part of the network contributes: trainings that differ in one part, with equal budgets.
 
 python -m benchmarks.ablation --data FOLDER --out runs/ablation [--rows "as it is" "no self-attention"]
 
-Every row is the network of configs/default.py, trained at half resolution on boxes of 48^3 voxels without labels, and
-scored at full resolution. Seconds: one pair through the network, compiled before; one row after the other. A row that
-was trained already is only scored again.
+Every row is the network of configs/default.py, trained at half resolution on boxes of 48^3 voxels without labels. It is
+scored on the val pairs at full resolution. The seconds are those of one pair through the network, without compilation.
+The rows are trained one after the other. A row that was trained already is only scored again.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from drivenmorph_jax.training.loop import train_and_evaluate
 
 
 def unshared_encoder(*settings, name):
-    """In place of `Encoder`: an encoder for each of the two images."""
+    """In place of `Encoder`: one encoder for each of the two images."""
     names = iter((f"{name}_fixed", f"{name}_moving"))
     return lambda image: Encoder(*settings, name=next(names))(image)
 
 
 class ConvolutionHead(DifferenceStream):
-    """In place of `DifferenceStream`: a convolution makes the force from the attended difference."""
+    """In place of `DifferenceStream`: a convolution computes the force from the attended difference."""
 
     @nn.compact
     def __call__(self, fixed, moving):
@@ -55,7 +55,7 @@ class ConvolutionHead(DifferenceStream):
         return squash(force + attention_force, self.max_step), force, attention_force
 
 
-ROWS = {  # settings of the configuration, and parts of `drivenmorph_jax.network.model`, in place of its own
+ROWS = {  # name: (changed settings of the configuration, replaced parts of `drivenmorph_jax.network.model`)
     "as it is": ({}, {}),
     "an encoder for each image": ({}, {"Encoder": unshared_encoder}),
     "no cross-attention": ({"model.cross_radius": (0, 0, 0)}, {}),
@@ -83,7 +83,7 @@ def main():
     config = malf()
     config.data.root = flags.data
     cohort = data.load(config.data, ("train", "val"))
-    # Without test subjects a training ends with the scores of the val pairs.
+    # Without test subjects, the evaluation at the end of a training scores the val pairs.
     (out / "splits.json").write_text(json.dumps(
         {split: [subject.id for subject in getattr(cohort, split)] for split in ("train", "val")}))
     table = ["| | Dice | J <= 0 (%) | seconds | parameters |", "| --- | ---: | ---: | ---: | ---: |"]

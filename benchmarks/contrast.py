@@ -1,10 +1,11 @@
-"""What another contrast costs: Dice where the moving image's contrast is changed, with and without its correction.
+"""The effect of contrast: Dice for a moving image of changed contrast, with and without the correction of contrast.
 
 python -m benchmarks.contrast --data FOLDER [--split test] [--pairs 12]
 
-The folder is as `eval.py --data` takes it. The moving image of every ordered pair comes as it is; inverted (1 - x in
-the brain, the background stays dark, as in a scan of another contrast); and through curves of contrast, linear between
-6 random heights that are of the pair: sorted, and as they come.
+The folder is as for `eval.py --data`. The moving image of every ordered pair is registered as it is; inverted (1 - x in
+the brain; the background stays dark, as in a scan of another contrast); and with its values mapped by two random
+curves, linear between 6 random heights, which are drawn for the pair: once sorted ("monotone"), once unsorted
+("mixed").
 """
 
 from functools import partial
@@ -31,7 +32,7 @@ CONTRASTS = {
 
 
 def methods():
-    """A function (fixed, moving) -> {name: u} of images (D, H, W)."""
+    """A function (fixed, moving) -> {name: u}, for images (D, H, W)."""
     config, params, _ = load_checkpoint(SHIPPED)
     alone, refined = (make_predict(config, steps) for steps in (0, REFINE_STEPS["drivenmorph"]))
 

@@ -1,15 +1,18 @@
-"""Registration of one split's ordered pairs, by the classical algorithm and by the network with the weights of the
-project, alone and refined, against SimpleITK, greedy, ANTsPy and syntx where installed: Dice, folding and seconds.
+"""Dice, folding and seconds of classical Demons, of the network, and of other tools on the ordered pairs of a split.
 
 python -m benchmarks.demons --data FOLDER [--split test] [--pairs 12] [--methods affine demons ...] [--out results.json]
 
-The folder is as `eval.py --data` takes it: ID_t1.nii.gz and ID_seg.nii.gz, affinely aligned on one grid. Methods and
-clock are those of `drivenmorph_jax/rivals.py`. The first pair of ours compiles; later ones find the compiled code, as
-users do. `eval.py --rivals` compares with every metric and a test.
+The network runs with the weights of the project, alone and refined. The other tools are SimpleITK, greedy, ANTsPy and
+syntx, where they are installed.
 
-At the end: an iteration at the finest level beside its floor, which is to read both images, to write the warped one and
-read it, and to read and write the field and its update at an eighth of the voxels: 4 + 12 / 8 floats a voxel, at the
-rate of a plain copy.
+The folder is as for `eval.py --data`: ID_t1.nii.gz and ID_seg.nii.gz, affinely aligned on one grid. The methods and the
+timing are those of `drivenmorph_jax/evaluation/rivals.py`. The first pair of a method of this project includes
+compilation. Later pairs find the compiled code, as they do for users. `eval.py --rivals` compares with every metric and
+a test.
+
+At the end, the seconds of one iteration at the finest level are printed, with their lower bound. It is the time to read
+both images, to write the warped one and read it, and to read and write the field and its update at an eighth of the
+voxels: 4 + 12 / 8 floats a voxel, at the rate of a plain copy.
 """
 
 import argparse
@@ -28,13 +31,13 @@ REFINED = "drivenmorph refined"
 
 
 def score(fixed, moving, u):
-    """`metrics.pair_metrics` of a displacement in voxels, without what is in mm."""
+    """`metrics.pair_metrics` of a displacement in voxels, without the metrics in mm."""
     return metrics.pair_metrics(u, None, fixed.labels, moving.labels, None, metrics.brain(fixed.image), EXCLUDE,
                                 hausdorff=False)
 
 
 def iteration(force, shape=(160, 192, 160)):
-    """Seconds of one iteration at the finest level, and its floor, both measured here and now."""
+    """(seconds of one iteration at the finest level, their lower bound), both measured on this machine."""
     import jax
     import jax.numpy as jnp
 
@@ -55,17 +58,17 @@ def iteration(force, shape=(160, 192, 160)):
     return (run(6) - run(2)) / 4, 4 * (4 + 12 / 8) * np.prod(shape) / rate
 
 
-EXCLUDE = (0, 1, 42, 43, 46, 63, 64)  # background and scraps of the MICCAI 2012 label set
+EXCLUDE = (0, 1, 42, 43, 46, 63, 64)  # background and fragments in the MICCAI 2012 label set
 
 
 def pairs(folder, split, count):
-    """The first `count` ordered pairs of a split, or all for None."""
+    """The first `count` ordered pairs of a split; all pairs if `count` is None."""
     cohort = data.load(ConfigDict({"name": "folder", "root": folder, "exclude": EXCLUDE, "splits": None}), (split,))
     return data.ordered_pairs(getattr(cohort, split))[:count]
 
 
 def arguments(doc):
-    """The parser of a benchmark on the pairs of a folder, which are `pairs(flags.data, flags.split, flags.pairs)`."""
+    """The parser of a benchmark on the pairs of a folder, `pairs(flags.data, flags.split, flags.pairs)`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of aligned images and labels")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])

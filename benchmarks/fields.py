@@ -1,12 +1,15 @@
-"""Warp, exponential and local correlation at 160x192x160, forward and backward: our seconds, and how many times those
-of `jax.scipy.ndimage.map_coordinates` and of PyTorch's `grid_sample` (where installed) are, in one run.
+"""Seconds of warp, exponential and local correlation at 160x192x160, forward and backward, and those of other tools.
 
 python -m benchmarks.fields [--side 160 192 160]
 
-The floor of a warp of C channels is one read of the field and of the image and one write: 4 (3 + 2 C) bytes a voxel,
-at the rate of a plain copy, which is measured beside it; gathers read each voxel up to eight times from cache. Backward
-it is twice that; of local correlation, two images read and one value, or two gradients, written. Backward means forward
-and backward, with respect to all arguments.
+The other tools are `jax.scipy.ndimage.map_coordinates` and PyTorch's `grid_sample` (where installed). Their seconds are
+given as multiples of ours. All are measured in one run.
+
+The floor is a lower bound of the seconds: the bytes that must move, at the rate of a plain copy, which is measured in
+the same run. A warp of C channels reads the field and the image once and writes once: 4 (3 + 2 C) bytes a voxel.
+Gathers read each voxel up to eight times from cache. The floor of the backward pass is twice that. Local correlation
+reads two images and writes one value, or two gradients. "Backward" is forward and backward, with respect to all
+arguments.
 """
 
 import argparse
@@ -34,12 +37,15 @@ def scipy_warp(image, u):
 
 
 def torch_device():
-    """PyTorch's name of JAX's kind of device."""
+    """PyTorch's name for the kind of device that JAX uses."""
     return {"gpu": "cuda"}.get(current(), "cpu")
 
 
 class Torch:
-    """The same in PyTorch, on JAX's kind of device: channels first, (1, C, D, H, W) and (1, 3, D, H, W)."""
+    """The same operations in PyTorch, on the kind of device that JAX uses.
+
+    Channels come first: images (1, C, D, H, W) and fields (1, 3, D, H, W).
+    """
 
     def __init__(self, shape):
         import torch
@@ -59,7 +65,7 @@ class Torch:
         return v
 
     def lncc(self, a, b):
-        """As VoxelMorph does it: box sums by a convolution with ones."""
+        """As VoxelMorph computes it: box sums by a convolution with ones."""
         box, n = self.torch.ones(1, 1, *(WINDOW,) * 3, device=self.device), WINDOW**3
         sa, sb, aa, bb, ab = (self.torch.nn.functional.conv3d(x, box, padding=WINDOW // 2)
                               for x in (a, b, a * a, b * b, a * b))
@@ -80,7 +86,7 @@ class Torch:
 
 
 def fastest(once, runs=RUNS):
-    """Seconds of the fastest run, after one that does not count."""
+    """Seconds of the fastest run, after one run that is not timed."""
     once()
     times = []
     for _ in range(runs):

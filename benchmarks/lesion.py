@@ -1,9 +1,10 @@
-"""What a mask saves: Dice of a pair with a bright lesion pasted into one of its brains, with and without the mask.
+"""The benefit of a mask: Dice of a pair with a bright lesion added to one of its brains, with and without the mask.
 
 python -m benchmarks.lesion --data FOLDER [--radius 12] [--method drivenmorph]
 
-The first test pair; the lesion is a ball in the white matter of one brain, twice as bright as its brightest tissue.
-"Far": mean change of the displacement, outside the ball, by the lesion. Labels are scored outside the ball.
+The pair is the first test pair. The lesion is a ball in the white matter of one brain, twice as bright as its brightest
+tissue. "Far" is the mean change of the displacement by the lesion, outside the ball. Labels are scored outside the
+ball.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Seconds of the scores of one pair, each alone and all together, beside surface-distance on whole volumes.
+"""Seconds of the scores of one pair, each metric by itself and all together, beside surface-distance on whole volumes.
 
 python -m benchmarks.metrics --data FOLDER
 
-One test pair of the folder, deformed by a field like a registration's; nothing but NumPy and SciPy runs.
+One test pair of the folder is deformed by a field that resembles that of a registration. Only NumPy and SciPy run.
 """
 
 import argparse

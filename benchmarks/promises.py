@@ -1,8 +1,9 @@
-"""What the classical methods promise, on real pairs: MIND sees no inversion, the log domain no swap, refining no harm.
+"""Three properties of the classical methods on real pairs.
 
 python -m benchmarks.promises --data FOLDER [--split test] [--pairs 12]
 
-The folder is as `eval.py --data` takes it. For every ordered pair:
+The properties: MIND does not depend on inversion of an image; the log domain does not depend on the order of the
+images; refinement does not lower the scores. The folder is as for `eval.py --data`. For every ordered pair:
 
   MIND: Dice with the moving image as it is, and with its brain inverted (1 - x where x > 0): the background stays dark,
     as in a scan of another contrast.

@@ -1,9 +1,9 @@
-"""What another scanner costs: Dice of the shipped weights on images that are changed, less that on the same unchanged.
+"""The effect of another scanner: Dice of the shipped weights on changed images, minus Dice on the unchanged images.
 
 python -m benchmarks.robustness [--data FOLDER] [--pairs 3]
 
-Pairs of the folder's test split, or without a folder of the embedded cohort at 1 mm. The moving image alone is changed:
-that is harder than a change of both.
+The pairs are those of the folder's test split; without a folder, those of the embedded cohort at 1 mm. Only the moving
+image is changed, which is harder than a change of both.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 
 def coarse(image, voxels):
-    """As if scanned with voxels that many times larger: smoothed, sampled, and brought back."""
+    """The image as if scanned with voxels that many times larger: smoothed, sampled, and resampled to its grid."""
     smooth = ndimage.gaussian_filter(image, voxels / 2.355)
     matrix = np.full(3, voxels)
     small = ndimage.affine_transform(smooth, matrix, output_shape=[int(n / voxels) for n in image.shape], order=1)

@@ -1,11 +1,11 @@
-"""Hours of training and evaluation in one process: do memory and open files stay flat?
+"""Hours of training and evaluation in one process: do memory and open files stay constant?
 
 python -m benchmarks.soak [--hours 3] [--out runs/soak]
 
-`configs/smoke.py` without an end: validation every STEPS steps, with which the test pairs are scored with all figures
-and the report, and checkpoints more often. One row a round is printed and appended to OUT/soak.jsonl; OUT/soak.png
-shows the curves. The first ten minutes, in which everything is compiled, do not count. The run ends by SIGTERM, as a
-preempted one does.
+The training is `configs/smoke.py` without a last step. It validates every STEPS steps. With each validation, the test
+pairs are scored with all figures and the report. Checkpoints are saved more often. One row a round is printed and
+appended to OUT/soak.jsonl; OUT/soak.png shows the curves. The first ten minutes, in which everything is compiled, do
+not count. The run ends by SIGTERM, as a preempted run does.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from drivenmorph_jax.runtime import sharding
 from drivenmorph_jax.training import loop
 from drivenmorph_jax.training.loop import train_and_evaluate
 
-STEPS, WARM = 60, 600  # steps a round; seconds that do not count
+STEPS, WARM = 60, 600  # steps of a round; seconds at the start that do not count
 
 
 def used():
@@ -46,7 +46,7 @@ def draw(path, rows):
 
 
 def tell(rows):
-    """First and last of what counts, and its growth by least squares."""
+    """Print the first and last value after the warm-up, and the growth by least squares."""
     warm = [row for row in rows if row["seconds"] > WARM]
     for key in ("MiB", "files", "threads"):
         if len(warm) > 1:

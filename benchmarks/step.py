@@ -1,11 +1,11 @@
-"""A training step of DrivenMorph beside one of VoxelMorph's own code, in one run, and what ours is made of.
+"""A training step of DrivenMorph beside one of VoxelMorph's own code, in one run, and the parts of the former.
 
 python -m benchmarks.step [--config configs/malf.py] [--shape 80 96 80] [--steps 5]
 
 The rival is VxmDense of the package voxelmorph (0.2, PyTorch; `pip install --no-deps voxelmorph==0.2 neurite pystrum`
-and `pip install torch scikit-image h5py einops`) with its default 3-D U-Net and 7 squarings. Both train by local
-correlation of one window and diffusion, with Adam, on one pair of random images; seconds are those of the fastest step.
-FLOPs, bytes and memory are what XLA says of the compiled step; it counts the body of a loop once.
+and `pip install torch scikit-image h5py einops`) with its default 3-D U-Net and 7 squarings. Both networks train by
+local correlation of one window and diffusion, with Adam, on one pair of random images. The seconds are those of the
+fastest step. FLOPs, bytes and memory are XLA's estimates for the compiled step, which count the body of a loop once.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from drivenmorph_jax.training.step import make_augment, make_optimizer, make_tra
 
 
 def ours(config, shape, count):
-    """Seconds of a step, seconds to compile, XLA's cost of it, and bytes of memory."""
+    """Seconds of a step, seconds of its compilation, its cost by XLA, and its bytes of memory."""
     mesh = sharding.device_mesh(devices=jax.devices()[:1])
     model, optimizer = networks.make_network(config.model), make_optimizer(config)
     batch = {key: jax.random.uniform(jax.random.key(i), (1, *shape, 1)) for i, key in enumerate(("fixed", "moving"))}
@@ -46,7 +46,7 @@ def ours(config, shape, count):
 def voxelmorph(window, shape, count):
     """Seconds of a step, or None where the package is missing."""
     os.environ["VXM_BACKEND"] = os.environ["NEURITE_BACKEND"] = "pytorch"
-    if not hasattr(inspect, "getargspec"):  # gone since Python 3.11, and the package asks for it
+    if not hasattr(inspect, "getargspec"):  # removed in Python 3.11; the package needs it
         inspect.getargspec = lambda f: inspect.getfullargspec(f)[:4]
     try:
         import torch
@@ -64,7 +64,7 @@ def voxelmorph(window, shape, count):
     def box_sum(x):
         return torch.nn.functional.conv3d(x, box, padding=window // 2)
 
-    def lncc(a, b):  # as voxelmorph.losses.NCC, which wants CUDA
+    def lncc(a, b):  # as voxelmorph.losses.NCC, which needs CUDA
         n = window**3
         sa, sb, aa, bb, ab = (box_sum(x) for x in (a, b, a * a, b * b, a * b))
         cross, va, vb = ab - sa * sb / n, aa - sa * sa / n, bb - sb * sb / n
@@ -82,11 +82,12 @@ def voxelmorph(window, shape, count):
 
 
 def loading(config):
-    """Seconds that a batch takes to read, in the background, and to change at random, where the training runs."""
+    """Seconds to read a batch, which happens in the background, and seconds to augment it, on the device of the
+    training."""
     settings, mesh = config.data, sharding.device_mesh(devices=jax.devices()[:1])
     batches = data.training_batches(data.load(settings, ("train",)).train, config.batch_size, 0,
                                     downsample=settings.downsample)
-    for _ in range(8):  # those that were read ahead
+    for _ in range(8):  # the batches that were read ahead
         next(batches)
     start = time.perf_counter()
     for _ in range(20):

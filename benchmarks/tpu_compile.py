@@ -1,13 +1,15 @@
-"""The program compiled for a TPU slice, ahead of time and without one: traffic, arithmetic, memory, exchanges.
+"""The network and its parts, compiled ahead of time for a TPU slice that need not exist here: traffic, arithmetic,
+memory.
 
 python -m benchmarks.tpu_compile [--topology v5e:2x4] [--space 1] [--shape 160 192 224] [--only "training step" ...]
   [--config configs/default.py] [--config.KEY=VALUE ...]
 
-Wants libtpu (`pip install "jax[tpu]"`), on any Linux machine. Parts are compiled for one chip, inference and the
-training step for the whole slice with one volume for each `space` chips. Traffic and arithmetic are estimates,
-and the seconds are what the traffic takes at the bandwidth of a chip's memory: nothing here has run on a TPU.
+It needs libtpu (`pip install "jax[tpu]"`), on any Linux machine. The parts are compiled for one chip. Inference and the
+training step are compiled for the whole slice, with one volume for each `space` chips; the exchanges between the chips
+are counted. Traffic and arithmetic are estimates. The seconds are the time that the traffic takes at the bandwidth of a
+chip's memory: nothing here has run on a TPU.
 
-XLA counts the body of a loop once; `traffic` counts the bytes of all its trips.
+XLA counts the body of a loop once. `traffic` counts the bytes of all iterations.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import time
 from collections import Counter
 from functools import partial
 
-# The host's backend is the CPU; libtpu is asked for its compiler only, and need not look for the chips of a slice.
+# The host's backend is the CPU. Only the compiler of libtpu is used, so libtpu need not search for the chips.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 import jax
@@ -44,12 +46,12 @@ SLOW = ("gather", "scatter", "while")
 
 
 def gradient(f):
-    """Of the sum of squares of `f`, with respect to all arguments."""
+    """The gradient of the sum of squares of `f`, with respect to all arguments."""
     return lambda *x: jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=tuple(range(len(x))))(*x)
 
 
 def parts(shape):
-    """{name: (function, shapes of its arguments)} of the parts of the network, where each is largest."""
+    """{name: (function, shapes of its arguments)} of the parts of the network, at their largest size."""
     half = tuple(n // 2 for n in shape)
     image, field, features, heads = ((1, *space, *last) for space, last in (
         (shape, (1,)), (half, (3,)), (half, (16,)), (half, (2, 8))))
@@ -93,7 +95,7 @@ def main():
     config = configuration.override(configuration.load(flags.config), settings)
     try:
         chips = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
-    except Exception as error:  # whatever libtpu raises
+    except Exception as error:  # libtpu raises many types
         raise InputError(f"cannot compile for {flags.topology}: install jax[tpu], or name another slice "
                                 f"({str(error).splitlines()[0]})") from error
     mesh = sharding.device_mesh(flags.space, chips)

@@ -1,4 +1,5 @@
-"""How many bytes a program compiled by XLA moves, from its text: every trip of its loops, and padding."""
+"""The bytes that a program compiled by XLA moves, computed from its text: with every iteration of its loops, and
+padding."""
 
 import math
 import re
@@ -6,13 +7,15 @@ import re
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1}
 FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
         "copy-start", "copy-done", "slice-start", "slice-done", "async-done", "conditional"}
-# Type, lengths, axes from minor to major, tiles and memory.
+# Type, side lengths, axes from minor to major, tiles and memory space.
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
 def arrays(shapes):
-    """(bytes of a value, lengths, tile, whether in the fast memory) of the arrays in an instruction's type, major to
-    minor as they are stored."""
+    """(bytes of a value, side lengths, tile, whether in the fast memory) of each array in the type of an instruction.
+
+    The lengths are in the order in which the axes are stored, major to minor.
+    """
     for kind, lengths, order, layout in ARRAY.findall(shapes):
         if kind in BYTES:
             lengths = [int(n) for n in lengths.split(",") if n]
@@ -23,7 +26,7 @@ def arrays(shapes):
 
 
 def size(shapes):
-    """Bytes that they take of the large memory, their tiles filled up."""
+    """Bytes of the large memory that the arrays take, with their tiles filled up."""
     total = 0
     for value, lengths, tile, fast in arrays(shapes):
         for k, n in enumerate(reversed(tile[-len(lengths):]) if lengths else (), 1):
@@ -33,29 +36,30 @@ def size(shapes):
 
 
 def values(shapes):
-    """How many values an array has, wherever it lies."""
+    """Number of values of an array, in any memory."""
     return math.prod(next(arrays(shapes))[1])
 
 
 def rows(shapes, table):
-    """Bytes moved where as many rows of the table are looked at as `shapes` has: the tile that holds each."""
+    """Bytes moved when as many rows of the table are accessed as `shapes` has: for each, the tile that holds it."""
     value, lengths, tile, fast = next(arrays(table))
     return 0 if fast else values(shapes) // max(1, min(lengths[-1], values(shapes))) * value * math.prod(tile)
 
 
 def traffic(text):
-    """Bytes that a compiled program moves, from its text, every trip of its loops counted.
+    """Bytes that a compiled program moves, computed from its text, with every iteration of its loops.
 
-    An operation reads its operands and writes its results once, padding included, but for those in the fast memory.
-    Slices of a whole count as slices, within a fused operation too. A gather reads the tile of every row that it takes,
-    and a scatter reads and writes those of its updates: so does XLA count; hardware that fetches less of a tile does
-    better.
+    An operation reads its operands once and writes its results once, padding included, except those in the fast memory.
+    A slice of an array counts as the slice, also within a fused operation. A gather reads the tile of every row that it
+    takes. A scatter reads and writes the tile of every row that it updates. XLA counts in the same way. Hardware that
+    fetches less than a tile moves fewer bytes.
     """
     return sum(amount for amount, _ in moves(text))
 
 
 def moves(text):
-    """(bytes, the instruction as text) of every operation that moves any: of all trips of the loop that it is in."""
+    """(bytes, the instruction as text) of every operation that moves bytes: of all iterations of the loop that holds
+    it."""
     computations, types, entry = {}, {}, None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
@@ -74,7 +78,7 @@ def moves(text):
         return [x for x in re.findall(r"%([\w.-]+)", rest.split("), ")[0]) if x in types]
 
     def largest_constant(computation):
-        """How often a loop with this condition runs: its bound is the only number there."""
+        """The number of iterations of a loop with this condition: its bound is the only number there."""
         numbers = [0]
         for _, _, kind, rest in computations[computation]:
             numbers += [int(n) for n in re.findall(r"^(\d+)\)", rest) if kind == "constant"]
@@ -83,7 +87,7 @@ def moves(text):
         return max(numbers)
 
     def read(computation, name):
-        """Of this array by the operations of a fused one, where they take slices of it; else infinity."""
+        """Bytes of this array that a fused operation reads, where it reads slices of it; else infinity."""
         total = 0
         for user, shapes, kind, rest in computations[computation]:
             for place, operand in enumerate(operands(rest)):
@@ -104,7 +108,8 @@ def moves(text):
                     if kind == "parameter" and rest.startswith(f"{place})"))
 
     def written(computation, shapes):
-        """By a fused operation with these results, of which some are updates of a part, in place."""
+        """Bytes that a fused operation with these results writes. Some results are updates in place of a part of an
+        array."""
         made = {name: (kind, rest) for name, _, kind, rest in computations[computation]}
         root, _, kind, rest = computations[computation][-1]
         total = 0
