@@ -82,8 +82,7 @@ def voxelmorph(window, shape, count):
 
 
 def loading(config):
-    """Seconds to read a batch, which happens in the background, and seconds to augment it, on the device of the
-    training."""
+    """Seconds to read a batch, in the background, and seconds to augment it, on the device of the training."""
     settings, mesh = config.data, sharding.device_mesh(devices=jax.devices()[:1])
     batches = data.training_batches(data.load(settings, ("train",)).train, config.batch_size, 0,
                                     downsample=settings.downsample)

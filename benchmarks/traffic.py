@@ -1,5 +1,4 @@
-"""The bytes that a program compiled by XLA moves, computed from its text: with every iteration of its loops, and
-padding."""
+"""The bytes that a program compiled by XLA moves, from its text: with all iterations of its loops, and padding."""
 
 import math
 import re
@@ -58,8 +57,7 @@ def traffic(text):
 
 
 def moves(text):
-    """(bytes, the instruction as text) of every operation that moves bytes: of all iterations of the loop that holds
-    it."""
+    """(bytes, the instruction as text) of every operation that moves bytes, over all iterations of its loop."""
     computations, types, entry = {}, {}, None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
@@ -108,8 +106,7 @@ def moves(text):
                     if kind == "parameter" and rest.startswith(f"{place})"))
 
     def written(computation, shapes):
-        """Bytes that a fused operation with these results writes. Some results are updates in place of a part of an
-        array."""
+        """Bytes that a fused operation with these results writes. Some results are in-place updates of a part."""
         made = {name: (kind, rest) for name, _, kind, rest in computations[computation]}
         root, _, kind, rest = computations[computation][-1]
         total = 0

@@ -39,6 +39,5 @@ def compiling_for(backend):
 
 
 def chosen(forms, definition):
-    """The implementation for the current device from a table {device: implementation}; `definition` where it has
-    none."""
+    """The implementation for the current device from {device: implementation}; `definition` where it has none."""
     return forms.get(current(), definition)

@@ -33,8 +33,7 @@ def _shifts(queries, keys):
 
 
 def _near(x, space, shifts, own=False):
-    """x (B, D, H, W, ...) at p + shift, for every voxel p of a grid of `space`: (B, *space, K, ...), zero outside the
-    grid.
+    """x (B, D, H, W, ...) at p + shift, for voxels p of a grid of `space`: (B, *space, K, ...), zero outside.
 
     With `own`, x has its own values for every shift: x (B, D, H, W, K, ...).
     """
@@ -107,8 +106,7 @@ def _from(x, start, like):
 
 
 def _dot(x, y, start):
-    """Sum over the channels of x (B, heads, C, D, P) times the slice of y that begins at voxel `start`: (B, heads, 1,
-    D, P).
+    """Sum over channels of x (B, heads, C, D, P) times the slice of y from voxel `start`: (B, heads, 1, D, P).
 
     The sum is written term by term, since XLA on CPU is far slower at a reduction. It takes a `slice` instead of an
     index, since a slice is traced in a third of the time.
@@ -120,8 +118,7 @@ def _dot(x, y, start):
 
 
 def _shifts_in_plane(radius, row):
-    """[(start of the shift's slice in a plane padded by the reach, shift y, shift z)]; a row of the plane has `row`
-    voxels."""
+    """[(start of the slice in a plane padded by the reach, shift y, shift z)], with `row` voxels to a row."""
     return [((radius + y) * row + radius + z, y, z) for y, z in product(range(-radius, radius + 1), repeat=2)]
 
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 
 
 def cell(shape, u, first=0):
-    """Of every sample x + u(x): the lower corner of its cell, its fraction within the cell, and whether it is inside
-    the grid.
+    """Of every sample x + u(x): lower corner of its cell, fraction within the cell, whether it is inside the grid.
 
     Each of the three is a list over the axes of arrays (X, Y, Z). `first` is the coordinate along the second axis at
     which u begins.
@@ -25,8 +24,7 @@ def cell(shape, u, first=0):
 
 
 def corner(shape, low, fraction, k):
-    """Corner k of the cell: its flat index, its weights along the axes, and the signs of the derivatives of these
-    weights."""
+    """Corner k of the cell: its flat index, its weights along the axes, the signs of their derivatives."""
     sides, index = [k >> axis & 1 for axis in reversed(range(len(shape)))], 0
     for n, x, side in zip(shape, low, sides, strict=True):
         index = index * n + x + side

@@ -99,8 +99,7 @@ def _table(image):
 
 
 def _block(shape):
-    """Voxels of a block along the last axis, for the table of an image (..., C). A row of the table holds two
-    blocks."""
+    """Voxels of a block along the last axis, for an image (..., C). A row of the table holds two blocks."""
     return (LANES >> len(shape) - 1) // shape[-1]
 
 

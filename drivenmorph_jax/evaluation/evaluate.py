@@ -105,8 +105,7 @@ def _score_pairs(predicted, dataset, split, record):
 
 
 def _draw(out, dataset, pairs, found, predicted, statistics):
-    """({caption: figure}, viewers) of the worst, median and best pair, of the force by level and of Dice by
-    structure."""
+    """({caption: figure}, viewers): worst, median and best pair, the force by level, Dice by structure."""
     drawn, viewers = {}, []
     rank = ranked([one["scores"] for one in found])
     shown = {"Worst": rank[0], "Median": rank[len(rank) // 2], "Best": rank[-1]}

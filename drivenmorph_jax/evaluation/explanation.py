@@ -9,15 +9,13 @@ RESAMPLES = 2000
 
 
 def by_name(u, force, levels):
-    """{level: (force, remaining displacement)} of one pair; under "total" the (sum of the forces, whole
-    displacement)."""
+    """{level: (force, remaining displacement)} of one pair; "total" has (sum of forces, whole displacement)."""
     return {f"level {i}": (level.force, level.remaining) for i, level in enumerate(levels, start=1)} | {
         "total": (force, u)}
 
 
 def of_pair(forces, displacements, brain):
-    """{level: `metrics.force_statistics`} of the forces of one pair and the displacements that remained in this or
-    another.
+    """{level: `metrics.force_statistics`} of one pair's forces and the displacements of the same or another pair.
 
     Args:
       forces, displacements: as `by_name` returns them. Only the forces of the first and the displacements of the second

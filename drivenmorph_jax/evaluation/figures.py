@@ -107,8 +107,7 @@ def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels)
 
 
 def _deformation_panels(fixed, moving, u, force, jac, brain, white):
-    """{name: function that draws it on a tile} of the grid, the displacement beside the driving force, and the
-    Jacobian."""
+    """{name: function that draws it on a tile} of the grid, displacement, driving force and Jacobian."""
     size, folded = np.linalg.norm(u, axis=-1), brain & (jac <= 0)
     log_jac = np.log(np.maximum(jac, 1e-3))
     bound = max(np.percentile(np.abs(log_jac[brain & ~folded]), 99.5), 0.1)
@@ -140,8 +139,7 @@ def uncropped(jac, shape):
 
 
 def forces(path, fixed, levels, spacing):
-    """The driving force by level, one row a level, coarse to fine: its two terms, their sum, the remaining
-    displacement.
+    """The driving force, one row a level, coarse to fine: its two terms, their sum, the remaining displacement.
 
     All tiles show the axial plane through the centre of mass of the fixed brain. The left three columns show lengths;
     in each row they share one scale, that of the force. Arrows are magnified, in each tile by the factor that its key

@@ -126,8 +126,7 @@ def hd95(fixed_labels, moved_labels, spacing_mm, exclude=(0,)):
 
 @cache
 def _surface_areas(spacing):
-    """Area in mm^2 of the surface within 2^3 voxels, for each of the 256 ways in which a label can fill these
-    voxels."""
+    """Area in mm^2 of the surface within 2^3 voxels, for each of the 256 ways in which a label fills them."""
     return np.array(lookup_tables.create_table_neighbour_code_to_surface_area(spacing))
 
 
@@ -160,8 +159,7 @@ def jacobian(u):
 
 
 def fold_pct(jac, mask=None):
-    """Percentage of voxels with J <= 0. `jac` is as `jacobian` returns it, `mask` (D, H, W) lies on the uncropped
-    grid."""
+    """Percentage of voxels with J <= 0; `jac` from `jacobian`, `mask` (D, H, W) on the uncropped grid."""
     return float(100 * np.mean(_inside(jac, mask) <= 0))
 
 
@@ -302,8 +300,7 @@ def pair_metrics(u, u_inv, fixed_labels, moving_labels, spacing, mask=None, excl
 
 
 def summarise(rows):
-    """{metric: {"mean", "std"}} over the pairs that have the metric. nan is left out; keys that are no metric are
-    skipped.
+    """{metric: {"mean", "std"}} over the pairs that have the metric. nan and keys that are no metric are skipped.
 
     The std is that of the pairs themselves (ddof = 0).
     """

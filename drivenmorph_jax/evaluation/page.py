@@ -38,8 +38,7 @@ def write(path, title, parts):
 
 
 def report(path, title, summary, rows, force, figures, viewers):
-    """The page of an evaluation. The arguments are those of `tables.report_md`, and the pieces that `viewer`
-    returned."""
+    """The page of an evaluation, from the arguments of `tables.report_md` and the pieces that `viewer` returned."""
     of_force = [heading("The driving force"), paragraph(ABOUT_FORCE), table(force)] if force else []
     defined = (*summary, *OF_FORCE) if force else summary
     write(path, title, [

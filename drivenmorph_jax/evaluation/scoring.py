@@ -35,8 +35,7 @@ def scored(pair, fields, control, seconds, dataset):
 
 
 def ranked(rows):
-    """The indices of `rows` of scores from the worst to the best: by Dice where any pair has it, else by local
-    correlation.
+    """The indices of `rows` from the worst to the best: by Dice where any pair has it, else by local correlation.
 
     A pair without the number used for ranking is left out, unless no pair has it.
     """

@@ -35,8 +35,7 @@ def validate(predict, params, dataset, space=1):
 
 
 def similarity(fixed, moving, u):
-    """Mean squared local correlation of the fixed and the warped moving image (D, H, W), in boxes of `WINDOW`^3
-    voxels."""
+    """Mean squared local correlation of the fixed and the warped moving image (D, H, W), boxes of `WINDOW` voxels."""
     return float(_similarity(fixed, moving, u))
 
 

@@ -29,8 +29,7 @@ def lncc(a, b, window, weight=None):
     axes, radius = (1, 2, 3), window // 2
 
     def prepared(x):
-        """x, centred and with a range of at most 1: rounding errors of its variances stay below the floor added to
-        them."""
+        """x, centred and with a range of at most 1: its rounding errors stay below the floor of the variances."""
         x = x[..., 0].astype(jnp.float32)
         scale = jnp.maximum(1, x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
         return (x - x.mean(axes, keepdims=True)) / jax.lax.stop_gradient(scale)

@@ -25,8 +25,7 @@ class Prepared(Planned):
 
 
 def prepare(planned: Planned) -> Prepared:
-    """Resample both images to the working grid and normalise them. Masked voxels are interpolated from the voxels
-    around.
+    """Resample both images to the working grid and normalise them. Masked voxels are interpolated from around.
 
     Raises InputError where the moving image does not overlap the fixed one.
     """

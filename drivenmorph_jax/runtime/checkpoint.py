@@ -190,8 +190,7 @@ def read_params(folder, params):
 
 
 def read_into(folder, params):
-    """`params`, with the parameters of the checkpoint in their places. The model may have levels that the checkpoint
-    lacks.
+    """`params`, with the parameters of the checkpoint in place. The model may have levels that it lacks.
 
     Raises InputError where the checkpoint holds parameters that `params` lacks or has in another shape.
     """

@@ -9,8 +9,7 @@ from drivenmorph_jax.files import read_rows, rows_text
 
 
 class Logs:
-    """Writers of one run in `folder`, from step `start` on: `metrics.jsonl`, with one row a step, and TensorBoard
-    events.
+    """Writers of one run in `folder`, from step `start` on: `metrics.jsonl`, one row a step, and TensorBoard events.
 
     Rows of steps after `start` are dropped, since the run repeats these steps: an earlier run was stopped between two
     checkpoints. A process that is not `main` writes nothing.

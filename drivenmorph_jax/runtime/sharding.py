@@ -1,5 +1,4 @@
-"""The devices: the start of a program on them, and the mesh. Batches are split over it; every device has all
-parameters.
+"""The devices: the start of a program, and the mesh. Batches are split over it; parameters are on every device.
 
 The mesh has two axes. Pairs are split over "data", and the first axis of every volume over "space". XLA inserts the
 exchange between the parts of a volume that convolutions, box sums, attention and warps need.

@@ -51,8 +51,7 @@ def train_and_evaluate(config, workdir, memory=None):
 
 
 def _steps(run, stopping, unsaved):
-    """Take all remaining steps, with validations and checkpoints. False where the run was stopped before the last
-    step."""
+    """Take all remaining steps, with validations and checkpoints. False where the run was stopped before the last."""
     config, alone = run.config, jax.process_count() == 1
     for step in range(run.start + 1, config.steps + 1):
         last = step == config.steps
@@ -171,7 +170,7 @@ class Run:
             checkpoint.save(self.best, step, self.about | {"score": score, "step": step}, self.params)
 
     def scores(self):
-        """`evaluate` the best parameters on the test pairs, or on the val pairs where there are fewer than 2 test
+        """`evaluate` the best parameters on the test pairs; on the val pairs where there are fewer than 2 test
         subjects."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params = checkpoint.read_params(self.workdir / "best", jax.tree.map(

@@ -21,8 +21,7 @@ def make_optimizer(config):
 
 
 def make_train_step(model, optimizer, config, mesh):
-    """Jitted (params, opt_state, batch) -> (params, opt_state, row). It donates the state and splits the batch over
-    `mesh`.
+    """Jitted (params, opt_state, batch) -> (params, opt_state, row); donates the state, splits the batch over `mesh`.
 
     The loss is a mean over the global batch, so its gradient is the same on any number of devices. A step whose loss or
     gradient is not finite leaves the state unchanged.
