@@ -19,7 +19,7 @@ from benchmarks.demons import arguments, pairs, score
 from drivenmorph_jax import demons
 from drivenmorph_jax.images.contrast import SAME, correlation, matched, recoloured
 from drivenmorph_jax.network.inference import load_checkpoint, make_predict
-from drivenmorph_jax.registration.register import REFINE_STEPS
+from drivenmorph_jax.registration.read import REFINE_STEPS
 from drivenmorph_jax.runtime import sharding
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
 

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from drivenmorph_jax.images.bias import FLOOR, balanced, differential_bias
+from drivenmorph_jax.images.bias import MEAN_FLOOR, balanced, differential_bias
 
 SHAPE, CELL = (48, 64, 40), 8
 
@@ -27,7 +27,7 @@ def test_a_factor_is_found():
     r = differential_bias(image, 0.7 * image, CELL)
     # The floor counts where a cell is mostly background.
     mean = 0.45 * np.asarray(inside).reshape(6, 8, 8, 8, 5, 8).mean((1, 3, 5)).max()
-    np.testing.assert_allclose(np.median(r[inside]), -np.log(0.7), atol=FLOOR / mean)
+    np.testing.assert_allclose(np.median(r[inside]), -np.log(0.7), atol=MEAN_FLOOR / mean)
     a, b = balanced(image, 0.7 * image, CELL)
     np.testing.assert_allclose(a[inside] / b[inside], 1, atol=0.1)
     np.testing.assert_allclose(a[inside], np.sqrt(0.7) * image[inside], rtol=0.05)

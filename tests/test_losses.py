@@ -141,4 +141,4 @@ def check_loss(similarity):
 def test_a_window_without_a_middle_voxel_is_refused(window):
     image = np.zeros((1, 9, 9, 9, 1), np.float32)
     with pytest.raises(ValueError, match=f"window is {window}: a box around a voxel has an odd number"):
-        lncc(image, image, window)
+        losses.lncc(image, image, window)

@@ -15,7 +15,8 @@ from drivenmorph_jax.data import augmentation
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.images import contrast
 from drivenmorph_jax.network.inference import grid_multiple, load_checkpoint, make_predict
-from drivenmorph_jax.registration.register import REFINE_STEPS, register
+from drivenmorph_jax.registration.read import REFINE_STEPS
+from drivenmorph_jax.registration.register import register
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 MALF = Path(__file__).resolve().parents[2] / "shared" / "data" / "malf"
