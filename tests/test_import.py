@@ -56,7 +56,7 @@ def state():
             tensorstore.experimental_collect_matching_metrics, signal.getsignal(signal.SIGTERM),
             {{name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_compilation_cache_dir",
                                                          "jax_persistent_cache_min_compile_time_secs")}},
-            matplotlib.get_backend(auto_select=False), dict(matplotlib.rcParams))
+            {{name: value for name, value in matplotlib.rcParams.items() if name != "backend"}})
 before = state()
 for name in {modules!r}:
     importlib.import_module(name)
