@@ -1,4 +1,4 @@
-"""A training step of DrivenMorph beside one of VoxelMorph's own code, in one run, and the parts of the former.
+"""A training step of DrivenMorph beside one of VoxelMorph's own code, in one run, and the time that its input takes.
 
 python -m benchmarks.step [--config configs/malf.py] [--shape 80 96 80] [--steps 5]
 

@@ -1,4 +1,4 @@
-"""The network and its parts, compiled ahead of time for a TPU slice that is not here: traffic, arithmetic, memory.
+"""The network and its parts, compiled ahead of time for a TPU slice, without a TPU: traffic, arithmetic, memory.
 
 python -m benchmarks.tpu_compile [--topology v5e:2x4] [--space 1] [--shape 160 192 224] [--only "training step" ...]
   [--config configs/default.py] [--config.KEY=VALUE ...]

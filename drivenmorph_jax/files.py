@@ -74,7 +74,7 @@ def _finite(x):
 
 
 def check_folder(path):
-    """Raises InputError where `make_folder` would fail. It serves as a check before long work, and makes nothing."""
+    """Raises InputError where `make_folder` would fail. It is a check before long work, and creates no folder."""
     there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be made a folder ({there} is a file or not writable): give another one")

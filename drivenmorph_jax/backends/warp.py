@@ -17,8 +17,7 @@ def _gathering(scalar_rows, loop):
     Args:
       scalar_rows: gather an image of one channel as scalars, since XLA on CPU is slow to gather rows of one value.
       loop: add the corners one after the other in a loop in the backward pass, since on CPU the contribution of a
-        corner
-        takes as much memory as the result. Otherwise every corner is a kernel of its own.
+        corner takes as much memory as the result. Otherwise every corner is a kernel of its own.
     """
     gather = partial(_gathered_corners, scalar_rows=scalar_rows)
     scatter = partial(_scattered_corners, loop=loop)

@@ -106,6 +106,7 @@ def _read_splits(path, root, found):
 
 
 def drawn_splits(found):
+    """Divide subject ids at random, but always in the same way, into {"train", "val", "test"}, as `folder_dataset`."""
     order = [found[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(found))]
     # A split needs two subjects to have a pair.
     held = max(min(2, len(found) // 3), round(len(found) / 10))

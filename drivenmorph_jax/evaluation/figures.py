@@ -1,8 +1,8 @@
 """Figures of registrations and of training, as PNG files.
 
 Arrays belong to one pair and are RAS: axis 0 runs to the Right, 1 to Anterior, 2 to Superior. Spacing is in mm.
-Colour-blind readers can distinguish the colours. No global state of matplotlib is changed. Every file is written
-completely beside its place and then moved there, so no reader finds an incomplete file.
+Colour-blind readers can distinguish the colours. No global state of matplotlib is changed. Every file is written under
+a temporary name and then renamed, so no reader finds an incomplete file.
 """
 
 import io

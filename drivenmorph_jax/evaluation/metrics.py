@@ -65,8 +65,7 @@ def dice(fixed_labels, moved_labels, exclude=(0,), moving_labels=None):
       fixed_labels, moved_labels: arrays of one shape, whole numbers >= 0.
       exclude: labels to leave out.
       moving_labels: the moving image's label map before warping, of any shape. A label that it has and the warped map
-        lacks
-        gets a Dice of 0. Without it, the labels of `moved_labels` count.
+        lacks gets a Dice of 0. Without it, the labels of `moved_labels` count.
 
     Returns:
       {label: Dice}.

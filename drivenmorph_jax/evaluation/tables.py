@@ -84,6 +84,7 @@ def _digits(value):
 
 
 def write_bytes(path, data):
+    """Write a file, complete or not at all, and create its folder. Raises InputError where it cannot be written."""
     path = Path(path)
     make_folder(path.parent)
     with replacing(path) as temporary:

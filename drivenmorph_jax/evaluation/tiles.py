@@ -52,12 +52,17 @@ class Tile:
         return shown
 
     def outlines(self, labels):
+        """Draw the outline of every label in the plane."""
         plane = self.cut(labels)
         for label in np.unique(plane[plane > 0]):
             self.ax.contour(*self.points(labels.shape), plane == label, levels=[0.5], colors=[YELLOW],
                             linewidths=0.5)
 
     def arrows(self, vectors, brain, colour):
+        """Draw the in-plane part of vectors (D, H, W, 3) in mm as magnified arrows, at sparse voxels of `brain`.
+
+        The axial tile also gets the key of the magnification.
+        """
         gap = self.width / 19
         steps = [max(round(gap / self.spacing[a]), 1) for a in (self.up, self.right)]
         thin = tuple(slice(step // 2, None, step) for step in steps)
@@ -76,6 +81,7 @@ class Tile:
                               labelcolor="white", labelsep=0.05, fontproperties={"size": 8})
 
     def grid(self, vectors, colour):
+        """Draw a regular grid, deformed by the in-plane part of the displacement `vectors` (D, H, W, 3) in mm."""
         x, y = (point + self.cut(vectors[..., a])
                 for point, a in zip(self.points(vectors.shape), (self.right, self.up), strict=True))
         lines = np.stack([x, y], axis=-1)
@@ -84,6 +90,7 @@ class Tile:
             self.ax.add_collection(LineCollection(list(part), colors=colour, linewidths=0.6), autolim=False)
 
     def letters(self, letters):
+        """Write the letters of the directions at the left, right, bottom and top."""
         places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"),
                   (0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top"))
         for letter, (x, y, horizontal, vertical) in zip(letters, places, strict=True):
@@ -91,6 +98,7 @@ class Tile:
                          fontsize=9, weight="bold", path_effects=[HALO])
 
     def scale_bar(self):
+        """Draw a bar of at most 35 % of the width, with its length in mm."""
         length = max((n for n in (1, 2, 5, 10, 20, 50, 100) if n <= 0.35 * self.width), default=1)
         x, y = self.limits["xlim"][0] + 0.04 * self.width, self.limits["ylim"][0] + 0.03 * self.width
         self.ax.plot([x, x + length], [y, y], color="white", linewidth=2, solid_capstyle="butt",
@@ -116,6 +124,7 @@ class Sheet:
             self.figure.text(left / self.width, 1 - (0.12 + 0.26 * i) / self.height, line, va="top", **style)
 
     def axes(self, block, row, column):
+        """New matplotlib axes at the place of one tile."""
         y = self.top + block * self.block + self.head + sum(self.heights[:row]) + self.gap * row
         ax = self._axes(self._x(column), y, self.tile, self.heights[row])
         ax.set(xticks=[], yticks=[], facecolor="black")
@@ -123,6 +132,7 @@ class Sheet:
         return ax
 
     def bar(self, block, first, last, shown, label):
+        """Draw the colour bar of the picture `shown` below the columns `first` to `last` of a block."""
         width = self._x(last) - self._x(first) + self.tile
         ax = self._axes(self._x(first) + 0.12 * width, self._strip(block), 0.76 * width, 0.09)
         bar = self.figure.colorbar(shown, cax=ax, orientation="horizontal", ticks=MaxNLocator(5))
@@ -131,6 +141,7 @@ class Sheet:
         ax.tick_params(labelsize=8, length=2, pad=1.5)
 
     def note(self, block, text):
+        """Write a text below a block, at the left."""
         self.figure.text(self.left / self.width, 1 - self._strip(block) / self.height, text, va="top",
                          fontsize=8.5, color=GREY)
 

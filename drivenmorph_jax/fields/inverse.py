@@ -41,8 +41,8 @@ def _inverse(u, iterations, w):
 def coarse_inverse(u, stride=2, steps=4):
     """Displacement w of the inverse of id + u, computed on a coarser grid and corrected on the grid of u.
 
-    `inverse` runs on a grid `stride` times coarser, as that of the fields of `demons`. Its result is resampled to the
-    grid of u. There it is corrected `steps` times:
+    `inverse` runs on a grid `stride` times coarser. The fields of `demons.demons` lie on such a grid. Its result is
+    resampled to the grid of u. There it is corrected `steps` times:
 
       w <- w - ((phi^-1 o phi - id) o phi^-1) / 2
 

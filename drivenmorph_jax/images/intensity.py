@@ -10,6 +10,9 @@ def foreground(data):
 
 
 def normalise(data):
-    """Intensities scaled to [0, 1]: clip(x / p, 0, 1), p the 99.5th percentile of the foreground; float32."""
+    """Intensities scaled to [0, 1]: clip(x / p, 0, 1), p the 99.5th percentile of the foreground; float32 for float32.
+
+    An image without positive values gives zeros.
+    """
     top = np.percentile(data[foreground(data)], 99.5)
     return np.clip(data / np.float32(top), 0, 1) if top > 0 else np.zeros_like(data)

@@ -12,7 +12,7 @@ from drivenmorph_jax.backends.fusion import apart
 def conv3d(x, kernel, stride=1):
     """3x3x3 convolution with zero padding: (B, D, H, W, I) * (3, 3, 3, I, O) -> (B, D/s, H/s, W/s, O).
 
-      out(x) = sum over the 27 shifts k in {-1, 0, 1}^3 of image(s x + k) kernel(k + 1)
+      out(p) = sum over the 27 shifts k in {-1, 0, 1}^3 of x(s p + k) kernel(k + 1)    at voxel p, s = `stride`
 
     `convolved` computes it with XLA's 3-D convolution. `backends.convolution` computes the same values faster on each
     device.

@@ -13,8 +13,9 @@ from drivenmorph_jax.network.losses import remaining_displacement
 class Update:
     """One update of a level. Every array is (..., D, H, W, 3), in voxels of the grid of the level's field.
 
-    `force` is the driving force, `demons_force` and `attention_force` its two terms, `velocity` the velocity made from
-    it. `u_inverse_before` belongs to the transform before the update, `u` and `u_inverse` to the one after it.
+    `force` is the driving force. `demons_force` and `attention_force` are its two terms. `velocity` is the velocity
+    that the Neural Demons Layer computes from it. `u_inverse_before` belongs to the transform before the update, `u`
+    and `u_inverse` to the transform after it.
     """
     force: chex.Array
     demons_force: chex.Array

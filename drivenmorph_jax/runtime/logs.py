@@ -28,6 +28,7 @@ class Logs:
         self.shown = {}
 
     def write(self, step, row):
+        """Log the numbers {name: value} of a step. `row` has "loss", and "val_dice" after a validation."""
         if not self.main:
             return
         for name, value in row.items():

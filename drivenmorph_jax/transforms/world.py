@@ -171,6 +171,7 @@ def by_planes(shape, affine, plane, dtype=np.float32):
 
 
 def map_points(matrix, points):
+    """Points (..., 3), mapped by an affine matrix (4, 4)."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
