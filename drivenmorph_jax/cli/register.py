@@ -19,7 +19,46 @@ def main(arguments=None, prog="drivenmorph register"):
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    _images(parser.add_argument)
+    _method(parser.add_argument)
+    _results(parser.add_argument)
+    flags = parser.parse_args(arguments)
+    if flags.refine_steps is not None and flags.refine_steps < 0:
+        parser.error("--refine_steps must be 0 or more")
+    if flags.no_affine and flags.initial_affine:
+        parser.error("--no-affine and --initial_affine exclude each other")
+
+    # Imported late, so that --help answers at once.
+    from drivenmorph_jax.files import check_folder
+    from drivenmorph_jax.registration.register import register
+    from drivenmorph_jax.runtime import sharding
+    from drivenmorph_jax.runtime.checkpoint import SHIPPED
+
+    sharding.start()
+    check_folder(flags.out)
+    result = register(
+        flags.fixed,
+        flags.moving,
+        checkpoint=flags.checkpoint or SHIPPED,
+        method=flags.method,
+        force=flags.force,
+        contrast=flags.contrast,
+        affine=flags.initial_affine or not flags.no_affine,
+        refine_steps=flags.refine_steps,
+        fixed_labels=flags.fixed_labels,
+        moving_labels=flags.moving_labels,
+        fixed_mask=flags.fixed_mask,
+        moving_mask=flags.moving_mask,
+        memory=flags.memory,
+    )
+    print("write ...", end=" ", flush=True)
+    result.save(flags.out, flags.formats, flags.bids)
+    print("done")
+    print(*described(result.summary), sep="\n", end=f"; look at {flags.out}/overview.png\n")
+
+
+def _images(add):
+    """Flags of the images and what belongs to them."""
     add("--fixed", required=True, metavar="FILE", help="NIfTI image that stays where it is")
     add(
         "--moving",
@@ -27,7 +66,23 @@ def main(arguments=None, prog="drivenmorph register"):
         metavar="FILE",
         help="NIfTI image that is aligned to the fixed one; shape, spacing and orientation may differ",
     )
-    add("--out", required=True, metavar="DIR", help="folder for the results; it is made if it does not exist")
+    add("--moving_labels", metavar="FILE", help="label map of the moving image; it is warped as the image is")
+    add(
+        "--fixed_labels",
+        metavar="FILE",
+        help="label map of the fixed image; together with --moving_labels, Dice is reported",
+    )
+    add(
+        "--fixed_mask",
+        metavar="FILE",
+        help="label map on the fixed image, above 0 where tissue is missing or sick. No force is taken from there, and "
+        "the deformation is interpolated smoothly inside",
+    )
+    add("--moving_mask", metavar="FILE", help="the same for the moving image")
+
+
+def _method(add):
+    """Flags of how they are registered."""
     add(
         "--checkpoint",
         metavar="DIR",
@@ -73,19 +128,6 @@ def main(arguments=None, prog="drivenmorph register"):
         "0: the network runs once, forward, in a quarter of the time. With --method demons, N iterations follow at "
         "the end, by MIND with --force mind. Default: 10; with --method demons 0",
     )
-    add("--moving_labels", metavar="FILE", help="label map of the moving image; it is warped as the image is")
-    add(
-        "--fixed_labels",
-        metavar="FILE",
-        help="label map of the fixed image; together with --moving_labels, Dice is reported",
-    )
-    add(
-        "--fixed_mask",
-        metavar="FILE",
-        help="label map on the fixed image, above 0 where tissue is missing or sick. No force is taken from there, and "
-        "the deformation is interpolated smoothly inside",
-    )
-    add("--moving_mask", metavar="FILE", help="the same for the moving image")
     add(
         "--memory",
         metavar="SIZE",
@@ -93,6 +135,11 @@ def main(arguments=None, prog="drivenmorph register"):
         help="memory that may be used, such as 4GB. Where the network would need more, it works at half or a quarter "
         "of the resolution",
     )
+
+
+def _results(add):
+    """Flags of what is written."""
+    add("--out", required=True, metavar="DIR", help="folder for the results; it is made if it does not exist")
     add(
         "--formats",
         nargs="+",
@@ -108,39 +155,6 @@ def main(arguments=None, prog="drivenmorph register"):
         help="name the transforms as BIDS derivatives. FROM is the space of the moving image and TO that of the fixed "
         "image, such as sub-01 T1w MNI152NLin2009cAsym",
     )
-    flags = parser.parse_args(arguments)
-    if flags.refine_steps is not None and flags.refine_steps < 0:
-        parser.error("--refine_steps must be 0 or more")
-    if flags.no_affine and flags.initial_affine:
-        parser.error("--no-affine and --initial_affine exclude each other")
-
-    # Imported late, so that --help answers at once.
-    from drivenmorph_jax.files import check_folder
-    from drivenmorph_jax.registration.register import register
-    from drivenmorph_jax.runtime import sharding
-    from drivenmorph_jax.runtime.checkpoint import SHIPPED
-
-    sharding.start()
-    check_folder(flags.out)
-    result = register(
-        flags.fixed,
-        flags.moving,
-        checkpoint=flags.checkpoint or SHIPPED,
-        method=flags.method,
-        force=flags.force,
-        contrast=flags.contrast,
-        affine=flags.initial_affine or not flags.no_affine,
-        refine_steps=flags.refine_steps,
-        fixed_labels=flags.fixed_labels,
-        moving_labels=flags.moving_labels,
-        fixed_mask=flags.fixed_mask,
-        moving_mask=flags.moving_mask,
-        memory=flags.memory,
-    )
-    print("write ...", end=" ", flush=True)
-    result.save(flags.out, flags.formats, flags.bids)
-    print("done")
-    print(*described(result.summary), sep="\n", end=f"; look at {flags.out}/overview.png\n")
 
 
 def described(summary):

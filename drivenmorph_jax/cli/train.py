@@ -15,7 +15,36 @@ def main(arguments=None, prog="drivenmorph train"):
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    _run(parser.add_argument)
+    _processes(parser.add_argument)
+    flags, settings = parser.parse_known_args(arguments)
+    given = (flags.coordinator, flags.processes, flags.process)
+    if any(x is not None for x in given) and (None in given or not flags.distributed):
+        parser.error("--coordinator, --processes and --process must be given together, and with --distributed")
+
+    # Imported late, so that --help answers at once.
+    from drivenmorph_jax.evaluation.tables import markdown_table
+    from drivenmorph_jax.runtime import configuration, sharding
+    from drivenmorph_jax.training.loop import train_and_evaluate
+
+    sharding.start(
+        flags.distributed,
+        flags.deterministic,
+        coordinator_address=flags.coordinator,
+        num_processes=flags.processes,
+        process_id=flags.process,
+    )
+    config = configuration.override(configuration.load(flags.config), settings)
+    if flags.skip_bad:
+        config.data.skip_bad = True
+    summary = train_and_evaluate(config, flags.workdir, flags.memory)
+    if summary is not None:
+        print(markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
+        print(f"Checkpoints, logs and figures: {flags.workdir}; the report: {flags.workdir}/evaluation/report.html")
+
+
+def _run(add):
+    """Flags of the run."""
     add(
         "--config",
         required=True,
@@ -45,6 +74,10 @@ def main(arguments=None, prog="drivenmorph train"):
         action="store_true",
         help="make two runs with one seed agree bit for bit on a GPU, which is slower; on a CPU they always agree",
     )
+
+
+def _processes(add):
+    """Flags of one of several processes."""
     add(
         "--distributed",
         action="store_true",
@@ -57,27 +90,3 @@ def main(arguments=None, prog="drivenmorph train"):
     )
     add("--processes", type=int, metavar="N", help="with --coordinator: number of processes")
     add("--process", type=int, metavar="I", help="with --coordinator: number of this process, from 0")
-    flags, settings = parser.parse_known_args(arguments)
-    given = (flags.coordinator, flags.processes, flags.process)
-    if any(x is not None for x in given) and (None in given or not flags.distributed):
-        parser.error("--coordinator, --processes and --process must be given together, and with --distributed")
-
-    # Imported late, so that --help answers at once.
-    from drivenmorph_jax.evaluation.tables import markdown_table
-    from drivenmorph_jax.runtime import configuration, sharding
-    from drivenmorph_jax.training.loop import train_and_evaluate
-
-    sharding.start(
-        flags.distributed,
-        flags.deterministic,
-        coordinator_address=flags.coordinator,
-        num_processes=flags.processes,
-        process_id=flags.process,
-    )
-    config = configuration.override(configuration.load(flags.config), settings)
-    if flags.skip_bad:
-        config.data.skip_bad = True
-    summary = train_and_evaluate(config, flags.workdir, flags.memory)
-    if summary is not None:
-        print(markdown_table({key: summary[key] for key in summary["definitions"] if key in summary}))
-        print(f"Checkpoints, logs and figures: {flags.workdir}; the report: {flags.workdir}/evaluation/report.html")
