@@ -24,7 +24,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # SimpleITK reports a failed write as RuntimeError
-        raise InputError(f"{path} cannot be written; choose a writable folder with room") from error
+        raise InputError(f"{path} cannot be written; choose a writable folder with enough free space") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -3,7 +3,8 @@
 Every operation is defined once, as its formula, in the room that uses it. The modules here hold implementations of such
 definitions that are fast on one device. Each operation has one table, `FORMS`: {device: implementation}. `chosen` takes
 the implementation for the device that programs are compiled for. A device that is not in the table gets the definition.
-Tests compare every implementation and its derivatives with the definition (`tests/test_backends.py`).
+Choices of one line, as in `fusion` and `programs`, ask `current` instead of a table. Tests compare every implementation
+and its derivatives with the definition (`tests/test_backends.py`).
 """
 
 from contextlib import contextmanager

@@ -186,7 +186,7 @@ def prepare(name, source, destination, workers=None):
         else:
             made.append(id)
     if len(made) < 2:
-        raise InputError(f"{source}: {len(made)} of {len(jobs)} subjects can be used; see above, and mend the others")
+        raise InputError(f"{source}: {len(made)} of {len(jobs)} subjects can be used; the reasons are above")
     _write_splits(destination, {id: found[id][2] for id in made})
     for table in sorted(source.glob("labels.csv")):
         shutil.copyfile(table, destination / "labels.csv")
@@ -260,13 +260,15 @@ def _write_splits(destination, given):
     """Write splits.json, with the splits of the data set where it has them.
 
     Otherwise all subjects are divided at random, a tenth for val and a tenth for test. If the data set has fewer than
-    two subjects for val, its train subjects are divided in this way.
+    two subjects for val, its train subjects are divided in this way; a test split that it has stays as it is.
     """
     splits = {split: [id for id in given if given[id] == split] for split in ("train", "val", "test")}
     if not all(given.values()):
         splits = drawn_splits(sorted(given))
     elif len(splits["val"]) < 2:
-        splits |= drawn_splits(sorted(splits["train"]))
+        drawn = drawn_splits(sorted(splits["train"]))
+        # A test split of the data set stays as it is: what is drawn for test is trained on.
+        splits |= drawn if not splits["test"] else {"train": drawn["train"] + drawn["test"], "val": drawn["val"]}
     with replacing(destination / "splits.json") as temporary:
         temporary.write_text(json.dumps(splits, indent=1) + "\n")
 

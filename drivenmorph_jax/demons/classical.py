@@ -6,14 +6,15 @@ updates in `demons.updates`. Fields are (..., D, H, W, 3) or (..., H, W, 2), in 
 References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren et al., "Diffeomorphic demons", 2009.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.demons.forces import lncc_force, mind, scale_longest, symmetric_force
+from drivenmorph_jax.demons.forces import Force, lncc_force, mind, scale_longest, symmetric_force
 from drivenmorph_jax.demons.updates import compositional_update, symmetric_log_update
 from drivenmorph_jax.fields.grid import average_pool, coarsen_field, resize_field
 from drivenmorph_jax.fields.integrate import exponential
@@ -22,10 +23,12 @@ from drivenmorph_jax.fields.warp import warp
 
 # Settings of `demons`. LNCC is for local correlation of images with one channel. INTENSITY is for `symmetric_force` and
 # `thirion_force`, on intensities or on any number of feature channels.
-LNCC = {"force": lncc_force, "iterations": (100, 50, 20), "max_step": 1.0, "scale": True, "sigma_fluid": 0.87,
-        "sigma_diffusion": 0.35}
-INTENSITY = {"force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False,
-             "sigma_fluid": 0.5, "sigma_diffusion": 0.5}
+LNCC: dict[str, Any] = {
+    "force": lncc_force, "iterations": (100, 50, 20), "max_step": 1.0, "scale": True, "sigma_fluid": 0.87,
+    "sigma_diffusion": 0.35}
+INTENSITY: dict[str, Any] = {
+    "force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False, "sigma_fluid": 0.5,
+    "sigma_diffusion": 0.5}
 FORCES = {  # name: (function that computes the features of an image, settings of `demons`)
     "lncc": (lambda x: x, LNCC),
     "intensity": (lambda x: x, INTENSITY),
@@ -55,8 +58,9 @@ PATIENCE = 5
 
 
 @partial(jax.jit, static_argnames=("force", "iterations", "update", "max_step", "scale", "tolerance"))
-def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, sigma_fluid, sigma_diffusion, update,
-                 tolerance):
+def demons_level(fixed: chex.Array, moving: chex.Array, field: chex.Array, *, force: Force, iterations: int,
+                 max_step: float, scale: bool, sigma_fluid: float, sigma_diffusion: float, update: str,
+                 tolerance: float) -> tuple[jax.Array, jax.Array]:
     """Up to `iterations` iterations of Demons at one resolution, compiled as one program.
 
     Args:
@@ -109,9 +113,11 @@ def demons_level(fixed, moving, field, *, force, iterations, max_step, scale, si
     return jax.lax.while_loop(going_on, lambda state: (state[0] + 1, step(*state)), (0, state))[1]
 
 
-def demons(fixed, moving, *, force=LNCC["force"], iterations=LNCC["iterations"], stride=2, max_step=LNCC["max_step"],
-           scale=LNCC["scale"], sigma_fluid=LNCC["sigma_fluid"], sigma_diffusion=LNCC["sigma_diffusion"],
-           update="compositional", tolerance=5e-4, initial=None):
+def demons(fixed: chex.Array, moving: chex.Array, *, force: Force = LNCC["force"],
+           iterations: Sequence[int] = LNCC["iterations"], stride: int = 2, max_step: float = LNCC["max_step"],
+           scale: bool = LNCC["scale"], sigma_fluid: float = LNCC["sigma_fluid"],
+           sigma_diffusion: float = LNCC["sigma_diffusion"], update: str = "compositional", tolerance: float = 5e-4,
+           initial: chex.Array | None = None) -> Registered:
     """Register two images by multi-resolution Demons, without a network.
 
     Every level repeats this iteration until the energy no longer falls:

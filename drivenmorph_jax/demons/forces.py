@@ -22,7 +22,9 @@ References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren 
 
 import functools
 import itertools
+from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -31,8 +33,12 @@ from drivenmorph_jax.backends.fusion import alone
 from drivenmorph_jax.fields.grid import average_pool, difference, difference_adjoint
 from drivenmorph_jax.fields.smooth import box_mean
 
+# (fixed, warped moving image (*space, C), largest step L) -> (force (*space, n), energy)
+Force = Callable[[chex.Array, chex.Array, float], tuple[jax.Array, jax.Array]]
 
-def feature_force(d, slope, max_step, weights=None, floor=1e-6):
+
+def feature_force(d: chex.Array, slope: chex.Array, max_step: float, weights: chex.Array | None = None,
+                  floor: float = 1e-6) -> jax.Array:
     """The multichannel Demons force, by a closed-form symmetric solve at each voxel.
 
       (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = sum_k w_k d_k^2 / (4 L^2)
@@ -141,7 +147,7 @@ def _solve(matrix, right, least):
     return right
 
 
-def clip_length(p, max_step):
+def clip_length(p: chex.Array, max_step: float) -> jax.Array:
     """p min(1, L / |p|): vectors (..., n) of length L at most, L = `max_step`.
 
     A Demons force obeys this bound already, up to rounding.
@@ -149,7 +155,7 @@ def clip_length(p, max_step):
     return _scaled(p, lambda square: jnp.minimum(1, max_step * jax.lax.rsqrt(jnp.maximum(square, 1e-12))))
 
 
-def squash(p, max_step):
+def squash(p: chex.Array, max_step: float) -> jax.Array:
     """p / sqrt(1 + |p|^2 / L^2): vectors (..., n) of the same direction and shorter than L = `max_step`.
 
     It is a smooth function of p.
@@ -167,7 +173,7 @@ def _scaled(p, factor):
     return jnp.stack([x * scale for x in components], -1)
 
 
-def thirion_force(fixed, warped, max_step):
+def thirion_force(fixed: chex.Array, warped: chex.Array, max_step: float) -> tuple[jax.Array, jax.Array]:
     """Thirion's force: J is the gradient of the fixed image. The energy is the mean of d^2, d = fixed - warped.
 
     Args:
@@ -183,7 +189,7 @@ def thirion_force(fixed, warped, max_step):
     return feature_force(d, fixed, max_step), (d * d).mean()
 
 
-def symmetric_force(fixed, warped, max_step):
+def symmetric_force(fixed: chex.Array, warped: chex.Array, max_step: float) -> tuple[jax.Array, jax.Array]:
     """The symmetric (ESM) force of Vercauteren: J is the mean of the gradients of both images.
 
     The energy is the mean of d^2, d = fixed - warped. The channels can be intensities, features or MIND descriptors.
@@ -201,7 +207,8 @@ def symmetric_force(fixed, warped, max_step):
     return feature_force(d, 0.5 * (fixed + warped), max_step), (d * d).mean()
 
 
-def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4, power=0.7):
+def lncc_force(fixed: chex.Array, warped: chex.Array, max_step: float, radius: int = 2, block: int = 2,
+               floor: float = 1e-4, power: float = 0.7) -> tuple[jax.Array, jax.Array]:
     """The force of local correlation: the gradient of the squared local correlation of two one-channel images.
 
     F = `fixed` and M = `warped`. <.> is the mean over the window around y. a and b are the deviations of F and M from
@@ -250,7 +257,7 @@ def lncc_force(fixed, warped, max_step, radius=2, block=2, floor=1e-4, power=0.7
 
 
 @functools.cache
-def masked(force):
+def masked(force: Force) -> Force:
     """The force `force`, limited to where both images have the weight 1.
 
     The last channel of each image is its weight: 1 where the image counts and 0 where it does not. It is warped and
@@ -265,12 +272,12 @@ def masked(force):
     return masked_force
 
 
-def scale_longest(p, max_step):
+def scale_longest(p: chex.Array, max_step: float) -> jax.Array:
     """p L / max |p|: vectors (*space, n), of which the longest has the length L = `max_step`. Zero stays zero."""
     return p * (max_step / jnp.maximum(jnp.sqrt((p * p).sum(-1).max()), 1e-12))
 
 
-def mind(image, distance=1, radius=1):
+def mind(image: chex.Array, distance: int = 1, radius: int = 1) -> jax.Array:
     """The modality-independent neighbourhood descriptor: (*space, 1) -> (*space, 2 n), values in (0, 1].
 
       MIND(x, r) = exp(-D(x, r) / V(x)) / max over r

@@ -1,9 +1,11 @@
 """Demons from several starting points, and the refinement of a given displacement by Demons."""
 
+import chex
+import jax
 import jax.numpy as jnp
 
 from drivenmorph_jax.demons.classical import FORCES, PATIENCE, demons
-from drivenmorph_jax.demons.forces import masked
+from drivenmorph_jax.demons.forces import Force, masked
 from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.unfold import unfolded
 
@@ -13,7 +15,8 @@ from drivenmorph_jax.fields.unfold import unfolded
 SETTLED = {"lncc": 3e-3, "intensity": 2e-2, "mind": 2e-2}
 
 
-def registered(fixed, moving, force="lncc", weights=None):
+def registered(fixed: chex.Array, moving: chex.Array, force: str = "lncc",
+               weights: tuple[chex.Array, chex.Array] | None = None) -> jax.Array:
     """Register two images by Demons with the settings of a name of `FORCES`; "lncc" uses several starting points.
 
     Local correlation converges to different optima from different starting points, and these optima have different
@@ -47,7 +50,8 @@ def registered(fixed, moving, force="lncc", weights=None):
     return unfolded(_by("lncc", fixed, moving, weights, u, iterations=(20, 20)).u)
 
 
-def refine(fixed, moving, u, steps, weights=None, force="lncc"):
+def refine(fixed: chex.Array, moving: chex.Array, u: chex.Array, steps: int,
+           weights: tuple[chex.Array, chex.Array] | None = None, force: str = "lncc") -> jax.Array:
     """Refine a displacement by up to `steps` iterations of `demons` at full resolution.
 
     A start that has converged is not changed. The test compares the mean energy e of the first five iterations with the
@@ -83,7 +87,8 @@ def _by(name, fixed, moving, weights=None, u=None, **changes):
     return demons(*images, **settings | {"force": driven} | changes, initial=u)
 
 
-def weighted(features, weights, force):
+def weighted(features: tuple[chex.Array, chex.Array], weights: tuple[chex.Array, chex.Array] | None,
+             force: Force) -> tuple[tuple[chex.Array, chex.Array], Force]:
     """The images and the force that `demons` takes, from features (*space, C) of both images and their weights.
 
     The weights, in the form that `refine` takes, become the last channel of each image, and the force is `masked`.

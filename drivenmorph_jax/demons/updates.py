@@ -3,20 +3,23 @@
 Fields are (..., D, H, W, 3) or (..., H, W, 2), in voxels of their own grid.
 """
 
+import chex
+import jax
+
 from drivenmorph_jax.fields.grid import difference
 from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.warp import compose
 
 
-def lie_bracket(v, u):
+def lie_bracket(v: chex.Array, u: chex.Array) -> jax.Array:
     """The Lie bracket [v, u] = Dv u - Du v of velocities (..., D, H, W, 3), in voxels."""
     dims = v.shape[-1]
     return sum(difference(v, axis, dims) * u[..., axis, None] - difference(u, axis, dims) * v[..., axis, None]
                for axis in range(dims))
 
 
-def bch(v, u):
+def bch(v: chex.Array, u: chex.Array) -> jax.Array:
     """The velocity Z of exp(v) o exp(u), by the Baker-Campbell-Hausdorff formula to third order.
 
       Z(v, u) = v + u + [v, u] / 2 + [v, [v, u]] / 12
@@ -27,7 +30,7 @@ def bch(v, u):
     return v + u + bracket / 2 + lie_bracket(v, bracket) / 12
 
 
-def compositional_update(u, delta, steps=4):
+def compositional_update(u: chex.Array, delta: chex.Array, steps: int = 4) -> jax.Array:
     """The compositional update phi <- phi o exp(delta), phi = id + u.
 
     The displacement u and the velocity delta are (..., D, H, W, 3), in voxels. The exponential takes `steps` squarings.
@@ -35,7 +38,7 @@ def compositional_update(u, delta, steps=4):
     return compose(u, exponential(delta, steps))
 
 
-def inverse_update(u_inverse, delta, steps=4):
+def inverse_update(u_inverse: chex.Array, delta: chex.Array, steps: int = 4) -> jax.Array:
     """The update of the inverse, phi^-1 <- exp(-delta) o phi^-1.
 
     The result is the inverse of that of `compositional_update`. The cost is the same.
@@ -43,7 +46,7 @@ def inverse_update(u_inverse, delta, steps=4):
     return compose(exponential(-delta, steps), u_inverse)
 
 
-def log_update(v, delta, sigma):
+def log_update(v: chex.Array, delta: chex.Array, sigma: chex.Array | float) -> jax.Array:
     """The log-domain update v <- K_diff * Z(v, delta), Z as in `bch`.
 
     The transform is exp(v) and its inverse exp(-v). K_diff is a Gaussian of `sigma` voxels.
@@ -51,7 +54,8 @@ def log_update(v, delta, sigma):
     return gaussian_smooth(bch(v, delta), sigma, v.shape[-1])
 
 
-def symmetric_log_update(v, delta, delta_back, sigma):
+def symmetric_log_update(v: chex.Array, delta: chex.Array, delta_back: chex.Array,
+                         sigma: chex.Array | float) -> jax.Array:
     """The symmetric log-domain update v <- K_diff * (Z(v, delta) - Z(-v, delta_back)) / 2, Z as in `bch`.
 
     `delta` is the update of exp(v), from the moving to the fixed image. `delta_back` is the update of exp(-v), with the

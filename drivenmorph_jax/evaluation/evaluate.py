@@ -1,6 +1,7 @@
 """Evaluation of a network on the ordered pairs of a data set: `evaluate`, and `evaluate_checkpoint` for a saved one."""
 
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -152,8 +153,9 @@ def _show(path, fixed, moving, u, force, row, spacing):
     return page.viewer(title.replace("\n", ": "), *volumes)
 
 
-def evaluate_checkpoint(folder, out, root=None, split="test", overrides=(), refine_steps=0, l2r=None,
-                        others=()):
+def evaluate_checkpoint(folder: str | Path, out: str | Path, root: str | Path | None = None, split: str = "test",
+                        overrides: Sequence[str] = (), refine_steps: int = 0, l2r: str | Path | None = None,
+                        others: Sequence[str] = ()) -> dict:
     """`evaluate` a checkpoint on its own data set, or on the folder `root`, and print the table of the scores.
 
     The images of a folder are downsampled by the whole factor that brings their voxels nearest to those of the

@@ -2,12 +2,13 @@
 
 from functools import partial
 
+import chex
 import jax
 
 from drivenmorph_jax.fields.warp import compose
 
 
-def exponential(v, steps=7, reach=None):
+def exponential(v: chex.Array, steps: int = 7, reach: float | None = None) -> jax.Array:
     """Displacement of exp(v), the flow of the stationary velocity v at time one, by scaling and squaring.
 
       s_0 = v / 2^N,    s_(n+1) = s_n o s_n,    exp(v) = id + s_N

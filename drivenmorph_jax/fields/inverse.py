@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +10,7 @@ from drivenmorph_jax.fields.grid import resize_field
 from drivenmorph_jax.fields.warp import compose, warp
 
 
-def inverse(u, iterations=40, start=None):
+def inverse(u: chex.Array, iterations: int = 40, start: chex.Array | None = None) -> jax.Array:
     """Displacement w of the inverse of id + u, by a damped fixed-point iteration.
 
       w(x) <- w(x) - (w(x) + u(x + w(x))) / 2
@@ -38,7 +39,7 @@ def _inverse(u, iterations, w):
 
 
 @partial(jax.jit, static_argnames=("stride", "steps"))
-def coarse_inverse(u, stride=2, steps=4):
+def coarse_inverse(u: chex.Array, stride: int = 2, steps: int = 4) -> jax.Array:
     """Displacement w of the inverse of id + u, computed on a coarser grid and corrected on the grid of u.
 
     `inverse` runs on a grid `stride` times coarser. The fields of `demons.demons` lie on such a grid. Its result is

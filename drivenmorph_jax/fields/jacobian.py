@@ -1,11 +1,13 @@
 """The Jacobian determinant of a transform phi = id + u."""
 
+import chex
+import jax
 import jax.numpy as jnp
 
 from drivenmorph_jax.fields.grid import difference
 
 
-def jacobian_determinant(u):
+def jacobian_determinant(u: chex.Array) -> jax.Array:
     """The Jacobian determinant det(I + grad u) at every voxel, by central differences (one-sided at the border).
 
     Args:

@@ -1,11 +1,13 @@
 """Smoothing of images and fields: a Gaussian and the mean over a box."""
 
+import chex
+import jax
 import jax.numpy as jnp
 
 from drivenmorph_jax.fields.grid import along_axes, box_sum
 
 
-def gaussian_smooth(x, sigma, dims=3):
+def gaussian_smooth(x: chex.Array, sigma: chex.Array | float, dims: int = 3) -> jax.Array:
     """Gaussian smoothing of (..., D, H, W, C) along each of its `dims` spatial axes.
 
     The weights are renormalised at the border. Every output is therefore a weighted mean of inputs, and a bound on |x|

@@ -10,6 +10,7 @@ import itertools
 import math
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +19,7 @@ from drivenmorph_jax.backends.warp import FORMS
 from drivenmorph_jax.fields.grid import identity_grid
 
 
-def warp(image, u, reach=None):
+def warp(image: chex.Array, u: chex.Array, reach: float | None = None) -> jax.Array:
     """Trilinear samples of `image` at x + u(x), clamped at the edge; bilinear in 2-D.
 
       out(x) = sum_q image(q) prod_a (1 - |x_a + u_a(x) - q_a|)    over the 8 corners q of the cell around x + u(x)
@@ -69,7 +70,7 @@ def _batched(f, u):
     return jnp.vectorize(f, signature=f"({','.join(image)},c),({','.join(field)},k)->({','.join(field)},c)")
 
 
-def warp_nearest(labels, u):
+def warp_nearest(labels: chex.Array, u: chex.Array) -> jax.Array:
     """The value of the voxel nearest to x + u(x), clamped at the edge. Label maps must be warped by this function.
 
     Arguments and shapes are those of `warp`. The labels keep their type.
@@ -84,7 +85,7 @@ def warp_nearest(labels, u):
     return _batched(nearest, u)(labels, u)
 
 
-def compose(u, s, reach=None):
+def compose(u: chex.Array, s: chex.Array, reach: float | None = None) -> jax.Array:
     """The displacement w of phi_u o phi_s.
 
       w(x) = s(x) + u(x + s(x))

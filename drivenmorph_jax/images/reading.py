@@ -14,9 +14,10 @@ MOST_VOXELS = 2**30
 # Limits of the voxel size in mm. No brain scan lies beyond them, and no working grid or blur could be computed there.
 FINEST, COARSEST = 1e-2, 1e2
 PATHS = (str, os.PathLike)
+Source = str | os.PathLike | nibabel.spatialimages.SpatialImage | np.ndarray  # an image: a file, or in memory
 
 
-def load_image(source):
+def load_image(source: Source) -> Volume:
     """Read a 3-D image as a Volume of float32, from a file, a nibabel image, or an array with voxels of 1 mm.
 
     Raises InputError where the file cannot be read or is not one 3-D volume, where its intensities are not finite, do
@@ -34,7 +35,7 @@ def load_image(source):
     return Volume(data, image.affine, image.header, path)
 
 
-def load_labels(source, image=None):
+def load_labels(source: Source, image: Volume | None = None) -> Volume:
     """Read a label map as a Volume of int32, from any source that `load_image` takes.
 
     Args:
@@ -138,4 +139,5 @@ def _read_volume(source):
 
 
 def _unreadable(path):
-    return InputError(f"{path} cannot be read as NIfTI (damaged, cut short or another format); get it anew")
+    return InputError(f"{path} cannot be read as NIfTI (damaged, cut short or another format); "
+                      "copy or download it again")

@@ -3,13 +3,16 @@
 import math
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
+from ml_collections import ConfigDict
 
 from drivenmorph_jax.backends.programs import compiler_options, pairs_ahead
 from drivenmorph_jax.errors import InputError
@@ -110,7 +113,7 @@ def predictions(predict, params, pairs, space=1):
                 yield jax.tree.map(lambda x, k=k: x[k], found), seconds
 
 
-def load_checkpoint(folder, overrides=()):
+def load_checkpoint(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[ConfigDict, dict, dict]:
     """(config, params, about) of a checkpoint, with its settings changed by `--config.KEY=VALUE` arguments.
 
     Raises InputError where the folder holds no checkpoint, or where its parameters do not fit the model of the

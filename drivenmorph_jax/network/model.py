@@ -6,6 +6,7 @@ displacement found so far into a velocity. Images and features change the deform
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -100,7 +101,7 @@ class DrivenMorph(nn.Module):
     config: Any
 
     @nn.compact
-    def __call__(self, fixed, moving, weights=None):
+    def __call__(self, fixed: chex.Array, moving: chex.Array, weights: chex.Array | None = None) -> Registration:
         c = self.config
         dtype = jnp.dtype(c.dtype)
         fixed, moving = balanced(fixed, moving, field_multiple(c), weights)

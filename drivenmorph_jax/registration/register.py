@@ -1,20 +1,27 @@
 """Registration of two images: `register` runs all stages and returns aligned image, transforms, force and scores."""
 
+from pathlib import Path
+
+import numpy as np
+
+from drivenmorph_jax.images.reading import Source
 from drivenmorph_jax.registration.align import align
 from drivenmorph_jax.registration.deform import deform
 from drivenmorph_jax.registration.plan import plan
 from drivenmorph_jax.registration.prepare import prepare
 from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request, read
-from drivenmorph_jax.registration.result import result_of
+from drivenmorph_jax.registration.result import Result, result_of
 from drivenmorph_jax.registration.score import score
 from drivenmorph_jax.registration.transfer import transfer
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 
-def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="lncc", contrast="auto", affine=True,
-             refine_steps=None, fixed_labels=None, moving_labels=None, fixed_mask=None, moving_mask=None, memory=None,
-             quiet=False):
+def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED, method: str = "drivenmorph",
+             force: str = "lncc", contrast: str = "auto", affine: bool | str | Path | np.ndarray = True,
+             refine_steps: int | None = None, fixed_labels: Source | None = None, moving_labels: Source | None = None,
+             fixed_mask: Source | None = None, moving_mask: Source | None = None, memory: float | None = None,
+             quiet: bool = False) -> Result:
     """Register the image `moving` to `fixed`: files, nibabel images, or arrays with voxels of 1 mm.
 
     Both images are resampled to a working grid, the moving one through the affine. The field is computed there. It
@@ -62,6 +69,6 @@ def register(fixed, moving, *, checkpoint=SHIPPED, method="drivenmorph", force="
             if stage is plan:
                 progress.tell(f"memory {state.needed / 1e9:.1f} GB,", end=" ")
             if stage is deform and state.correlation is not None and state.contrast == "other":
-                progress.tell(f"the values correlate by {state.correlation:.2f}: registered as of different contrast,",
-                              end=" ")
+                progress.tell(f"intensities correlate by {state.correlation:.2f}: the images are taken as of different "
+                              "contrast,", end=" ")
     return result_of(state, progress.seconds)

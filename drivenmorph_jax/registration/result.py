@@ -1,5 +1,6 @@
 """The result of a registration, and its files."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,11 @@ class Result:
     summary: dict  # the content of summary.json: similarity, Dice, folding, seconds, with their definitions
     pictured: dict  # the arguments of `evaluation.figures.overview`, on the working grid
 
-    def overview(self, path):
+    def overview(self, path: str | Path) -> None:
         """Draw the overview of the registration to a PNG file."""
         figures.overview(path, title=_title(self.summary), **self.pictured)
 
-    def report(self, path="report.html"):
+    def report(self, path: str | Path = "report.html") -> str | Path:
         """Write the report of the registration: slices to move through, overview, numbers. Returns its path."""
         picture = Path(path).with_suffix(".png")
         self.overview(picture)
@@ -51,7 +52,7 @@ class Result:
                                  page.figure("Overview", picture), page.definitions(self.summary["definitions"])])
         return path
 
-    def save(self, out, formats=("itk",), bids=None):
+    def save(self, out: str | Path, formats: Sequence[str] = ("itk",), bids: Sequence[str] | None = None) -> None:
         """Write all files of the registration to the folder `out`, as `drivenmorph register` does.
 
         Args:

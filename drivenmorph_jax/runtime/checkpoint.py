@@ -51,8 +51,8 @@ def save(manager, step, about, params, opt_state=None, data=None):
             manager.save(step, args=ocp.args.Composite(**arguments))
     except Exception as error:  # Orbax raises many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{manager.directory} cannot be written ({reason[:200]}): make room; the same command goes on "
-                         "from the last checkpoint that is whole") from error
+        raise InputError(f"{manager.directory} cannot be written ({reason[:200]}): free some space; the same "
+                         "command continues from the last checkpoint that is whole") from error
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 import time
 from contextlib import closing, nullcontext
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from drivenmorph_jax import data
 from drivenmorph_jax.backends import programs
@@ -25,7 +27,7 @@ from drivenmorph_jax.training.stopping import terminated, trim_memory
 MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, after which a run ends
 
 
-def train_and_evaluate(config, workdir, memory=None):
+def train_and_evaluate(config: ConfigDict, workdir: str | Path, memory: float | None = None) -> dict | None:
     """Train a network and score it on held-out pairs. A run in `workdir` that was stopped is continued.
 
     Args:
@@ -81,7 +83,7 @@ def _steps(run, stopping, unsaved):
 
 def _stopped(step):
     if jax.process_index() == 0:
-        print(f"\nstopped at step {step}, which is saved; the same command goes on from there")
+        print(f"\nstopped at step {step}, which is saved; the same command continues from it")
     return False
 
 

@@ -35,7 +35,7 @@ def terminated():
     def watch():
         while told := os.read(reading, 1):
             if told[0] == signal.SIGTERM and not unsaved.is_set():
-                print("\nstopped; there was nothing more to save: the same command goes on", flush=True)
+                print("\nstopped; there was nothing more to save; the same command continues the run", flush=True)
                 os._exit(0)
 
     watching = threading.Thread(target=watch, daemon=True)

@@ -5,13 +5,17 @@ Everything is in RAS mm. `transforms.world` has the formulas.
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Self
 
+import nibabel
 import numpy as np
+from numpy.typing import ArrayLike
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.inverse import inverse
 from drivenmorph_jax.images import writing
-from drivenmorph_jax.images.reading import open_nifti, read_voxels
+from drivenmorph_jax.images.reading import Source, open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid, with_type
 from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
 from drivenmorph_jax.transforms.files import read_displacement, read_sidecar, write_composite, write_displacement
@@ -46,7 +50,7 @@ class Transform:
     names: tuple[str, str] = ("fixed", "moving")
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> Self:
         """Read a transform from a displacement file, as `save` or ITK writes it, and from its sidecar if it has one.
 
         Raises InputError where the file is not a displacement field.
@@ -61,10 +65,11 @@ class Transform:
                    names=tuple(about.get("Direction", "fixed to moving").split(" to ")))
 
     @cached_property
-    def inverse(self):
+    def inverse(self) -> "Transform":
         """The inverse `Transform`, on the grid of the other image. Raises InputError where that grid is not known."""
         if self.other is None:
-            raise InputError(f"{self.grid.path} does not tell the other image's grid: give it as --reference")
+            raise InputError(f"{self.grid.path} has no sidecar that names the grid of the other image: give "
+                             "that image as --reference")
         backward = self.backward
         if backward is None:
             # linear^-1 o self is close to the identity and stays in the first world. It is inverted there, in voxels.
@@ -77,7 +82,7 @@ class Transform:
         return Transform(backward, self.other, np.linalg.inv(self.linear), self.grid, self.displacement,
                          self.names[::-1])
 
-    def compose(self, then):
+    def compose(self, then: "Transform") -> "Transform":
         """x -> then(self(x)), from the first world of this transform to the second world of `then`.
 
         Beyond the grid of `then`, the displacement at its edge is used.
@@ -94,7 +99,8 @@ class Transform:
         return Transform(follow(self, then), self.grid, then.linear @ self.linear, then.other,
                          follow(then.inverse, self.inverse) if known else None, (self.names[0], then.names[1]))
 
-    def apply(self, image, interpolation="linear", reference=None):
+    def apply(self, image: Source, interpolation: str = "linear",
+              reference: Volume | None = None) -> nibabel.Nifti1Image:
         """Resample an image of the second world onto the grid of the first.
 
         Args:
@@ -132,11 +138,11 @@ class Transform:
             out.header["pixdim"][4] = source.header["pixdim"][4]
         return out
 
-    def points(self, points):
+    def points(self, points: ArrayLike) -> np.ndarray:
         """Move points (N, 3) of the first world to the second, in RAS mm."""
         return transform_points(points, self.displacement, self.grid.affine)
 
-    def save(self, path, frame="LPS"):
+    def save(self, path: str | Path, frame: str = "LPS") -> None:
         """Write the transform in the format that the ending of the file names.
 
         With .nii or .nii.gz, the file is the displacement field, with a JSON sidecar. It is in LPS mm, as ITK,
@@ -155,17 +161,21 @@ class Transform:
         else:
             write_affine(path, self.linear)
 
-    def save_learn2reg(self, path):
+    def save_learn2reg(self, path: str | Path) -> None:
         """Write the field of Learn2Reg, (X, Y, Z, 3) in voxels.
 
           A_other^-1 (x + d(x)) - i    at voxel i of the grid
 
         x is the world position of voxel i, and A_other is the affine of the grid `other`.
 
-        Raises InputError where the file cannot be written.
+        Raises InputError where `other` is not known, or the file cannot be written.
         """
+        if self.other is None:
+            raise InputError(f"{self.grid.path} has no sidecar that names the grid of the other image, in whose voxels "
+                             "Learn2Reg counts")
         to_fixed, to_moving = (np.linalg.inv(grid.affine) for grid in (self.grid, self.other))
 
         def plane(i, x):
             return map_points(to_moving, x + self.displacement[i]) - map_points(to_fixed, x)
+
         writing.save(path, by_planes(self.displacement.shape, self.grid.affine, plane), self.grid)
