@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_sentence_and_the_older_checkpoint_survives(tmp_path)
         manager = checkpoint.manager(tmp_path / "latest")
         checkpoint.save(manager, 1, {"step": 1}, *state(1), {"next": 1})
         (tmp_path / "other").write_bytes(bytes(900_000))
-        with pytest.raises(InputError, match="latest cannot be written .*: make room"):
+        with pytest.raises(InputError, match="latest cannot be written .*: free some space"):
             checkpoint.save(manager, 2, {"step": 2}, {"w": jax.random.normal(jax.random.key(0), (200_000,))})
         with checkpoint.manager(tmp_path / "latest") as again:
             step, params, *_ = restore(again, *shapes(state(1)))
