@@ -222,10 +222,10 @@ def test_a_lesion_in_a_mask_changes_little_outside_and_has_no_force(method, side
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [
-    ({"method": "syn"}, "method is 'syn': set it to one of drivenmorph, demons"),
+    ({"method": "syn"}, "method is 'syn': set it to 'drivenmorph' or 'demons'"),
     ({"method": "syn", "refine_steps": 0}, "method is 'syn'"),
-    ({"method": "demons", "force": "ncc"}, "force is 'ncc': set it to one of lncc, intensity, mind"),
-    ({"contrast": "t2"}, "contrast is 't2': set it to one of auto, same, other"),
+    ({"method": "demons", "force": "ncc"}, "force is 'ncc': set it to 'lncc', 'intensity' or 'mind'"),
+    ({"contrast": "t2"}, "contrast is 't2': set it to 'auto', 'same' or 'other'"),
 ])
 def test_an_unknown_name_is_refused_before_anything_is_read(settings, sentence):
     with pytest.raises(InputError, match=sentence):

@@ -42,7 +42,8 @@ class Request:
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise InputError(f"{name} is {getattr(self, name)!r}: set it to one of {', '.join(choices)}")
+                *others, last = map(repr, choices)
+                raise InputError(f"{name} is {getattr(self, name)!r}: set it to {', '.join(others)} or {last}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
