@@ -21,7 +21,7 @@ def smooth(seed, size, space=SPACE):
 
 def update(force, u_inverse_before, **others):
     zero = jnp.zeros_like(force)
-    return Update(**{"force": force, "demons_force": zero, "attention_force": zero, "velocity": zero, "u_before": zero,
+    return Update(**{"force": force, "demons_force": zero, "attention_force": zero, "velocity": zero,
                      "u_inverse_before": u_inverse_before, "u": zero, "u_inverse": zero} | others)
 
 
