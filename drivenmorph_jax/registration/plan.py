@@ -22,10 +22,10 @@ from drivenmorph_jax.runtime import sharding
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
 BASE_BYTES = 600e6  # Python, JAX and SimpleITK
 # Bytes for each voxel. FIXED_BYTES, MOVING_BYTES: on the images' own grids, for images, two displacements and the force
-# (three float32 each), Jacobian, and a copy of the largest of these while it is written. DEMONS_BYTES: on the working
-# grid of Demons. PASS_BYTES: on the working grid between the passes of the network, for images, three fields, and the
-# forces of every level.
-FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, PASS_BYTES = 64, 24, 160, 60
+# (three float32 each), Jacobian, and a copy of the largest of these while it is written. On the working grid:
+# DEMONS_BYTES for the classical algorithm, REFINE_BYTES for its iterations after the network, PASS_BYTES for what is
+# kept between the passes of the network, which is images, three fields, and the forces of every level.
+FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, REFINE_BYTES, PASS_BYTES = 64, 24, 160, 100, 60
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,7 +98,7 @@ def _network(aligned, limit):
         shape, grid = working_grid(aligned.fixed, about["spacing"], grid_multiple(config))
         beside = np.prod(shape) * (PASS_BYTES if aligned.refine_steps else 0)
         program, needed = _program(network_pass(config), tree, tuple(leaves), shape, aligned.masked, limit - beside)
-        needed = max(needed, np.prod(shape) * (DEMONS_BYTES if aligned.refine_steps else 0)) + beside
+        needed = max(needed, np.prod(shape) * (REFINE_BYTES if aligned.refine_steps else 0)) + beside
         if needed <= limit:
             break
 
