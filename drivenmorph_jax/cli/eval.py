@@ -59,13 +59,5 @@ def main(arguments=None, prog="drivenmorph eval"):
     from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
     sharding.start()
-    evaluate_checkpoint(
-        flags.checkpoint or SHIPPED,
-        flags.out,
-        flags.data,
-        flags.split,
-        settings,
-        flags.refine_steps,
-        flags.l2r,
-        [name for name in flags.rivals.split(",") if name],
-    )
+    checkpoint, rivals = flags.checkpoint or SHIPPED, [name for name in flags.rivals.split(",") if name]
+    evaluate_checkpoint(checkpoint, flags.out, flags.data, flags.split, settings, flags.refine_steps, flags.l2r, rivals)
