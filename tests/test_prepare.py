@@ -138,6 +138,16 @@ def test_a_broken_subject_is_named_and_left_out_and_the_others_are_not_made_agai
     assert (out / "01_t1.nii.gz").stat().st_mtime_ns == made
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_are_read_by_whatever_protocol_they_were_pickled(protocol, order, tmp_path):
+    voxels = np.asarray(np.random.default_rng(0).normal(size=(4, 5, 6)), np.float32, order=order)
+    pair = voxels, np.arange(240).reshape(8, 5, 6)[::2]  # the second is no block of memory
+    (tmp_path / "pair.pkl").write_bytes(pickle.dumps(pair, protocol))
+    for found, wanted in zip(prepare.load_pickle(tmp_path / "pair.pkl"), pair, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_pickle_that_is_a_program_is_not_run(tmp_path, without_affine, capsys):
     class Evil:
         def __reduce__(self):

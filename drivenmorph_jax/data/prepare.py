@@ -130,8 +130,9 @@ class _Arrays(pickle.Unpickler):
     """An unpickler for NumPy arrays only. A pickle can call any function, and this class allows no others."""
 
     ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-               *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
-                 for name in ("_reconstruct", "scalar"))}
+               *((f"numpy.{core}.{module}", name) for core in ("core", "_core")
+                 for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"),
+                                      ("numeric", "_frombuffer")))}  # by protocol 5, the default of Python 3.14
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
