@@ -1,5 +1,8 @@
 import contextlib
+import fcntl
 import os
+import pickle
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,7 +14,42 @@ import pytest
 # these when it is imported, which happens only in the tests.
 CACHE = Path(tempfile.gettempdir()) / f"drivenmorph-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# The code of what the package compiles with options of its own (`backends.programs`), which are for those who run it.
+LIGHTLY = "from drivenmorph_jax.backends import programs\nprograms.OPTIONS['cpu'] = {}\n"
+
+# Modules that take longest, which begin first, so that the workers end together.
+LONGEST = ("test_training", "test_contrast", "test_weights", "test_model", "test_registration", "test_fuzz",
+           "test_kill", "test_demons", "test_evaluation")
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.module.__name__, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def flags_of_one_test(monkeypatch):
+    """A program that runs in the test's process adds to these flags. XLA has read them by then, and what was compiled
+    is found again by them."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+
+
+@contextlib.contextmanager
+def lightly_compiled():
+    """What the package compiles with options of its own is compiled as everything else."""
+    from drivenmorph_jax.backends import programs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(programs.OPTIONS, "cpu", {})
+        yield
+
+
+@pytest.fixture(autouse=True)
+def lightly(request):
+    """Compiles lightly, but in modules that say COMPILED_AS_SHIPPED."""
+    with contextlib.nullcontext() if hasattr(request.module, "COMPILED_AS_SHIPPED") else lightly_compiled():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,12 +62,20 @@ def programs_of_one_module():
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """(workdir, summary) of one run of `configs/smoke.py`."""
+def smoke(tmp_path_factory, worker_id):
+    """(workdir, summary) of one run of `configs/smoke.py`, of which each worker has a copy."""
     from configs.smoke import get_config
     from drivenmorph_jax.training.loop import train_and_evaluate
-    workdir = tmp_path_factory.mktemp("smoke")
-    return workdir, train_and_evaluate(get_config(), workdir)
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "smoke"
+    with (shared.parent / "smoke.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers wait for the one that was first
+        kept = shared / "summary.pickle"
+        if not kept.exists():
+            with lightly_compiled():
+                kept.write_bytes(pickle.dumps(train_and_evaluate(get_config(), shared)))
+    workdir = shutil.copytree(shared, base / "smoke-copy")
+    return workdir, pickle.loads(kept.read_bytes())
 
 
 @pytest.fixture(scope="session")

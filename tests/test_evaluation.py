@@ -116,14 +116,10 @@ def test_what_another_run_left_or_one_that_ended_is_not_taken_over(tmp_path):
 
 def test_pairs_are_shared_by_the_devices(smoke, tmp_path):
     """Two pairs on three devices: the scores of one device."""
-    script = f"""
-from drivenmorph_jax.evaluation import evaluate_checkpoint
-evaluate_checkpoint({str(smoke[0])!r}, {str(tmp_path)!r}, refine_steps=2)
-"""
-    done = {}
-    for devices in (1, 3):
-        finish(start(devices, script))
-        done[devices] = json.loads((tmp_path / "summary.json").read_text())
-    assert done[3]["environment"]["devices"] == 3
+    one = evaluate_checkpoint(smoke[0], tmp_path / "one", refine_steps=2)
+    finish(start(3, "from drivenmorph_jax.evaluation import evaluate_checkpoint\n"
+                    f"evaluate_checkpoint({str(smoke[0])!r}, {str(tmp_path / 'three')!r}, refine_steps=2)"))
+    three = json.loads((tmp_path / "three" / "summary.json").read_text())
+    assert three["environment"]["devices"] == 3
     for key in ("dice", "hd95", "inverse_mm"):
-        assert done[3][key]["mean"] == pytest.approx(done[1][key]["mean"], rel=1e-3)
+        assert three[key]["mean"] == pytest.approx(one[key]["mean"], rel=1e-3)

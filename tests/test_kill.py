@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LIGHTLY
 from test_training import latest_bits
 
 from drivenmorph_jax.runtime import checkpoint, logs
 
 ROOT, KILLS, EVERY = Path(__file__).resolve().parents[1], int(os.environ.get("KILLS", 2)), 3
+STEPS = 20 + 6 * KILLS
 
-RUN = """
+RUN = LIGHTLY + """
 import sys
 from configs.smoke import get_config
 from drivenmorph_jax.runtime import sharding
@@ -32,8 +34,8 @@ loop.train_and_evaluate(config, sys.argv[1])
 """
 
 
-def start(workdir, steps, code=RUN, out=subprocess.DEVNULL):
-    return subprocess.Popen([sys.executable, "-c", code, str(workdir), str(steps), str(EVERY)], cwd=ROOT, text=True,
+def start(workdir, code=RUN, out=subprocess.DEVNULL):
+    return subprocess.Popen([sys.executable, "-c", code, str(workdir), str(STEPS), str(EVERY)], cwd=ROOT, text=True,
                             stdout=out, stderr=subprocess.PIPE,
                             env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
@@ -53,11 +55,19 @@ def saved_step(workdir):
         return manager.latest_step() or 0
 
 
-def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
-    rng, steps, killed, repeated = random.Random(KILLS), 20 + 6 * KILLS, [], []
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Workdir of a training that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("whole")
+    end(start(workdir))
+    return workdir
+
+
+def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(whole, tmp_path):
+    rng, killed, repeated = random.Random(KILLS), [], []
     while len(killed) < KILLS:
         before = last_step(tmp_path / "killed")
-        process = start(tmp_path / "killed", steps)
+        process = start(tmp_path / "killed")
         while last_step(tmp_path / "killed") in (0, before) and process.poll() is None:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.5))  # a checkpoint is being written for most of the time
@@ -76,24 +86,23 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(tm
             repeated.append(done - saved_step(tmp_path / "killed"))
     print(f"killed {len(killed)} times; steps done again {repeated}")
     assert killed and max(repeated) <= EVERY
-    end(start(tmp_path / "killed", steps))
-    end(start(tmp_path / "whole", steps))
-    (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path / "killed"), latest_bits(tmp_path / "whole")
-    assert saved_step(tmp_path / "killed") == saved_step(tmp_path / "whole") == steps and data == wanted_data
+    end(start(tmp_path / "killed"))
+    (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path / "killed"), latest_bits(whole)
+    assert saved_step(tmp_path / "killed") == saved_step(whole) == STEPS and data == wanted_data
     for a, b in zip(arrays, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
-    rows = [[{key: value for key, value in row.items() if key != "seconds"} for row in logs.read(tmp_path / name)]
-            for name in ("killed", "whole")]
-    assert rows[0] == rows[1] and len(rows[0]) == steps
+    rows = [[{key: value for key, value in row.items() if key != "seconds"} for row in logs.read(workdir)]
+            for workdir in (tmp_path / "killed", whole)]
+    assert rows[0] == rows[1] and len(rows[0]) == STEPS
 
 
 @pytest.mark.parametrize("name", ["compiled_step", "validate"])
-def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(tmp_path, name):
+def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(whole, tmp_path, name):
     # Minutes in C, as the compiler's are: Python's handlers wait for their end, and no signal cuts them short.
     busy = ("import hashlib\n"
             f"loop.{name} = lambda *_: (print('busy', flush=True), hashlib.pbkdf2_hmac('md5', b'', b'', 10**9))\n")
     code = RUN.replace("loop.train_and_evaluate", busy + "loop.train_and_evaluate")
-    process = start(tmp_path / "killed", 11, code, subprocess.PIPE)
+    process = start(tmp_path / "killed", code, subprocess.PIPE)
     while "busy" not in process.stdout.readline():
         assert process.poll() is None
     sent = time.monotonic()
@@ -102,7 +111,6 @@ def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(
     assert process.returncode == 0 and time.monotonic() - sent < 20
     assert saved_step(tmp_path / "killed") == last_step(tmp_path / "killed") == (9 if name == "validate" else 0)
     if name == "validate":
-        for folder in ("killed", "whole"):
-            end(start(tmp_path / folder, 11))
-        (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path / "killed"), latest_bits(tmp_path / "whole")
+        end(start(tmp_path / "killed"))
+        (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path / "killed"), latest_bits(whole)
         assert data == wanted_data and all(map(np.array_equal, arrays, wanted))
