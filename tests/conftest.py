@@ -15,9 +15,7 @@ import pytest
 CACHE = Path(tempfile.gettempdir()) / f"drivenmorph-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
-# The code of what the package compiles with options of its own (`backends.programs`), which are for those who run it.
-LIGHTLY = "from drivenmorph_jax.backends import programs\nprograms.OPTIONS['cpu'] = {}\n"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false")
 
 # Modules that take longest, which begin first, so that the workers end together.
 LONGEST = ("test_training", "test_contrast", "test_weights", "test_model", "test_registration", "test_fuzz",
@@ -34,22 +32,6 @@ def flags_of_one_test(monkeypatch):
     """A program that runs in the test's process adds to these flags. XLA has read them by then, and what was compiled
     is found again by them."""
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
-
-
-@contextlib.contextmanager
-def lightly_compiled():
-    """What the package compiles with options of its own is compiled as everything else."""
-    from drivenmorph_jax.backends import programs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(programs.OPTIONS, "cpu", {})
-        yield
-
-
-@pytest.fixture(autouse=True)
-def lightly(request):
-    """Compiles lightly, but in modules that say COMPILED_AS_SHIPPED."""
-    with contextlib.nullcontext() if hasattr(request.module, "COMPILED_AS_SHIPPED") else lightly_compiled():
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,8 +54,7 @@ def smoke(tmp_path_factory, worker_id):
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers wait for the one that was first
         kept = shared / "summary.pickle"
         if not kept.exists():
-            with lightly_compiled():
-                kept.write_bytes(pickle.dumps(train_and_evaluate(get_config(), shared)))
+            kept.write_bytes(pickle.dumps(train_and_evaluate(get_config(), shared)))
     workdir = shutil.copytree(shared, base / "smoke-copy")
     return workdir, pickle.loads(kept.read_bytes())
 

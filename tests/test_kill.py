@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LIGHTLY
 from test_training import latest_bits
 
 from drivenmorph_jax.runtime import checkpoint, logs
@@ -18,7 +17,7 @@ from drivenmorph_jax.runtime import checkpoint, logs
 ROOT, KILLS, EVERY = Path(__file__).resolve().parents[1], int(os.environ.get("KILLS", 2)), 3
 STEPS = 20 + 6 * KILLS
 
-RUN = LIGHTLY + """
+RUN = """
 import sys
 from configs.smoke import get_config
 from drivenmorph_jax.runtime import sharding

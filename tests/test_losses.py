@@ -17,7 +17,6 @@ from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.warp import compose
 from drivenmorph_jax.network import losses
 
-COMPILED_AS_SHIPPED = True  # at the lowest level some of what cancels in LNCC does not
 RNG = np.random.default_rng(0)
 
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from conftest import LIGHTLY, lightly_compiled
 
 from configs.smoke import get_config
 from drivenmorph_jax.errors import InputError
@@ -45,9 +44,8 @@ def light(**changes):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(workdir, summary) of a run of `light`."""
-    with lightly_compiled():
-        workdir = tmp_path_factory.mktemp("run")
-        return workdir, train_and_evaluate(light(), workdir)
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train_and_evaluate(light(), workdir)
 
 
 def latest_bits(workdir):
@@ -340,7 +338,7 @@ def start(devices, code, *arguments):
     # left for those that it waits for. More threads than can ever wait, then.
     environment = {"JAX_PLATFORMS": "cpu", "NPROC": "64", "PJRT_NPROC": "64",
                    "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen([sys.executable, "-c", LIGHTLY + code, *map(str, arguments)], cwd=ROOT, text=True,
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
 
 
