@@ -197,9 +197,12 @@ def test_a_program_orders_its_operations_for_little_memory():
 
 def test_deterministic_is_a_flag_that_xla_knows():
     done = subprocess.run([sys.executable, "-c", "import jax, os; from drivenmorph_jax.runtime import sharding; "
-                           "sharding.start(deterministic=True); jax.devices(); print(os.environ['XLA_FLAGS'])"],
+                           "sharding.start(deterministic=True); jax.devices(); print(os.environ['XLA_FLAGS']); "
+                           "sharding.start(deterministic=True); print(os.environ['XLA_FLAGS'])"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--xla_gpu_deterministic_ops=true" in done.stdout, done.stderr[-500:]
+    once, twice = done.stdout.splitlines()
+    assert twice == once  # else the cache of compiled programs would not find them again
 
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path):

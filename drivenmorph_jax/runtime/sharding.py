@@ -27,10 +27,12 @@ def start(distributed=False, deterministic=False, **process):
     # Operations on CPU are ordered for little memory and not for concurrency, since every operation uses all cores. The
     # training step and the network then take half the memory and the same time. XLA reads the flags when the first
     # device is requested. Of two values of a flag the last one counts.
-    flags = ["--xla_cpu_enable_concurrency_optimized_scheduler=false", os.environ.get("XLA_FLAGS", "")]
-    if deterministic:
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if not any(flag.startswith("--xla_cpu_enable_concurrency_optimized_scheduler=") for flag in flags):
+        flags.insert(0, "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    if deterministic and flags[-1] != "--xla_gpu_deterministic_ops=true":
         flags.append("--xla_gpu_deterministic_ops=true")
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ["XLA_FLAGS"] = " ".join(flags)  # the same when called again: JAX caches programs by their flags
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "drivenmorph_jax"))
     # By default, JAX caches no program that compiles within a second. A command of many small programs would compile
