@@ -39,7 +39,8 @@ $(INSTALLED): requirements.txt requirements-test.txt
 		{ echo "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt "jax$(if $(filter-out cpu,$(JAX)),[$(JAX)])"
+	.venv/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt \
+		$(if $(filter-out cpu,$(JAX)),"jax[$(JAX)]") $(if $(findstring cuda,$(JAX)),-c constraints-gpu.txt)
 	rm -f .venv/installed-*
 	touch $@
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from drivenmorph_jax import backends
-from drivenmorph_jax.backends import attention, channels, convolution, warp
+from drivenmorph_jax.backends import attention, channels, convolution, programs, warp
 from drivenmorph_jax.fields.warp import trilinear
 from drivenmorph_jax.network.attention import neighbours_attended
 from drivenmorph_jax.network.convolution import convolved
@@ -73,3 +73,10 @@ def test_what_is_compiled_for_another_device_ends_with_the_block():
         assert backends.current() == "tpu"
         raise ZeroDivisionError
     assert backends.current() == here
+
+
+def test_versions_with_a_slow_scatter_are_told_on_gpus_only(compile_for):
+    assert not programs.slow_scatter("0.10.2")
+    compile_for("gpu")
+    assert programs.slow_scatter("0.10.2") and programs.slow_scatter("0.11.0")
+    assert not programs.slow_scatter("0.10.1") and not programs.slow_scatter("0.11.1")

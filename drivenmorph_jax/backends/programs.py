@@ -21,6 +21,15 @@ def device_memory(compiled):
             - memory.alias_size_in_bytes)
 
 
+# On NVIDIA GPUs they have a slow float32 scatter-add, which is the derivative of a warp: jax issue 38806.
+SLOW_SCATTER = ("0.10.2", "0.11.0")
+
+
+def slow_scatter(version):
+    """Whether the jaxlib of this version is slow at the derivative of a warp on the current device."""
+    return version in SLOW_SCATTER and current() == "gpu"
+
+
 def unrolled(length):
     """How many of the `length` steps of a loop are unrolled.
 

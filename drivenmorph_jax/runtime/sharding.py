@@ -7,6 +7,8 @@ exchange between the parts of a volume that convolutions, box sums, attention an
 import logging
 import os
 import re
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -41,6 +43,9 @@ def start(distributed=False, deterministic=False, **process):
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each of its actions
     if distributed:
         jax.distributed.initialize(**process)
+    if programs.slow_scatter(version("jaxlib")):
+        print(f"warning: on a GPU jaxlib {version('jaxlib')} trains far more slowly than others (jax issue 38806): "
+              "install it with -c constraints-gpu.txt", file=sys.stderr)
 
 
 def device_mesh(space=1, devices=None):
