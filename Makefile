@@ -1,6 +1,6 @@
 # make train        train and score DrivenMorph on the embedded cohort
 # make test         check style and types, and run the tests
-# make test-slow    run the tests that take minutes
+# make test-slow    damage and kill far more often than make test does
 # make docs         build the site of docs/ in build/docs
 # make build        make the wheel and the sdist in dist/
 # JAX=cuda13|cuda12|tpu installs the build for that accelerator; PYTHON=python3.12 takes another interpreter
@@ -19,7 +19,7 @@ test: lint
 	.venv/bin/python -m pytest -n 2
 
 test-slow: $(INSTALLED)
-	.venv/bin/python -m pytest -n 2 -m slow
+	FUZZ=2000 KILLS=30 .venv/bin/python -m pytest -n 2 tests/test_fuzz.py tests/test_checkpoint.py tests/test_kill.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -31,4 +31,6 @@ def main(arguments=None, prog="drivenmorph prepare"):
     add("--workers", type=int, metavar="N", help="number of subjects at a time; default: one a core")
     flags = parser.parse_args(arguments)
     made = prepare(flags.name, flags.source, flags.destination, flags.workers)
+    if len(made) < 6:
+        print("train and eval need 6 subjects or more, since val and test need 2 each for a pair")
     print(f"{len(made)} subjects; look at {Path(flags.destination) / 'contact_sheet.png'}")

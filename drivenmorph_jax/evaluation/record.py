@@ -8,6 +8,7 @@ import numpy as np
 
 from drivenmorph_jax.files import read_rows, replacing, rows_text
 from drivenmorph_jax.runtime.provenance import git_commit
+from drivenmorph_jax.runtime.shipped import VERSION
 
 
 class Record:
@@ -42,7 +43,7 @@ def names_of(pair):
 def identity_of(config, params, subjects, atlas, refine_steps, l2r):
     """A digest of everything on which the scores depend."""
     subjects = subjects if atlas is None else (*subjects, atlas)
-    settings = [config.to_dict(), git_commit(), refine_steps, str(l2r), [s.id for s in subjects]]
+    settings = [config.to_dict(), VERSION, git_commit(), refine_steps, str(l2r), [s.id for s in subjects]]
     digest = hashlib.sha256(json.dumps(settings).encode())
     arrays = [x for s in subjects for x in (s.image, s.labels) if x is not None]
     for x in jax.tree.leaves(params) + arrays:

@@ -20,7 +20,7 @@ import numpy as np
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, read_rows, replacing, rows_text
-from drivenmorph_jax.runtime.shipped import shipped
+from drivenmorph_jax.runtime.shipped import VERSION, shipped
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the package, for a command in another folder
 
@@ -230,7 +230,7 @@ def _key(method, arguments, files, exclude):
     package = METHODS[method][2]
     # Not every wheel declares which packages it holds.
     version = (importlib.metadata.version(importlib.metadata.packages_distributions().get(package, [package])[0])
-               if package else git_commit())
+               if package else f"{VERSION} {git_commit()}")
     digest = hashlib.sha256(json.dumps([method, version, [*map(int, exclude)], *map(str, arguments)]).encode())
     for path in (*files, *(path for x in arguments for path in sorted(Path(str(x)).rglob("*")))):
         if path.is_file():
