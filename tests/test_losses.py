@@ -1,4 +1,3 @@
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from test_model import ONE_LEVEL, SHAPE, images, made
 from test_warp import smooth_field
 
 from configs.smoke import get_config
-from drivenmorph_jax.backends.programs import compiler_options
 from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.warp import compose
 from drivenmorph_jax.network import losses
@@ -50,7 +48,7 @@ IMAGES = arrays(np.float32, (1, 5, 5, 5, 1), elements=st.floats(-1e6, 1e6, width
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", losses.SIMILARITIES)
 def test_no_image_gives_a_loss_or_a_gradient_that_is_not_finite(kind, dtype):
-    @partial(jax.jit, compiler_options=compiler_options())  # as the step of the training is
+    @jax.jit
     def both(a, b):
         return jax.value_and_grad(lambda a, b: losses.dissimilarity(a.astype(dtype), b.astype(dtype), kind, 3).astype(
             jnp.float32), argnums=(0, 1))(a, b)
