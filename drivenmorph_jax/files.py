@@ -62,14 +62,15 @@ def rows_text(rows):
 
 def json_text(x, indent=None):
     """x as JSON. Numbers that are not finite become null, because JSON has no NaN and strict readers refuse it."""
-    return json.dumps(_finite(x), indent=indent, allow_nan=False)
+    return json.dumps(finite(x), indent=indent, allow_nan=False)
 
 
-def _finite(x):
+def finite(x):
+    """x with None for every number in it that is not finite; tuples become lists, as in JSON."""
     if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
+        return {key: finite(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [_finite(value) for value in x]
+        return [finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 

@@ -1,6 +1,6 @@
 """Move other images, label maps, series or points by a transform of `register`, of ITK or of ANTs."""
 
-import argparse
+from drivenmorph_jax.cli import program
 
 EPILOG = """\
 Images are moved from the moving space to the grid of the fixed image. Points are moved from the fixed space to the
@@ -14,9 +14,7 @@ moving space. --inverse does both in the other direction. Examples:
 
 def main(arguments=None, prog="drivenmorph apply"):
     """Run the program with `arguments`, by default those of the command line. Raises InputError."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(prog, __doc__, EPILOG)
     add = parser.add_argument
     add(
         "--transform",

@@ -1,6 +1,6 @@
 """Score a checkpoint on held-out pairs: report.html to look at, report.md, summary.json, pairs.csv and figures."""
 
-import argparse
+from drivenmorph_jax.cli import program
 
 EPILOG = """\
 --config.KEY=VALUE changes a setting that the checkpoint was trained with. Example:
@@ -10,9 +10,7 @@ EPILOG = """\
 
 def main(arguments=None, prog="drivenmorph eval"):
     """Run the program with `arguments`, by default those of the command line. Raises InputError."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(prog, __doc__, EPILOG)
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="the --workdir of a training; default: the shipped weights, brain-t1")
     add(

@@ -9,8 +9,9 @@ images were aligned to it, and contact_sheet.png. Look at the contact sheet: it 
 subject that cannot be read is named and left out. A subject that is there already is not made again.
 """
 
-import argparse
 from pathlib import Path
+
+from drivenmorph_jax.cli import program
 
 
 def main(arguments=None, prog="drivenmorph prepare"):
@@ -18,12 +19,7 @@ def main(arguments=None, prog="drivenmorph prepare"):
     from drivenmorph_jax.data.prepare import LAYOUTS, prepare
 
     layouts = "\n".join(f"  {name}: {layout.__doc__}" for name, (layout, _) in LAYOUTS.items())
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=__doc__,
-        epilog=f"Layouts:\n\n{layouts}\n\nExample:\n\n  %(prog)s folder scans brains",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program.parser(prog, __doc__, f"Layouts:\n\n{layouts}\n\nExample:\n\n  %(prog)s folder scans brains")
     add = parser.add_argument
     add("name", choices=LAYOUTS, metavar="NAME", help=f"layout of the data set, one of {', '.join(LAYOUTS)}")
     add("source", metavar="SOURCE", help="folder that holds the data set")

@@ -17,6 +17,13 @@ def run(main):
         sys.exit(_failed("interrupted", 130))
 
 
+def parser(prog, description, epilog):
+    """The parser of a program; `epilog` is printed as it is, with %(prog)s for the name."""
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def size(text):
     """Bytes of an argument such as 4GB, 500MB or 2.5GiB."""
     found = re.fullmatch(r"(\d+\.?\d*) ?([MG])(i?)B?", text)

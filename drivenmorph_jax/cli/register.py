@@ -1,8 +1,6 @@
 """Align one brain image to another: two NIfTI files in, the aligned image and the transform out."""
 
-import argparse
-
-from drivenmorph_jax.cli.program import size
+from drivenmorph_jax.cli import program
 
 EPILOG = """\
 Both images must be skull-stripped. The folder gets warped, displacement, inverse_displacement, jacobian, force
@@ -16,9 +14,7 @@ same transform. Examples:
 
 def main(arguments=None, prog="drivenmorph register"):
     """Run the program with `arguments`, by default those of the command line. Raises InputError."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(prog, __doc__, EPILOG)
     _images(parser.add_argument)
     _method(parser.add_argument)
     _results(parser.add_argument)
@@ -131,7 +127,7 @@ def _method(add):
     add(
         "--memory",
         metavar="SIZE",
-        type=size,
+        type=program.size,
         help="memory that may be used, such as 4GB. Where the network would need more, it works at half or a quarter "
         "of the resolution",
     )

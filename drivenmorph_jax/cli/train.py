@@ -1,8 +1,6 @@
 """Train a network and score it on held-out pairs. The same command, given again, continues the training."""
 
-import argparse
-
-from drivenmorph_jax.cli.program import size
+from drivenmorph_jax.cli import program
 
 EPILOG = """\
 --config.KEY=VALUE changes a setting of the configuration. Example:
@@ -12,9 +10,7 @@ EPILOG = """\
 
 def main(arguments=None, prog="drivenmorph train"):
     """Run the program with `arguments`, by default those of the command line. Raises InputError."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(prog, __doc__, EPILOG)
     _run(parser.add_argument)
     _processes(parser.add_argument)
     flags, settings = parser.parse_known_args(arguments)
@@ -65,7 +61,7 @@ def _run(add):
     add(
         "--memory",
         metavar="SIZE",
-        type=size,
+        type=program.size,
         help="memory of each device that a training step may use, such as 16GB. Where a step would use more, levels "
         "are computed again in the backward pass, and then also in bfloat16 if that does not suffice",
     )

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 
-from drivenmorph_jax.files import read_rows, replacing, rows_text
+from drivenmorph_jax.files import finite, read_rows, replacing, rows_text
 from drivenmorph_jax.runtime.provenance import git_commit
 from drivenmorph_jax.runtime.shipped import VERSION
 
@@ -29,10 +29,10 @@ class Record:
         self.rows = {(row["scores"]["fixed"], row["scores"]["moving"]): row for row in kept}
 
     def add(self, row):
-        text = rows_text([row])
+        row = finite(row)  # as a later run reads it
         with self.path.open("a") as file:
-            file.write(text)
-        self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = json.loads(text)  # as a later run reads it
+            file.write(rows_text([row]))
+        self.rows[row["scores"]["fixed"], row["scores"]["moving"]] = row
 
 
 def names_of(pair):

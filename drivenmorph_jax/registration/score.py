@@ -8,6 +8,7 @@ import numpy as np
 
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.files import finite
 from drivenmorph_jax.images.intensity import normalise
 from drivenmorph_jax.images.volume import resample
 from drivenmorph_jax.network.losses import lncc
@@ -56,7 +57,7 @@ def score(transferred: Transferred) -> Scored:
         "affine": pair.given_affine if isinstance(pair.given_affine, bool) else pair.affine.tolist(),
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
-        **{name: value if np.isfinite(value) else None for name, value in numbers.items()}}
+        **finite(numbers)}
     return Scored(**kept(transferred), moved=moved, summary=summary)
 
 
