@@ -1,4 +1,5 @@
 import json
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +17,34 @@ from drivenmorph_jax.training.loop import train_and_evaluate
 SHAPE = (32, 48, 32)
 
 
-def made(config):
-    network = make_network(config.model)
+@lru_cache
+def made(get_config):
+    """(the network jitted, two images, its initial parameters), compiled once for all tests."""
+    network = make_network(get_config().model)
     images = jax.random.uniform(jax.random.key(0), (2, 1, *SHAPE, 1))
-    return network, images, jax.jit(network.init)(jax.random.key(1, impl="rbg"), *images)
+    return jax.jit(network.apply), images, jax.jit(network.init)(jax.random.key(1, impl="rbg"), *images)
+
+
+def with_flow(params, factor):
+    """The parameters with a flow layer so many times as large: at the start a network is near the identity."""
+    flow = params["params"]["flow"]
+    return {"params": params["params"] | {"flow": flow | {"kernel": factor * flow["kernel"]}}}
 
 
 def test_voxelmorph_has_the_published_size():
     # 301,411 numbers: VoxelMorph-2 in the tables of TransMorph's authors.
-    network, images, params = made(voxelmorph())
+    apply, images, params = made(voxelmorph)
     assert sum(x.size for x in jax.tree.leaves(params)) == 301_411
     assert multiple(voxelmorph().model) == 16
-    found = jax.jit(network.apply)(params, *images)
+    found = apply(params, *images)
     assert found.u.shape == found.u_inverse.shape == (1, *SHAPE, 3)
     assert found.updates[0].velocity.shape == (1, 16, 24, 16, 3)
 
 
 @pytest.mark.parametrize("get_config", [voxelmorph, transmorph])
 def test_a_baseline_gives_a_diffeomorphism_with_its_inverse_and_no_force(get_config):
-    network, images, params = made(get_config())
-    # It starts near the identity; with a flow layer as large as this it moves the images by voxels.
-    params["params"]["flow"]["kernel"] *= 3000
-    found = jax.jit(network.apply)(params, *images)
+    apply, images, params = made(get_config)
+    found = apply(with_flow(params, 3000), *images)  # moves the images by voxels
     assert np.abs(found.u).max() > 0.5
     update = found.updates[0]
     error = np.asarray(compose(update.u_inverse, update.u))[0, 4:-4, 4:-4, 4:-4]
@@ -46,10 +53,10 @@ def test_a_baseline_gives_a_diffeomorphism_with_its_inverse_and_no_force(get_con
 
 
 def test_windows_are_shifted_so_that_a_token_sees_beyond_its_own():
-    network, images, params = made(transmorph())
-    params["params"]["flow"]["kernel"] *= 1e4
+    apply, images, params = made(transmorph)
+    params = with_flow(params, 1e4)
     far = jnp.asarray(images[1]).at[0, :4].add(0.5)
-    change = jax.jit(network.apply)(params, images[0], far).u - jax.jit(network.apply)(params, *images).u
+    change = apply(params, images[0], far).u - apply(params, *images).u
     assert np.abs(change[0, -4:]).max() > 1e-4
 
 

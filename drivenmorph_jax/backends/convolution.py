@@ -29,20 +29,22 @@ def _sum_of_shifts(x, kernel):
 
     Every value is a sum of 27 I products, each along the last axis of a volume.
     """
-    (b, *space), channels = x.shape[:4], jnp.moveaxis(x.astype(jnp.float32), -1, 0)
+    channels = jnp.moveaxis(x.astype(jnp.float32), -1, 0)
     padded = jnp.pad(channels, ((0, 0), (0, 0), (1, 1), (1, 1), (1, 1)))
-    places = list(itertools.product(range(3), range(3), range(3), range(len(padded))))
-
-    def channel(kernel, padded):
-        # `slice`, not an index: it is traced in a third of the time.
-        near = (jax.lax.slice(padded, (i, 0, *shift), (i + 1, b, *map(operator.add, shift, space)))
-                for *shift, i in places)
-        return sum(w * x for w, x in zip(kernel.ravel(), near, strict=True))[0]
-
     # Without a loop, XLA would recompute x for every shift. With a loop it compiles one channel only. `alone`, since
     # XLA uses one core for what it computes directly in the memory of the loop's result.
-    out = jax.lax.map(lambda kernel: alone(channel, kernel, padded), jnp.moveaxis(kernel, -1, 0))
+    out = jax.lax.map(lambda kernel: alone(_channel, kernel, padded), jnp.moveaxis(kernel, -1, 0))
     return jnp.moveaxis(out, 0, -1).astype(x.dtype)
+
+
+def _channel(kernel, padded):
+    """One output channel (B, D, H, W) of a kernel (3, 3, 3, I) and padded channels (I, B, D + 2, H + 2, W + 2)."""
+    b, *space = padded.shape[1], *(n - 2 for n in padded.shape[2:])
+    places = itertools.product(range(3), range(3), range(3), range(len(padded)))
+    # `slice`, not an index: it is traced in a third of the time.
+    near = (jax.lax.slice(padded, (i, 0, *shift), (i + 1, b, *map(operator.add, shift, space)))
+            for *shift, i in places)
+    return sum(w * x for w, x in zip(kernel.ravel(), near, strict=True))[0]
 
 
 def _sum_of_shifts_forward(x, kernel):

@@ -19,8 +19,7 @@ def of_pair(forces, displacements, brain):
 
     Args:
       forces, displacements: as `by_name` returns them. Only the forces of the first and the displacements of the second
-        are
-        used.
+        are used.
       brain: the mask (D, H, W) of the images.
 
     Returns {} where the network computes no force.

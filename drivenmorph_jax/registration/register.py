@@ -35,7 +35,7 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
         scanner) or "mind" (the same on MIND descriptors, which do not change when an image is inverted).
       contrast: "same"; "other", such as T1 and T2: the moving image takes the values of the fixed one, see
         `images.contrast`; or "auto": "other" where the values of the affinely aligned images correlate by less than
-          `SAME`.
+        `SAME`.
       affine: True to find one first; False where world coordinates agree already; else the file of an ITK affine, or a
         (4, 4) from the fixed to the moving world in RAS mm, which is used as it is.
       refine_steps: for method "drivenmorph", iterations of Demons on the working grid between the averaged registration
@@ -43,8 +43,7 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
         method "demons", iterations by local correlation after it, or by MIND with force "mind"; by default 0.
       fixed_labels, moving_labels: label maps on the grids of their images.
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or pathological. Masked
-        voxels
-        give no force, and the field inside is interpolated.
+        voxels give no force, and the field inside is interpolated.
       memory: bytes that may be used. Where the network needs more, it runs on images of half or a quarter of the
         resolution; the refinement still runs at full resolution.
       quiet: print nothing.
@@ -54,8 +53,7 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
 
     Raises:
       InputError: an image that cannot be used, an unknown method, force or contrast, or memory that does not suffice.
-        The
-        memory is checked before it is allocated.
+        The memory is checked before it is allocated.
     """
     progress = Progress(quiet)
     state = Request(fixed=fixed, moving=moving, checkpoint=checkpoint, method=method, force=force, contrast=contrast,

@@ -26,7 +26,7 @@ FORCE_IS = {
 class Result:
     """The result of a registration. Vectors and determinants lie on the grid of the fixed image."""
 
-    warped: nibabel.Nifti1Image  # the moving image, warped, warped
+    warped: nibabel.Nifti1Image  # the moving image on the fixed grid
     warped_labels: nibabel.Nifti1Image | None
     transform: Transform  # from the fixed to the moving image, affine and deformable, with its inverse
     force: np.ndarray  # (X, Y, Z, 3), RAS mm

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing, nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -218,23 +219,29 @@ def _data(config, mesh):
 
 def _state(run):
     """(shapes of the parameters, step, parameters, state of the optimizer): of the newest checkpoint, else initial."""
-    config, model = run.config, make_network(run.config.model)
-    side = 2 * multiple(config.model)
-    image = jnp.zeros((1, side, side, side, 1))
-
-    def init():
-        # XLA on CPU takes a second to compile threefry, the default random generator of JAX, for each of the kernels.
-        params = model.init(jax.random.key(config.seed, impl="rbg"), image, image)["params"]
-        return params, run.optimizer.init(params)
-
-    whole = sharding.replicated(run.mesh)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init))
+    config, whole = run.config, sharding.replicated(run.mesh)
+    initial = _initial(make_network(config.model), run.optimizer, 2 * multiple(config.model), whole)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+                          initial.eval_shape(config.seed))
     found = checkpoint.restore(run.latest, *shapes)
     if found:
         start, params, opt_state, place = found
         run.batches.set_state(place)
         return shapes[0], start, params, opt_state
-    params, opt_state = jax.jit(init, out_shardings=whole, compiler_options=programs.compiler_options())()
+    params, opt_state = initial(config.seed)
     if config.init:
         params = checkpoint.read_into(config.init, params)
     return shapes[0], 0, params, opt_state
+
+
+@lru_cache(maxsize=8)
+def _initial(model, optimizer, side, whole):
+    """Jitted: seed -> (initial parameters, initial state of the optimizer). One process traces and compiles it once."""
+    image = jnp.zeros((1, side, side, side, 1))
+
+    def initial(seed):
+        # XLA on CPU takes a second to compile threefry, the default random generator of JAX, for each of the kernels.
+        params = model.init(jax.random.key(seed, impl="rbg"), image, image)["params"]
+        return params, optimizer.init(params)
+
+    return jax.jit(initial, out_shardings=whole, compiler_options=programs.compiler_options(), static_argnums=0)

@@ -1,9 +1,15 @@
-"""The training step: the optimizer, the compiled step and its memory, and the augmentation of a batch."""
+"""The training step: the optimizer, the compiled step and its memory, and the augmentation of a batch.
+
+The same settings give the same functions, so one process traces and compiles them once.
+"""
+
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import FrozenConfigDict
 
 from drivenmorph_jax.backends import programs
 from drivenmorph_jax.data.augmentation import augmented
@@ -15,9 +21,13 @@ from drivenmorph_jax.runtime import sharding
 
 def make_optimizer(config):
     """Adam with clipping by the global norm, and a learning rate with linear warm-up and cosine decay."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps,
-                                                  max(config.steps, config.warmup_steps + 1))
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
+    return _optimizer(config.learning_rate, config.warmup_steps, max(config.steps, config.warmup_steps + 1), config.clip)
+
+
+@lru_cache(maxsize=8)
+def _optimizer(learning_rate, warmup_steps, steps, clip):
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
 
 
 def make_train_step(model, optimizer, config, mesh):
@@ -26,8 +36,13 @@ def make_train_step(model, optimizer, config, mesh):
     The loss is a mean over the global batch, so its gradient is the same on any number of devices. A step whose loss or
     gradient is not finite leaves the state unchanged.
     """
+    return _train_step(model, optimizer, FrozenConfigDict(config.loss), mesh)
+
+
+@lru_cache(maxsize=8)
+def _train_step(model, optimizer, settings, mesh):
     def loss(params, batch):
-        return total_loss(config.loss, model.apply({"params": params}, batch["fixed"], batch["moving"]), batch)
+        return total_loss(settings, model.apply({"params": params}, batch["fixed"], batch["moving"]), batch)
 
     def train_step(params, opt_state, batch):
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
@@ -55,8 +70,7 @@ def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None
 
     Args:
       memory: bytes of each device that the step may take. The first settings of `SMALLER` that need no more are used.
-        By
-        default the limit is the memory of the device, and the configuration is not changed.
+        By default the limit is the memory of the device, and the configuration is not changed.
 
     Raises InputError where the limit does not suffice.
     """
@@ -86,11 +100,15 @@ def make_augment(config, mesh, labels=None):
     The images are augmented at random with the settings of `config.data`. Label maps, where the batch has them, become
     one channel for each of `labels`.
     """
-    settings = {key: config.data[key] for key in ("crop", "flip", "affine", "intensity", "bias", "noise")}
+    settings = tuple((key, config.data[key]) for key in ("crop", "flip", "affine", "intensity", "bias", "noise"))
+    return _augment(settings, mesh, None if labels is None else tuple(np.asarray(labels).tolist()))
 
+
+@lru_cache(maxsize=8)
+def _augment(settings, mesh, labels):
     def augment(batch):
-        batch = augmented(batch, **settings)
-        return batch | {key: (x[..., None] == labels).astype(jnp.float32) for key, x in batch.items()
+        batch = augmented(batch, **dict(settings))
+        return batch | {key: (x[..., None] == jnp.asarray(labels)).astype(jnp.float32) for key, x in batch.items()
                         if key.endswith("labels")}
 
     return jax.jit(augment, out_shardings=sharding.split_batch(mesh), compiler_options=programs.compiler_options())
