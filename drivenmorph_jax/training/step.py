@@ -21,7 +21,8 @@ from drivenmorph_jax.runtime import sharding
 
 def make_optimizer(config):
     """Adam with clipping by the global norm, and a learning rate with linear warm-up and cosine decay."""
-    return _optimizer(config.learning_rate, config.warmup_steps, max(config.steps, config.warmup_steps + 1), config.clip)
+    steps = max(config.steps, config.warmup_steps + 1)
+    return _optimizer(config.learning_rate, config.warmup_steps, steps, config.clip)
 
 
 @lru_cache(maxsize=8)
