@@ -3,14 +3,20 @@
 import argparse
 import re
 import sys
+import warnings
 
-from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.errors import InputError, InputWarning
 
 
 def run(main):
-    """Call `main()`; end an `InputError` as one sentence on stderr and exit status 2, without a traceback."""
+    """Call `main()`; end an `InputError` as one sentence on stderr and exit status 2, without a traceback.
+
+    An `InputWarning` is one sentence on stderr as well.
+    """
     try:
-        main()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warned
+            main()
     except InputError as error:
         sys.exit(_failed(f"error: {error}", 2))
     except KeyboardInterrupt:
@@ -24,12 +30,29 @@ def parser(prog, description, epilog):
     )
 
 
+def add_geometry(add):
+    """Add the flag --geometry by `add`, the method `add_argument` of a parser."""
+    add(
+        "--geometry",
+        default="sform",
+        metavar="sform|qform|XYZ",
+        help="affine that holds where a file has a qform and a sform that differ; or three letters such as LAS, the "
+        "directions of the voxel axes of files that have neither, which are refused otherwise; default: sform",
+    )
+
+
 def size(text):
     """Bytes of an argument such as 4GB, 500MB or 2.5GiB."""
     found = re.fullmatch(r"(\d+\.?\d*) ?([MG])(i?)B?", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4GB")
     return float(found[1]) * (1024 if found[3] else 1000) ** (2 if found[2] == "M" else 3)
+
+
+def _warned(message, category, *place):
+    ours = issubclass(category, InputWarning)
+    text = f"warning: {message}\n" if ours else warnings.formatwarning(message, category, *place)
+    sys.stderr.write(text)
 
 
 def _failed(sentence, status):

@@ -27,11 +27,13 @@ def main(arguments=None, prog="drivenmorph register"):
     # Imported late, so that --help answers at once.
     from drivenmorph_jax.files import check_folder
     from drivenmorph_jax.registration.register import register
+    from drivenmorph_jax.registration.result import former_files
     from drivenmorph_jax.runtime import sharding
     from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
     sharding.start()
     check_folder(flags.out)
+    former_files(flags.out)  # refused before the work, not after
     result = register(
         flags.fixed,
         flags.moving,
@@ -45,6 +47,8 @@ def main(arguments=None, prog="drivenmorph register"):
         moving_labels=flags.moving_labels,
         fixed_mask=flags.fixed_mask,
         moving_mask=flags.moving_mask,
+        mask_sense=flags.mask_sense,
+        geometry=flags.geometry,
         memory=flags.memory,
     )
     print("write ...", end=" ", flush=True)
@@ -75,6 +79,14 @@ def _images(add):
         "the deformation is interpolated smoothly inside",
     )
     add("--moving_mask", metavar="FILE", help="the same for the moving image")
+    add(
+        "--mask_sense",
+        default="ignore",
+        choices=["ignore", "use"],
+        help="meaning of the masks. ignore: above 0 where the image is ignored; use: above 0 where it is used, as in "
+        "ANTs; default: ignore",
+    )
+    program.add_geometry(add)
 
 
 def _method(add):

@@ -15,7 +15,7 @@ import numpy as np
 
 from drivenmorph_jax.data.subject import SPLITS, Dataset, Subject, read_label_names
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.images.intensity import normalise
+from drivenmorph_jax.images.intensity import anchored, normalise
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import canonical
 
@@ -125,7 +125,7 @@ def _read_subject(root, id, skip_bad):
         print(f"{id} is left out: {error}", file=sys.stderr)
         return None
     image = canonical(image)
-    return Subject(id, np.asarray(normalise(image.data), np.float32), labels, image.affine)
+    return Subject(id, np.asarray(normalise(anchored(image.data)), np.float32), labels, image.affine)
 
 
 def _common_spacing(root, subjects):

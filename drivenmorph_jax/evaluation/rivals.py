@@ -286,8 +286,8 @@ def _padded(fixed, moving, multiple):
     """Both images, normalised to [0, 1] and padded with background so that every side is a multiple of `multiple`."""
     import jax.numpy as jnp
 
-    from drivenmorph_jax.images.intensity import normalise
-    return (jnp.asarray(np.pad(normalise(x.data), [(0, -n % multiple) for n in x.data.shape]), jnp.float32)
+    from drivenmorph_jax.images.intensity import anchored, normalise
+    return (jnp.asarray(np.pad(normalise(anchored(x.data)), [(0, -n % multiple) for n in x.data.shape]), jnp.float32)
             for x in (fixed, moving))
 
 

@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.geometry import placed
 from drivenmorph_jax.images.volume import Volume, same_grid
 
 MOST_VOXELS = 2**30
@@ -17,35 +18,52 @@ PATHS = (str, os.PathLike)
 Source = str | os.PathLike | nibabel.spatialimages.SpatialImage | np.ndarray  # an image: a file, or in memory
 
 
-def load_image(source: Source) -> Volume:
+def load_image(source: Source, geometry: str = "sform") -> Volume:
     """Read a 3-D image as a Volume of float32, from a file, a nibabel image, or an array with voxels of 1 mm.
 
-    Raises InputError where the file cannot be read or is not one 3-D volume, where its intensities are not finite, do
-    not vary or are nowhere above zero, or where its geometry cannot be used.
+    `geometry` is that of `images.geometry.placed`.
+
+    Raises InputError where the file cannot be read or is not one 3-D volume, where its intensities are not finite or do
+    not vary, or where its geometry cannot be used.
     """
-    data, image, path = _read_volume(source)
+    data, image, path = _read_volume(source, geometry)
     with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused below
         data = data.astype(np.float32)
     if not np.isfinite(data).all():
         raise InputError(f"{path} has NaN or infinite voxels; replace them, for instance by 0")
     if data.min() == data.max():
         raise InputError(f"{path} has the same value in every voxel; give an image that shows a brain")
-    if data.max() <= 0:
-        raise InputError(f"{path} has no voxel above 0; shift its intensities so that the background is 0")
     return Volume(data, image.affine, image.header, path)
 
 
-def load_labels(source: Source, image: Volume | None = None) -> Volume:
+def load_labels(source: Source, image: Volume | None = None, geometry: str = "sform") -> Volume:
     """Read a label map as a Volume of int32, from any source that `load_image` takes.
 
     Args:
       source: a file, a nibabel image, or an array with voxels of 1 mm.
       image: the Volume that is labelled, or None. With it, the grids are compared (affines may differ by 1e-3).
+      geometry: as in `images.geometry.placed`.
 
     Raises InputError where the file cannot be read or is not one 3-D volume with a usable geometry, where labels are
     negative, fractional or all background, or where they lie on another grid than `image`.
     """
-    data, source, path = _read_volume(source)
+    labels = _whole_numbers(source, image, geometry)
+    if not labels.data.any():
+        raise InputError(f"{labels.path} holds background only; give a label map with at least one label above 0")
+    return labels
+
+
+def load_mask(source: Source, image: Volume, geometry: str = "sform") -> Volume | None:
+    """Read a mask of `image` as a Volume of int32 that is above 0 inside; None where it is empty.
+
+    Arguments and errors are those of `load_labels`.
+    """
+    mask = _whole_numbers(source, image, geometry)
+    return mask if mask.data.any() else None
+
+
+def _whole_numbers(source, image, geometry):
+    data, source, path = _read_volume(source, geometry)
     if not np.isfinite(data).all():
         raise InputError(f"{path} has NaN or infinite voxels; give a label map of whole numbers")
     whole = np.rint(data)
@@ -53,24 +71,23 @@ def load_labels(source: Source, image: Volume | None = None) -> Volume:
         raise InputError(f"{path} has fractional values; give a label map of whole numbers, not an image")
     if whole.min() < 0 or float(whole.max()) > np.iinfo(np.int32).max:
         raise InputError(f"{path} has labels below 0 or above {np.iinfo(np.int32).max}; renumber its labels")
-    if whole.max() == 0:
-        raise InputError(f"{path} holds background only; give a label map with at least one label above 0")
     labels = Volume(whole.astype(np.int32), source.affine, source.header, path)
     if image is not None and not same_grid(labels, image):
         raise InputError(f"{path} is not on the grid of {image.path}; resample the labels onto that image")
     return labels
 
 
-def open_nifti(source):
+def open_nifti(source, geometry="sform"):
     """Open an image of any number of dimensions. The header is checked; the voxels are not read yet.
 
     Args:
       source: a NIfTI or MGH file, a nibabel image, or an array with voxels of 1 mm.
+      geometry: as in `images.geometry.placed`.
 
     Returns:
       The nibabel NIfTI image, and the name that messages give it.
 
-    Raises InputError where the file is missing, damaged, too large or without usable geometry.
+    Raises InputError where the file is missing, damaged, too large or without a usable geometry.
     """
     image, path = _opened(source)
     if not image.shape or min(image.shape) < 1:
@@ -79,6 +96,7 @@ def open_nifti(source):
         raise InputError(f"{path} claims {image.shape} voxels, more than 2^30; crop or downsample it")
     if int(image.header["xyzt_units"]) % 8 in (1, 3):  # metre, micron
         raise InputError(f"{path} does not measure in millimetres; rewrite its header in mm")
+    image = placed(image, path, geometry)
     spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
     if not (np.isfinite(image.affine).all() and spacing.all()
             and abs(np.linalg.det(image.affine[:3, :3] / spacing)) > 1e-3):
@@ -128,8 +146,8 @@ def read_voxels(image, path):
         raise _unreadable(path) from error
 
 
-def _read_volume(source):
-    image, path = open_nifti(source)
+def _read_volume(source, geometry):
+    image, path = open_nifti(source, geometry)
     shape, rest = image.shape[:3], image.shape[3:]
     if len(shape) < 3 or any(n > 1 for n in rest):
         raise InputError(f"{path} has shape {image.shape}; give a single 3-D volume")

@@ -5,6 +5,7 @@ import numpy as np
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import replacing
+from drivenmorph_jax.images.geometry import sheared
 
 ENDINGS = (".nii", ".nii.gz")
 
@@ -34,6 +35,8 @@ def to_nibabel(data, like, intent=None):
     codes = int(like.header["qform_code"]), int(like.header["sform_code"])
     if codes == (0, 0):
         codes = 0, 1  # without a code, every reader places the volume by a different rule
+    if sheared(like.affine):
+        codes = 0, codes[1] or 1  # the qform holds no shear, and ITK would read it without a word
     image.set_qform(like.affine, codes[0])
     image.set_sform(like.affine, codes[1])
     image.header.set_xyzt_units("mm")

@@ -1,6 +1,6 @@
 """Stage 1: the request is checked, and the images are read."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +8,20 @@ import numpy as np
 
 from drivenmorph_jax.demons import FORCES
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.images.reading import PATHS, load_image, load_labels
+from drivenmorph_jax.images.geometry import checked
+from drivenmorph_jax.images.intensity import anchored, foreground
+from drivenmorph_jax.images.reading import PATHS, load_image, load_labels, load_mask
 from drivenmorph_jax.images.volume import Volume
 from drivenmorph_jax.network.inference import load_checkpoint
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
 from drivenmorph_jax.transforms.itk import read_affine
 
 REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
-CHOICES = {"method": tuple(REFINE_STEPS), "force": tuple(FORCES), "contrast": ("auto", "same", "other")}
+CHOICES = {"method": tuple(REFINE_STEPS), "force": tuple(FORCES), "contrast": ("auto", "same", "other"),
+           "mask_sense": ("ignore", "use")}
+SIZES = 100, 20_000  # ml; outside, lengths are scaled
+TYPICAL = 1300  # ml
+MOST_MASKED = 0.5  # share of an image's foreground that may be ignored
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,9 +43,12 @@ class Request:
     moving_labels: Any = None
     fixed_mask: Any = None
     moving_mask: Any = None
+    mask_sense: str = "ignore"
+    geometry: str = "sform"
     memory: float | None = None
 
     def __post_init__(self):
+        checked(self.geometry)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 *others, last = map(repr, choices)
@@ -48,11 +57,17 @@ class Request:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pair:
-    """The two images as they are on disk, with their label maps and masks, and the network for method "drivenmorph"."""
+    """The two images on their own grids, their label maps and masks, and the network for method "drivenmorph".
+
+    The background of the images is 0 and their tissue is above, see `images.intensity.anchored`. Lengths in the world
+    are those of the files times `scale`, so that grids, margins and widths in mm suit the brain of a mouse, too.
+    """
 
     request: Request
     fixed: Volume
     moving: Volume
+    source: Volume  # the moving image with the intensities of its file, which the result has too
+    scale: float
     fixed_labels: Volume | None
     moving_labels: Volume | None
     fixed_mask: Volume | None
@@ -72,19 +87,65 @@ def read(request: Request) -> Pair:
 
     Raises InputError for a file that cannot be used.
     """
-    fixed, moving = load_image(request.fixed), load_image(request.moving)
-    maps = {f"{role}_{kind}": None if (source := getattr(request, f"{role}_{kind}")) is None
-            else load_labels(source, image)
-            for kind in ("labels", "mask") for role, image in (("fixed", fixed), ("moving", moving))}
+    sources = {role: load_image(getattr(request, role), request.geometry) for role in ("fixed", "moving")}
+    images = {role: replace(image, data=anchored(image.data)) for role, image in sources.items()}
+    maps = {f"{role}_labels": None if (labels := getattr(request, f"{role}_labels")) is None
+            else load_labels(labels, image, request.geometry) for role, image in images.items()}
+    maps |= {f"{role}_mask": None if (mask := getattr(request, f"{role}_mask")) is None
+             else _ignored(mask, image, request) for role, image in images.items()}
     affine = request.affine
     if isinstance(affine, PATHS):
         affine = read_affine(affine)
     elif not isinstance(affine, bool):
         affine = np.asarray(affine, float)
-    steps = request.refine_steps
-    return Pair(request=request, fixed=fixed, moving=moving, **maps, given_affine=affine,
+    scale, steps = _scale(images["fixed"]), request.refine_steps
+    volumes = {name: volume and scaled(volume, scale) for name, volume in (images | maps).items()}
+    return Pair(request=request, **volumes, source=scaled(sources["moving"], scale), scale=scale,
+                given_affine=affine if isinstance(affine, bool) else scaled_transform(affine, scale),
                 refine_steps=REFINE_STEPS[request.method] if steps is None else steps,
                 network=load_checkpoint(request.checkpoint) if request.method == "drivenmorph" else None)
+
+
+def _ignored(source, image, request):
+    """The mask of an image as a Volume that is above 0 where the image is to be ignored; None where it is nowhere.
+
+    Raises InputError where most of the image would be ignored: the mask is meant in the other sense.
+    """
+    mask, tissue = load_mask(source, image, request.geometry), foreground(image.data)
+    if mask is None:
+        return None
+    if request.mask_sense == "use":
+        mask = replace(mask, data=(tissue & (mask.data == 0)).astype(mask.data.dtype))
+    share = np.mean(mask.data[tissue] > 0)
+    if share > MOST_MASKED:
+        means, other = {"ignore": ("is above 0 where the image is to be ignored", "use"),
+                        "use": ("is above 0 where the image is to be used", "ignore")}[request.mask_sense]
+        raise InputError(f"{mask.path} leaves out {share:.0%} of the brain in {image.path}: such a mask {means}; for "
+                         f"the other sense give --mask_sense {other}")
+    return mask if mask.data.any() else None
+
+
+def millilitres(image):
+    """The volume of the foreground of an image, in ml."""
+    return np.count_nonzero(foreground(image.data)) * abs(np.linalg.det(image.affine[:3, :3])) / 1e3
+
+
+def _scale(image):
+    """The factor for all lengths: 1 for brains of people and large animals and for heads, else to a person's size."""
+    volume = millilitres(image)
+    return 1.0 if SIZES[0] < volume < SIZES[1] else float(f"{(TYPICAL / volume) ** (1 / 3):.2g}")
+
+
+def scaled(volume, scale):
+    """A Volume whose world coordinates are multiplied by `scale`."""
+    return volume if scale == 1 else replace(volume, affine=np.diag([scale, scale, scale, 1]) @ volume.affine)
+
+
+def scaled_transform(matrix, scale):
+    """The affine transform (4, 4) in a world whose coordinates are multiplied by `scale`."""
+    matrix = np.array(matrix, float)
+    matrix[:3, 3] *= scale
+    return matrix
 
 
 def kept(stage):

@@ -20,8 +20,8 @@ from drivenmorph_jax.runtime.checkpoint import SHIPPED
 def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED, method: str = "drivenmorph",
              force: str = "lncc", contrast: str = "auto", affine: bool | str | Path | np.ndarray = True,
              refine_steps: int | None = None, fixed_labels: Source | None = None, moving_labels: Source | None = None,
-             fixed_mask: Source | None = None, moving_mask: Source | None = None, memory: float | None = None,
-             quiet: bool = False) -> Result:
+             fixed_mask: Source | None = None, moving_mask: Source | None = None, mask_sense: str = "ignore",
+             geometry: str = "sform", memory: float | None = None, quiet: bool = False) -> Result:
     """Register the image `moving` to `fixed`: files, nibabel images, or arrays with voxels of 1 mm.
 
     Both images are resampled to a working grid, the moving one through the affine. The field is computed there. It
@@ -43,7 +43,10 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
         method "demons", iterations by local correlation after it, or by MIND with force "mind"; by default 0.
       fixed_labels, moving_labels: label maps on the grids of their images.
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or pathological. Masked
-        voxels give no force, and the field inside is interpolated.
+        voxels give no force, and the field inside is interpolated. An empty mask is no mask.
+      mask_sense: "ignore", or "use" for masks that are above 0 where the image is to be used, such as those of ANTs.
+      geometry: "sform" or "qform", the affine that holds where a file has both and they differ; or three letters such
+        as "LAS", the directions of the voxel axes of files that have neither. Such files are refused otherwise.
       memory: bytes that may be used. Where the network needs more, it runs on images of half or a quarter of the
         resolution; the refinement still runs at full resolution.
       quiet: print nothing.
@@ -58,12 +61,15 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
     progress = Progress(quiet)
     state = Request(fixed=fixed, moving=moving, checkpoint=checkpoint, method=method, force=force, contrast=contrast,
                     affine=affine, refine_steps=refine_steps, fixed_labels=fixed_labels, moving_labels=moving_labels,
-                    fixed_mask=fixed_mask, moving_mask=moving_mask, memory=memory)
+                    fixed_mask=fixed_mask, moving_mask=moving_mask, mask_sense=mask_sense, geometry=geometry,
+                    memory=memory)
     stages = {"read": read, "affine": align, "compile" if method == "drivenmorph" else "plan": plan,
               "resample": prepare, method: deform, "transform": transfer, "score": score}
     for name, stage in stages.items():
         with progress(name):
             state = stage(state)
+            if stage is read and state.scale != 1:
+                progress.tell(f"lengths times {state.scale:g},", end=" ")
             if stage is plan:
                 progress.tell(f"memory {state.needed / 1e9:.1f} GB,", end=" ")
             if stage is deform and state.correlation is not None and state.contrast == "other":

@@ -1,5 +1,8 @@
 """The result of a registration, and its files."""
 
+import json
+import os
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import figures, metrics, page
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.files import json_text, make_folder, replacing
@@ -17,6 +21,7 @@ from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.transforms.files import write_force
 from drivenmorph_jax.transforms.transform import Transform
 
+SUMMARY = "summary.json"
 FORCE_IS = {
     "drivenmorph": "driving force of the network's first pass: the sum over its updates, on the fixed grid",
     "demons": "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"}
@@ -55,28 +60,43 @@ class Result:
     def save(self, out: str | Path, formats: Sequence[str] = ("itk",), bids: Sequence[str] | None = None) -> None:
         """Write all files of the registration to the folder `out`, as `drivenmorph register` does.
 
+        They replace the files of an earlier registration there as a whole: first all are written to a folder inside,
+        then those of the earlier one are deleted, and summary.json, which lists the files, comes last.
+
         Args:
           formats: of the transform and its inverse: "itk" displacement fields, LPS mm, and the affine; "ras" the
             fields in RAS mm, intent 1006; "h5" ITK composites; "l2r" the field of Learn2Reg, in voxels.
           bids: (prefix, moving space, fixed space), such as ("sub-01", "T1w", "MNI152NLin2009cAsym"): the transforms
             are named as BIDS derivatives, sub-01_from-T1w_to-MNI152NLin2009cAsym_mode-image_xfm.
 
-        Raises InputError where a file cannot be written.
+        Raises InputError where a file cannot be written, or `former_files` refuses the folder.
         """
         out = make_folder(out)
+        former, new = former_files(out), out / ".new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
 
         def volumes():
-            self._save_images(out)
-            self._save_transforms(out, formats, bids)
+            self._save_images(new)
+            self._save_transforms(new, formats, bids)
 
-        # Compressing takes as long as drawing. The two can run in parallel, since only drawing holds Python's lock.
-        with ThreadPoolExecutor(1) as pool:
-            written = pool.submit(volumes)
-            self.overview(out / "overview.png")
-            self._page(out / "report.html", out / "overview.png")
-            written.result()
-        with replacing(out / "summary.json") as temporary:
-            temporary.write_text(json_text(self.summary, indent=2) + "\n")
+        try:
+            # Compressing takes as long as drawing. The two can run in parallel, since only drawing holds Python's lock.
+            with ThreadPoolExecutor(1) as pool:
+                written = pool.submit(volumes)
+                self.overview(new / "overview.png")
+                self._page(new / "report.html", new / "overview.png")
+                written.result()
+            files = sorted(path.name for path in new.iterdir())
+            (out / SUMMARY).unlink(missing_ok=True)
+            for name in former:
+                (out / name).unlink(missing_ok=True)
+            for name in files:
+                os.replace(new / name, out / name)
+            with replacing(out / SUMMARY) as temporary:
+                temporary.write_text(json_text(self.summary | {"files": files}, indent=2) + "\n")
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
     def _save_images(self, out):
         for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
@@ -102,6 +122,21 @@ class Result:
         if "l2r" in formats:
             fixed, moving = self.transform.grid, self.transform.other
             self.transform.save_learn2reg(out / f"disp_{_stem(fixed.path)}_{_stem(moving.path)}.nii.gz")
+
+
+def former_files(out):
+    """The names of the files that an earlier registration left in the folder `out`, by its summary.json.
+
+    Raises InputError where that summary does not list them, since they could not be told from those of the next one.
+    """
+    try:
+        files = json.loads((Path(out) / SUMMARY).read_text())["files"]
+        return [Path(name).name for name in files]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{Path(out) / SUMMARY} does not say which files belong to it: empty the folder or give "
+                         "another --out") from error
 
 
 def result_of(scored: Scored, seconds=None) -> Result:

@@ -18,6 +18,8 @@ from drivenmorph_jax.runtime.provenance import environment
 
 WINDOW = 9  # side of the boxes of the reported local correlation, in voxels
 DEFINITIONS = {
+    "scale": "All lengths were multiplied by it while registering; not 1 for the brains of small animals. Every number "
+             "here is in the lengths of the files.",
     "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, without "
                   "what masks leave out; before: after the affine.",
     "memory_gb": "Estimated before the work: the compiled network's own account, and the arrays around it.",
@@ -53,7 +55,7 @@ def score(transferred: Transferred) -> Scored:
     summary = {
         "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
-        "contrast": pair.contrast, "refine_steps": pair.refine_steps,
+        "contrast": pair.contrast, "refine_steps": pair.refine_steps, "scale": pair.scale,
         "affine": pair.given_affine if isinstance(pair.given_affine, bool) else pair.affine.tolist(),
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,

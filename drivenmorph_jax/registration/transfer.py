@@ -1,11 +1,12 @@
 """Stage 6: the transform in millimetres, and its results on the images' own grids."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from drivenmorph_jax.images.intensity import background
 from drivenmorph_jax.registration.deform import Deformed
-from drivenmorph_jax.registration.read import kept
+from drivenmorph_jax.registration.read import kept, scaled, scaled_transform
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import (
     force_on_grid,
@@ -29,7 +30,8 @@ class Transferred(Deformed):
 
 def transfer(deformed: Deformed) -> Transferred:
     """Compute the total transform, affine and deformable. It warps the moving image and its labels. Its Jacobian
-    determinant and the force are given on the same grid."""
+    determinant and the force are given on the same grid. From here on, lengths are those of the files."""
+    deformed = _unscaled(deformed)
     fixed, moving, grid, affine = deformed.fixed, deformed.moving, deformed.grid, deformed.affine
     displacement = total_displacement(fixed.data.shape, fixed.affine, deformed.u, grid, affine)
     backward = total_inverse_displacement(moving.data.shape, moving.affine, deformed.u_inverse, grid, affine)
@@ -39,6 +41,17 @@ def transfer(deformed: Deformed) -> Transferred:
     labels = deformed.moving_labels
     return Transferred(
         **kept(deformed), transform=Transform(displacement, fixed, affine, moving, backward),
-        warped=pull_back(moving, displacement, fixed.affine),
+        warped=pull_back(deformed.source, displacement, fixed.affine, outside=background(deformed.source.data)),
         warped_labels=None if labels is None else pull_back(labels, displacement, fixed.affine, order=0),
         jacobian=jacobian_determinant_of_displacement(displacement, fixed.affine), vectors=vectors)
+
+
+def _unscaled(deformed):
+    """The same with the lengths of the files."""
+    if deformed.scale == 1:
+        return deformed
+    back = 1 / deformed.scale
+    volumes = {name: getattr(deformed, name) and scaled(getattr(deformed, name), back) for name in (
+        "fixed", "moving", "source", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask")}
+    return replace(deformed, **volumes, affine=scaled_transform(deformed.affine, back),
+                   grid=np.diag([back, back, back, 1]) @ deformed.grid, spacing=deformed.spacing * back)

@@ -5,6 +5,7 @@ of RAS.
 """
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,28 +54,56 @@ def write_force(path, force, like, content):
 
 def _write_vectors(path, vectors, like, frame, sidecar):
     signs = np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3)
-    writing.save(path, (vectors * signs).astype(np.float32)[..., None, :], like, INTENTS[frame])
+    stored = (vectors * signs).astype(np.float32)[..., None, :]
+    writing.save(path, stored, like, INTENTS[frame])
     sidecar = sidecar | {"Frame": frame, "Unit": "mm", "GridShape": list(vectors.shape[:3]),
-                         "GridAffineRAS": like.affine.tolist()}
+                         "GridAffineRAS": like.affine.tolist(), "FieldCRC32": _checksum(stored)}
     with replacing(_sidecar(path)) as temporary:
         temporary.write_text(json_text(sidecar, indent=2) + "\n")
 
 
-def read_sidecar(path):
-    """The items of the JSON sidecar of a displacement file. Without a sidecar that can be read, an empty dictionary."""
+def _checksum(stored):
+    """CRC-32 of the vectors as they are stored. It tells a sidecar whether the field beside it is its own."""
+    return zlib.crc32(np.ascontiguousarray(stored, "<f4"))
+
+
+def _read_sidecar(path, stored):
+    """The items of the JSON sidecar of a displacement file, empty where it has none that can be read.
+
+    `stored` (X, Y, Z, 1, 3) are the vectors in the file.
+
+    Raises InputError where the sidecar was written for other vectors or for something else than a displacement.
+    """
+    sidecar = _sidecar(path)
     try:
-        return json.loads(Path(_sidecar(path)).read_text())
+        about = json.loads(Path(sidecar).read_text())
     except (OSError, ValueError):
         return {}
+    if not isinstance(about, dict) or "Linear" not in about and "FieldCRC32" not in about:
+        return {}
+    if about.get("GridShape", list(stored.shape[:3])) != list(stored.shape[:3]) or (
+            about.get("FieldCRC32", _checksum(stored)) != _checksum(stored)):
+        raise InputError(f"{sidecar} was written for another field than the one in {path}: delete it, or bring that "
+                         "field back")
+    if "Direction" not in about:
+        raise InputError(f"{path} is no displacement: {sidecar} calls it a {about.get('Content', 'field')}")
+    return about
 
 
 def read_displacement(path):
+    """(displacement, affine, header) of `read_field`."""
+    return read_field(path)[:3]
+
+
+def read_field(path):
     """Read a displacement field from a NIfTI file. Intent 1007 means LPS and 1006 RAS.
 
     Returns:
-      The displacement (X, Y, Z, 3) in RAS mm, float32; the affine of its grid; the header of the file.
+      The displacement (X, Y, Z, 3) in RAS mm, float32; the affine of its grid; the header of the file; the items of its
+      sidecar.
 
-    Raises InputError where the file cannot be read, is not a displacement field, or holds NaN or infinite values.
+    Raises InputError where the file cannot be read, is not a displacement field, holds NaN or infinite values, or has a
+    sidecar that belongs to another field.
     """
     image, path = open_nifti(path)
     frames = {intent: frame for frame, intent in INTENTS.items()}
@@ -82,12 +111,13 @@ def read_displacement(path):
     if frame is None or image.ndim != 5 or image.shape[3:] != (1, 3):
         raise InputError(f"{path} is not a displacement field; give a NIfTI of shape (X, Y, Z, 1, 3) "
                          "and intent 1007 (LPS) or 1006 (RAS)")
-    displacement = read_voxels(image, path)[..., 0, :].astype(np.float32)
-    if not np.isfinite(displacement).all():
+    stored = read_voxels(image, path).astype(np.float32)
+    if not np.isfinite(stored).all():
         raise InputError(f"{path} has NaN or infinite displacements; compute it again")
+    about, displacement = _read_sidecar(path, stored), stored[..., 0, :].copy()
     if frame == "LPS":
         displacement[..., :2] *= -1
-    return displacement, image.affine, image.header
+    return displacement, image.affine, image.header, about
 
 
 def write_composite(path, transform):

@@ -18,7 +18,7 @@ from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.reading import Source, open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid, with_type
 from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
-from drivenmorph_jax.transforms.files import read_displacement, read_sidecar, write_composite, write_displacement
+from drivenmorph_jax.transforms.files import read_field, write_composite, write_displacement
 from drivenmorph_jax.transforms.itk import write_affine
 from drivenmorph_jax.transforms.world import (
     _channels_first,
@@ -55,8 +55,7 @@ class Transform:
 
         Raises InputError where the file is not a displacement field.
         """
-        displacement, affine, header = read_displacement(path)
-        about = read_sidecar(path)
+        displacement, affine, header, about = read_field(path)
         other = about.get("TargetGridShape")
         linear = about.get("Linear")
         return cls(displacement, on_grid(displacement.shape[:3], affine, header, str(path)),

@@ -95,19 +95,20 @@ def force_on_grid(shape, affine, force, work_affine):
     return by_planes((*shape, 3), affine, lambda i, x: _sample(channels, map_points(to_voxel, x)) @ back)
 
 
-def pull_back(volume, displacement, affine, order=1):
+def pull_back(volume, displacement, affine, order=1, outside=None):
     """Pull a Volume back onto the grid of a displacement.
 
       out(x) = volume(x + displacement(x))
 
     `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`. Order 1 is linear, 0 nearest. Outside the
-    volume the value is 0. The result is (X, Y, Z), in the type of the volume.
+    volume the value is `outside`, or 0 where that is None. The result is (X, Y, Z), in the type of the volume.
     """
     to_voxel = np.linalg.inv(volume.affine)
 
     def plane(i, x):
         voxel = np.moveaxis(map_points(to_voxel, x + displacement[i]), -1, 0)
-        return ndimage.map_coordinates(volume.data, voxel, order=order, mode="grid-constant", prefilter=False)
+        return ndimage.map_coordinates(volume.data, voxel, order=order, mode="grid-constant", cval=outside or 0,
+                                       prefilter=False)
     return by_planes(displacement.shape[:3], affine, plane, volume.data.dtype)
 
 
