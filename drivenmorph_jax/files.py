@@ -1,4 +1,4 @@
-"""Output files and folders: complete files or none, a lock on a folder, and JSON."""
+"""Files and folders: complete files or none, a lock on a folder, JSON, and the name of an image."""
 
 import contextlib
 import fcntl
@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 from drivenmorph_jax.errors import InputError
+
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img.gz", ".img", ".hdr.gz", ".hdr")
 
 
 @contextlib.contextmanager
@@ -88,3 +90,9 @@ def make_folder(path):
     except OSError as error:
         raise InputError(f"{path} cannot be made a folder ({error.strerror}): give another one") from error
     return Path(path)
+
+
+def stem(path):
+    """The name of an image file without its ending: site1.001 of site1.001.nii.gz."""
+    name = Path(path).name
+    return name[:len(name) - len(next(filter(name.lower().endswith, IMAGE_ENDINGS), ""))]

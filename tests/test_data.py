@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from drivenmorph_jax.data import Subject, load, training_batches
+from drivenmorph_jax.data.folder import drawn_splits
 from drivenmorph_jax.errors import InputError
 
 SHAPE = (8, 10, 6)
@@ -85,8 +86,23 @@ def test_splits_file_may_lie_in_the_parent_or_be_named(folder):
     assert ids(load(config(folder, splits=str(folder.parent / "other.json"))).train) == {"14", "15"}
 
 
+def test_the_draw_is_by_person_and_as_before_where_every_image_has_its_own():
+    drawn = {"val": ["12", "14"], "test": ["13", "16"], "train": ["15", "10", "11"]}  # of version 0.1.0
+    assert drawn_splits([str(id) for id in range(10, 17)]) == drawn
+    assert drawn_splits([f"sub-{id}.a_t1" for id in range(10, 17)]) == {
+        split: [f"sub-{id}.a_t1" for id in ids] for split, ids in drawn.items()}
+    for image in ("sub-{}_ses-1", "sub-{}_ses-2", "sub-{}_ses-2_run-1_T1w", "sub-{}_follow_up", "sub-{}"):
+        assert drawn_splits([form.format(id) for id in range(10, 17) for form in ("sub-{}_acq-a", image)]) == {
+            split: [form.format(id) for id in ids for form in ("sub-{}_acq-a", image)] for split, ids in drawn.items()}
+
+
 def broken(folder, fault):
     """The folder with one fault, and the words its error must hold."""
+    if fault == "two splits for a person":
+        for id in ("sub-1_ses-1", "sub-1_ses-2"):
+            (folder / f"{id}_t1.nii.gz").symlink_to(folder / "10_t1.nii.gz")
+        (folder / "splits.json").write_text('{"train": ["10", "sub-1_ses-1"], "test": ["11", "sub-1_ses-2"]}')
+        return config(folder), "splits.json has sub-1_ses-1 in train and sub-1_ses-2 in test"
     if fault == "missing root":
         return config(folder / "absent"), "absent is not a folder"
     if fault == "empty":
@@ -120,7 +136,7 @@ def broken(folder, fault):
 
 @pytest.mark.parametrize("fault", ["missing root", "empty", "one subject", "absent splits", "shape", "affine",
                                    "anisotropic", "labels table", "not json", "not a table", "unknown id",
-                                   "two splits", "nobody"])
+                                   "two splits", "two splits for a person", "nobody"])
 def test_a_broken_folder_is_one_sentence(folder, fault):
     faulty, words = broken(folder, fault)
     with pytest.raises(InputError) as error:

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 from test_training import finish, start
 
-from drivenmorph_jax.data import Dataset
+from drivenmorph_jax.data import Dataset, Subject
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import evaluate as evaluate_module
 from drivenmorph_jax.evaluation.evaluate import evaluate, evaluate_checkpoint
@@ -86,6 +86,12 @@ def test_fields_between_files_need_files(smoke, tmp_path):
 def test_a_split_without_pairs_is_refused(tmp_path):
     with pytest.raises(InputError, match="test split"):
         evaluate(None, None, Dataset("empty", (), (), (), 1.0, {}, (0,)), "test", tmp_path)
+
+
+def test_two_pairs_do_not_share_a_file_of_learn2reg(tmp_path):
+    subjects = tuple(Subject(id, None, None, np.eye(4)) for id in ("a", "b_c", "a_b", "c"))
+    with pytest.raises(InputError, match=r"disp_a_b_c.nii.gz for a with b_c and for a_b with c: rename"):
+        evaluate(None, None, Dataset("four", (), (), subjects, 1.0, {}, (0,)), "test", tmp_path, l2r=tmp_path / "l2r")
 
 
 def test_an_evaluation_that_was_stopped_goes_on_from_the_finished_pairs(smoke, brains, tmp_path, monkeypatch):

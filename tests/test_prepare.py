@@ -10,7 +10,7 @@ import pytest
 from matplotlib import image as pictures
 
 from drivenmorph_jax.data import prepare
-from drivenmorph_jax.data.folder import folder_dataset
+from drivenmorph_jax.data.folder import folder_dataset, person
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.images.reading import load_image, load_labels
@@ -167,6 +167,112 @@ def test_too_few_subjects_and_a_missing_folder_are_refused(tmp_path):
         prepare.prepare("oasis", tmp_path, tmp_path / "out")
     with pytest.raises(InputError, match="is not a folder"):
         prepare.prepare("oasis", tmp_path / "none", tmp_path / "out")
+
+
+def found(name, root, *files):
+    """{id: (image, label map or None)} that the layout finds among these (empty) files, relative to the folder."""
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return {id: tuple(path and path.relative_to(root).as_posix() for path in paths)
+            for id, (*paths, _) in prepare.LAYOUTS[name][0](root).items()}
+
+
+def anat(*names, folder="."):
+    """The paths of images in the anat folders of their subjects and sessions."""
+    return [f"{folder}/{'/'.join(part for part in name.split('_') if part[:4] in ('sub-', 'ses-'))}/anat/{name}.nii.gz"
+            for name in names]
+
+
+def test_a_subject_does_not_get_the_labels_of_one_whose_name_begins_alike(tmp_path, without_affine):
+    source = tmp_path / "source"
+    for k in range(1, 12):
+        pair(k, *(source / name for name in anat(f"sub-{k}_T1w", f"sub-{k}_dseg")))
+    (source / "sub-1" / "anat" / "sub-1_dseg.nii.gz").unlink()
+    prepare.prepare("bids", source, tmp_path / "out")
+    labelled = {path.name for path in (tmp_path / "out").glob("*_seg.nii.gz")}
+    assert labelled == {f"sub-{k}_seg.nii.gz" for k in range(2, 12)}
+
+
+def test_sessions_and_runs_are_images_of_their_own_and_derivatives_are_not(tmp_path, capsys):
+    got = found("bids", tmp_path, *anat(
+        "sub-1_ses-1_T1w", "sub-1_ses-2_run-1_T1w", "sub-1_ses-2_run-2_T1w", "sub-10_T1w"), *anat(
+        "sub-1_ses-1_dseg", "sub-1_ses-1_desc-aseg_dseg", "sub-1_ses-1_space-MNI_dseg", "sub-1_ses-1_desc-preproc_T1w",
+        "sub-1_ses-2_dseg", "sub-1_ses-2_run-2_desc-manual_dseg", "sub-10_space-MNI_dseg", folder="derivatives/a"),
+        "sourcedata/sub-2/anat/sub-2_T1w.nii.gz")
+    assert got == {
+        "sub-1_ses-1": ("sub-1/ses-1/anat/sub-1_ses-1_T1w.nii.gz",
+                        "derivatives/a/sub-1/ses-1/anat/sub-1_ses-1_dseg.nii.gz"),
+        "sub-1_ses-2_run-1": ("sub-1/ses-2/anat/sub-1_ses-2_run-1_T1w.nii.gz", None),
+        "sub-1_ses-2_run-2": ("sub-1/ses-2/anat/sub-1_ses-2_run-2_T1w.nii.gz",
+                              "derivatives/a/sub-1/ses-2/anat/sub-1_ses-2_run-2_desc-manual_dseg.nii.gz"),
+        "sub-10": ("sub-10/anat/sub-10_T1w.nii.gz", None)}
+    said = capsys.readouterr().out
+    assert "T1w images of derivatives are not taken" in said and "2 of 4 images have no label map" in said
+
+
+def test_of_derivatives_one_image_a_scan_is_taken_with_labels_in_its_space(tmp_path):
+    got = found("bids", tmp_path, *anat(
+        "sub-1_desc-preproc_T1w", "sub-1_space-MNI_desc-preproc_T1w", "sub-1_space-MNI_dseg", "sub-1_dseg",
+        "sub-1_desc-aseg_dseg", "sub-2_space-MNI_desc-preproc_T1w", "sub-2_space-MNI_dseg", "sub-2_dseg",
+        "sub-3_desc-brain_T1w", "sub-3_desc-brain_dseg", "sub-3_dseg"))
+    assert {id: [path.rpartition("/")[2] for path in paths] for id, paths in got.items()} == {
+        "sub-1": ["sub-1_desc-preproc_T1w.nii.gz", "sub-1_dseg.nii.gz"],
+        "sub-2": ["sub-2_space-MNI_desc-preproc_T1w.nii.gz", "sub-2_space-MNI_dseg.nii.gz"],
+        "sub-3": ["sub-3_desc-brain_T1w.nii.gz", "sub-3_desc-brain_dseg.nii.gz"]}
+
+
+@pytest.mark.parametrize(("name", "files", "words"), [
+    ("bids", ["a/sub-1_T1w.nii.gz", "b/sub-1_T1w.nii.gz"], "would both be sub-1"),
+    ("bids", ["sub-1_T1w.nii", "sub-1_T1w.nii.gz"], "would both be sub-1"),
+    ("bids", ["sub-a_T1w.nii.gz", "sub-A_T1w.nii.gz"], "case"),
+    ("bids", ["sub-1_space-A_T1w.nii.gz", "sub-1_space-B_T1w.nii.gz"], "would both be sub-1"),
+    ("bids", ["sub-1_desc-aseg_dseg.nii.gz", "sub-1_desc-aparc_dseg.nii.gz", "sub-1_T1w.nii.gz"], "both label maps"),
+    ("bids", ["a/sub-1_dseg.nii.gz", "derivatives/sub-1_dseg.nii.gz", "sub-1_T1w.nii.gz"], "both label maps"),
+    ("bids", ["sub-01-a_T1w.nii.gz"], "not a BIDS name"),
+    ("bids", ["sub-1_sub-2_T1w.nii.gz"], "not a BIDS name"),
+    ("bids", ["sub-1_first_T1w.nii.gz"], "not a BIDS name"),
+    ("folder", ["1.nii.gz", "1_t1.nii.gz"], "would both be 1"),
+    ("folder", ["a.mgz", "A.nii.gz"], "case"),
+    ("folder", ["1_seg.mgz", "1_seg.nii", "1.nii.gz"], "both label maps"),
+    ("malf", ["a/1000_3.nii.gz", "b/1000_3.nii.gz"], "would both be 1000"),
+    ("ixi", ["IXI002-Guys-0828-T1.nii.gz", "IXI002-Guys-0828-T1_mask.nii.gz"], "would both be IXI002-Guys-0828"),
+    ("ixi-pkl", ["Train/subject_1.pkl", "Val/subject_1.pkl"], "would both be subject_1"),
+    ("lpba40", ["a/S01.delineation.skullstripped.img", "b/S01.delineation.skullstripped.nii.gz"], "would both be S01"),
+    ("mindboggle", ["a/1/t1weighted_brain.nii.gz", "b/1/t1weighted_brain.nii.gz"], "would both be 1"),
+])
+def test_what_could_be_meant_in_two_ways_is_refused_with_the_names_of_the_files(name, files, words, tmp_path):
+    with pytest.raises(InputError, match=words) as error:
+        found(name, tmp_path, *files)
+    named = str(error.value)
+    assert all(str(tmp_path / file) in named for file in files[:2]) and "SOURCE" in named and "\n" not in named
+
+
+def test_a_dot_in_a_name_does_not_end_it(tmp_path):
+    files = ["site1.001.nii.gz", "site1.002_t1.nii", "site1.002_seg.mgz", "site1.nii.gz"]
+    assert found("folder", tmp_path / "folder", *files) == {
+        "site1": ("site1.nii.gz", None), "site1.001": ("site1.001.nii.gz", None),
+        "site1.002": ("site1.002_t1.nii", "site1.002_seg.mgz")}
+    lpba = [f"all/S0{k}.delineation.{kind}.img" for k in (1, 2) for kind in ("skullstripped", "structure.label")]
+    assert found("lpba40", tmp_path / "lpba", *lpba) == {"S01": tuple(lpba[:2]), "S02": tuple(lpba[2:])}
+
+
+def test_a_person_is_in_one_split(tmp_path, without_affine):
+    for k in range(1, 9):
+        for session in (1, 2):
+            pair(k, *(tmp_path / name for name in anat(*(f"sub-{k}_ses-{session}_{kind}" for kind in ("T1w", "dseg")))))
+    made = prepare.prepare("bids", tmp_path, tmp_path / "out")
+    splits = json.loads((tmp_path / "out" / "splits.json").read_text())
+    people = {split: set(map(person, ids)) for split, ids in splits.items()}
+    assert len(made) == 16 and {split: len(ids) for split, ids in splits.items()} == {"train": 8, "val": 4, "test": 4}
+    assert sum(map(len, people.values())) == len(set().union(*people.values())) == 8
+
+
+def test_the_id_of_the_template_is_taken(tmp_path):
+    for name in ("MNI152.nii.gz", "01.nii.gz"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"MNI152.nii.gz has the id of the MNI152 brain.*: rename it"):
+        prepare.prepare("folder", tmp_path, tmp_path / "out")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the brains of the MICCAI 2012 challenge")

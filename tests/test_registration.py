@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.files import stem
 from drivenmorph_jax.images.reading import load_labels
 from drivenmorph_jax.registration.register import register
 from drivenmorph_jax.runtime import sharding
@@ -168,6 +169,13 @@ def test_other_forms_of_the_transform_are_written_by_bids_names(brains, tmp_path
     ours = found.warped.get_fdata().transpose(2, 1, 0)
     brain = ndimage.binary_erosion(sitk.GetArrayFromImage(fixed) > 0, iterations=2)
     assert np.abs(theirs - ours)[brain].mean() < 0.002 * np.ptp(ours)
+
+
+@pytest.mark.parametrize(("name", "whole"), [
+    ("a.b.nii.gz", "a.b"), ("a.c.nii", "a.c"), ("x.y.NII.GZ", "x.y"), ("1.2.mgz", "1.2"), ("p.img", "p"),
+    ("the array", "the array"), ("sub-01_T1w.nii.gz", "sub-01_T1w")])
+def test_a_name_ends_where_the_ending_of_an_image_begins(name, whole):
+    assert stem(f"some.folder/{name}") == whole
 
 
 def test_memory_is_told_and_kept_to(brains, smoke, capsys):

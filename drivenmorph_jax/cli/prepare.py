@@ -7,6 +7,15 @@ neighbour.
 DESTINATION gets ID_t1.nii.gz, ID_seg.nii.gz, splits.json, labels.csv where the source has one, mni152_t1.nii.gz where
 images were aligned to it, and contact_sheet.png. Look at the contact sheet: it shows a slice of every subject. A
 subject that cannot be read is named and left out. A subject that is there already is not made again.
+
+The id of an image is its BIDS name or its whole file name without the ending. Two images with one id, and two label
+maps that fit one image equally, are refused. All images of a person are in one split: of sub-01_ses-1 the person is
+sub-01; other ids are persons of their own.
+
+Of a BIDS folder every session and run is an image of its own. The raw T1w image is taken before images of derivatives,
+and of these the one in native space before those in the space of a template. Its label map, *_dseg, has the same
+entities (sub, ses, acq, run, space and so on), except that desc, seg, atlas, label and scale may differ. Of several the
+one that differs least is taken.
 """
 
 from pathlib import Path
@@ -16,6 +25,7 @@ from drivenmorph_jax.cli import program
 
 def main(arguments=None, prog="drivenmorph prepare"):
     """Run the program with `arguments`, by default those of the command line. Raises InputError."""
+    from drivenmorph_jax.data.folder import person
     from drivenmorph_jax.data.prepare import LAYOUTS, prepare
 
     layouts = "\n".join(f"  {name}: {layout.__doc__}" for name, (layout, _) in LAYOUTS.items())
@@ -27,6 +37,6 @@ def main(arguments=None, prog="drivenmorph prepare"):
     add("--workers", type=int, metavar="N", help="number of subjects at a time; default: one a core")
     flags = parser.parse_args(arguments)
     made = prepare(flags.name, flags.source, flags.destination, flags.workers)
-    if len(made) < 6:
-        print("train and eval need 6 subjects or more, since val and test need 2 each for a pair")
+    if len(set(map(person, made))) < 6:
+        print("train and eval need 6 persons or more, since val and test need 2 each for a pair")
     print(f"{len(made)} subjects; look at {Path(flags.destination) / 'contact_sheet.png'}")

@@ -2,7 +2,8 @@
 
     ID_t1.nii.gz      the brain
     ID_seg.nii.gz     its label map (optional)
-    splits.json       {"train": [ids], "val": [ids], "test": [ids]} (optional; may lie in the parent folder)
+    splits.json       {"train": [ids], "val": [ids], "test": [ids]} (optional; may lie in the parent folder); all images
+                      of a person are in one split, such as sub-01_ses-1 and sub-01_ses-2
     labels.csv        names: "number,name" a row (optional; may lie in the parent folder)
 """
 
@@ -27,8 +28,8 @@ THREADS = 4
 def folder_dataset(config, splits=SPLITS):
     """Read the subjects of a folder, in canonical RAS axis order, with intensities in [0, 1].
 
-    Without a splits.json, a tenth of the subjects become val and a tenth test, the same ones every time. Each has at
-    least two subjects where there are six, and one where there are three.
+    Without a splits.json, a tenth of the persons become val and a tenth test, the same ones every time. Each has at
+    least two persons where there are six, and one where there are three. All images of a `person` are in one split.
 
     Args:
       config: root, the folder. exclude, labels that scores leave out besides background. splits, the path of a
@@ -41,8 +42,9 @@ def folder_dataset(config, splits=SPLITS):
       A `Dataset`.
 
     Raises:
-      InputError: no such folder, fewer than two images in it, ids without an image, a subject in two splits, an invalid
-        splits.json, no subject in `splits`, images that do not share one isotropic grid, or a file that cannot be read.
+      InputError: no such folder, fewer than two images in it, ids without an image, a subject or a person in two
+        splits, an invalid splits.json, no subject in `splits`, images that do not share one isotropic grid, or a file
+        that cannot be read.
     """
     root = Path(config.root)
     if not root.is_dir():
@@ -96,21 +98,40 @@ def _read_splits(path, root, found):
     if not isinstance(ids, dict) or not all(isinstance(ids.get(split, []), list) for split in SPLITS):
         raise InputError(f'{path} must have the form {{"train": [ids], "val": [ids], "test": [ids]}}')
     ids = {split: [str(id) for id in ids.get(split, [])] for split in SPLITS}
-    listed = [id for split in SPLITS for id in ids[split]]
-    for id in listed:
-        if id not in found:
-            raise InputError(f"{path} lists {id}, but {root / (id + IMAGE)} is missing: add it or drop it")
-        if listed.count(id) > 1:
-            raise InputError(f"{path} lists {id} more than once: a subject belongs to one split")
+    listed, people = [id for split in SPLITS for id in ids[split]], {}
+    for split, members in ids.items():
+        for id in members:
+            if id not in found:
+                raise InputError(f"{path} lists {id}, but {root / (id + IMAGE)} is missing: add it or drop it")
+            if listed.count(id) > 1:
+                raise InputError(f"{path} lists {id} more than once: a subject belongs to one split")
+            other, place = people.setdefault(person(id), (id, split))
+            if place != split:
+                raise InputError(f"{path} has {other} in {place} and {id} in {split}, images of one person: put both "
+                                 "into one split")
     return ids
+
+
+def person(id):
+    """The person whom an image shows: sub-01 for the id sub-01_ses-1, as BIDS names a subject; else the id itself.
+
+    What follows the subject need not be BIDS, and the case of letters does not count. One person taken for two can be
+    trained on and tested on; two taken for one cannot.
+    """
+    return id.partition("_")[0].casefold() if id.startswith("sub-") else id
 
 
 def drawn_splits(found):
     """Divide subject ids at random, but always in the same way, into {"train", "val", "test"}, as `folder_dataset`."""
-    order = [found[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(found))]
+    images = {}
+    for id in found:
+        images.setdefault(person(id), []).append(id)
+    people = list(images)
+    order = [people[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(people))]
     # A split needs two subjects to have a pair.
-    held = max(min(2, len(found) // 3), round(len(found) / 10))
-    return {"val": order[:held], "test": order[held:2 * held], "train": order[2 * held:]}
+    held = max(min(2, len(people) // 3), round(len(people) / 10))
+    splits = {"val": order[:held], "test": order[held:2 * held], "train": order[2 * held:]}
+    return {split: [id for one in drawn for id in images[one]] for split, drawn in splits.items()}
 
 
 def _read_subject(root, id, skip_bad):

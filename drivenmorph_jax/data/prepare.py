@@ -10,19 +10,19 @@ DESTINATION gets
 
     ID_t1.nii.gz        the images
     ID_seg.nii.gz       the label maps
-    splits.json         the subjects of each split
+    splits.json         the subjects of each split; all images of a person are in one
     labels.csv          the names of the labels, where SOURCE has this file
     mni152_t1.nii.gz    the MNI152 brain, where images were aligned to it; data.atlas can name it
     contact_sheet.png   a slice of every subject, to be looked at
 
-A subject that cannot be used is named and left out. Subjects that are already there are not made again.
+ID is the BIDS name of an image or its whole file name without the ending. A subject that cannot be used is named and
+left out. Subjects that are already there are not made again.
 """
 
 import io
 import json
 import os
 import pickle
-import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -34,7 +34,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from drivenmorph_jax.data.bids import bids
 from drivenmorph_jax.data.folder import IMAGE, LABELS, drawn_splits
+from drivenmorph_jax.data.layouts import (
+    folder,
+    ixi,
+    ixi_pickles,
+    learn2reg_oasis,
+    lpba40,
+    malf,
+    mindboggle,
+    neurite_oasis,
+)
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.images import writing
@@ -43,82 +54,7 @@ from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import canonical, on_grid, resample, smoothed
 
 SHAPE, SPACING = (160, 192, 160), 1.0  # of the grid in MNI space: the brain of the template and 10 mm around
-NIFTI = (".nii.gz", ".nii", ".mgz")
-
-
-def neurite_oasis(source):
-    """OASIS as neurite prepared it: OASIS_*/aligned_norm.nii.gz, aligned_seg35.nii.gz."""
-    return {path.parent.name: (path, path.with_name("aligned_seg35.nii.gz"), "train")
-            for path in source.glob("OASIS_*/aligned_norm.nii.gz")}
-
-
-def learn2reg_oasis(source):
-    """OASIS of Learn2Reg: imagesTr/OASIS_0001_0000.nii.gz, labelsTr; subjects 395 to 414 are its validation set."""
-    found = {}
-    for path in source.glob("imagesTr/*_0000.nii.gz"):
-        id = path.name.removesuffix("_0000.nii.gz")
-        number = int(re.search(r"\d+$", id)[0])
-        found[id] = path, source / "labelsTr" / path.name, "val" if 395 <= number <= 414 else "train"
-    return found
-
-
-def ixi_pickles(source):
-    """IXI as TransMorph's authors prepared it: Train, Val, Test and Atlas/*.pkl, a pair (image, labels) each."""
-    splits = {"Train": "train", "Val": "val", "Test": "test", "Atlas": "atlas"}
-    return {path.stem: (path, path, split) for folder, split in splits.items()
-            for path in source.glob(f"{folder}/*.pkl")}
-
-
-def ixi(source):
-    """IXI as it is published, skull-stripped: IXI002-Guys-0828-T1.nii.gz."""
-    return {path.name.split("-T1")[0]: (path, None, None) for path in source.rglob("IXI*-T1*.nii.gz")}
-
-
-def lpba40(source):
-    """LPBA40, delineation space: S01/S01.delineation.skullstripped.*, S01.delineation.structure.label.*."""
-    found = {}
-    for path in source.rglob("S*.delineation.skullstripped.*"):
-        if path.name.endswith((".img", ".img.gz", *NIFTI)):
-            labels = sorted(path.parent.glob(f"{path.parent.name}.delineation.structure.label.*"))
-            labels = [p for p in labels if not p.name.endswith((".hdr", ".hdr.gz"))]
-            found[path.parent.name] = path, labels[0] if labels else None, None
-    return found
-
-
-def mindboggle(source):
-    """Mindboggle-101 volumes: */t1weighted_brain.nii.gz with labels.DKT31.manual.nii.gz (or .DKT25), native space."""
-    return {path.parent.name: (path, _first(path.parent, "labels.DKT31.manual.nii.gz", "labels.DKT25.manual.nii.gz"),
-                               None) for path in source.rglob("t1weighted_brain.nii.gz")}
-
-
-def malf(source):
-    """MICCAI 2012 multi-atlas challenge: 1000_3.nii.gz with 1000_3_glm.nii.gz, skull-stripped; or ID_t1 and ID_seg."""
-    found = {path.name.split("_3.nii")[0]: (path, _first(path.parent, path.name.replace("_3.nii", "_3_glm.nii")), None)
-             for path in source.rglob("*_3.nii*")}
-    return found or folder(source)
-
-
-def bids(source):
-    """BIDS: sub-*/[ses-*/]anat/*_T1w.nii.gz, the label map beside it or in derivatives/ ending in _dseg.nii.gz."""
-    found = {}
-    for path in source.glob("**/sub-*_T1w.nii*"):
-        id = path.name.split("_T1w")[0]
-        labels = sorted(source.glob(f"**/{id}*_dseg.nii*"))
-        found.setdefault(id, (path, labels[0] if labels else None, None))
-    return found
-
-
-def folder(source):
-    """Any folder: ID.nii.gz, or ID_t1.nii.gz with ID_seg.nii.gz; .nii and .mgz are read too."""
-    found = {}
-    for path in sorted(path for path in source.iterdir() if path.name.endswith(NIFTI)):
-        id = path.name.split(".")[0]
-        if not id.endswith("_seg"):
-            id = id.removesuffix("_t1")
-            found[id] = path, _first(source, *(f"{id}_seg{ending}" for ending in NIFTI)), None
-    return found
-
-
+TEMPLATE = "mni152"  # the id of the MNI152 brain
 LAYOUTS = {  # name: (function that finds {id: (image, labels or None, split or None)}, whether images are aligned)
     "oasis": (neurite_oasis, True), "oasis-l2r": (learn2reg_oasis, True), "ixi": (ixi, False),
     "ixi-pkl": (ixi_pickles, True), "lpba40": (lpba40, False), "mindboggle": (mindboggle, False),
@@ -166,16 +102,19 @@ def prepare(name, source, destination, workers=None):
     Returns:
       The ids of the subjects in `destination`.
 
-    Raises InputError where `source` is not a folder, `destination` cannot be made, or fewer than two subjects can be
-    used.
+    Raises InputError where `source` is not a folder, two of its images would have one id or two label maps fit one
+    image, `destination` cannot be made, or fewer than two subjects can be used.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
         raise InputError(f"{source} is not a folder: give the one that holds the data set")
     layout, aligned = LAYOUTS[name]
-    found = dict(sorted(layout(source).items()))
+    found = layout(source)
     if len(found) < 2:
         raise InputError(f"{source} holds {len(found)} subjects in the layout {name}: {layout.__doc__}")
+    for id in found:
+        if not aligned and id.casefold() == TEMPLATE:
+            raise InputError(f"{found[id][0]} has the id of the MNI152 brain, which the result holds too: rename it")
     make_folder(destination)
     jobs = [(id, image, labels, destination, aligned) for id, (image, labels, _) in found.items()]
     with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
@@ -193,7 +132,7 @@ def prepare(name, source, destination, workers=None):
         shutil.copyfile(table, destination / "labels.csv")
     if not aligned:
         template, grid = mni_grid()
-        _save(destination / f"mni152{IMAGE}", resample(template, SHAPE, grid), on_grid(SHAPE, grid))
+        _save(destination / f"{TEMPLATE}{IMAGE}", resample(template, SHAPE, grid), on_grid(SHAPE, grid))
     contact_sheet(destination / "contact_sheet.png", destination, made)
     return made
 
@@ -213,7 +152,7 @@ def _prepared(job):
             image, labels = load_image(voxels), load_labels(segmentation.astype(np.int32))
         else:
             image = load_image(_source(image))
-            labels = load_labels(_source(labels), image) if labels is not None and labels.is_file() else None
+            labels = load_labels(_source(labels), image) if labels is not None else None
         if aligned:
             image, labels = canonical(image), labels and canonical(labels)
             voxels, segmentation, grid = image.data, labels and labels.data, image.affine
@@ -260,7 +199,7 @@ def mni_grid():
 def _write_splits(destination, given):
     """Write splits.json, with the splits of the data set where it has them.
 
-    Otherwise all subjects are divided at random, a tenth for val and a tenth for test. If the data set has fewer than
+    Otherwise all persons are divided at random, a tenth for val and a tenth for test. If the data set has fewer than
     two subjects for val, its train subjects are divided in this way; a test split that it has stays as it is.
     """
     splits = {split: [id for id in given if given[id] == split] for split in ("train", "val", "test")}
@@ -296,10 +235,6 @@ def contact_sheet(path, folder, ids):
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
-
-
-def _first(parent, *names):
-    return next((parent / name for name in names if (parent / name).is_file()), None)
 
 
 if __name__ == "__main__":

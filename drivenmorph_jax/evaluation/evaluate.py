@@ -43,11 +43,13 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
       l2r: folder for the fields of the pairs in Learn2Reg's format; only for a data set of files.
 
     Returns:
-      The summary. Raises InputError where the split has no pair.
+      The summary. Raises InputError where the split has no pair, or where two pairs would have one file in `l2r`.
     """
     subjects, pairs = getattr(dataset, split), dataset.pairs(split)
     if len(subjects) < 2:
         raise InputError(f"{dataset.name} has no pair in its {split} split: put at least 2 subjects there")
+    if l2r:
+        _check_l2r(pairs)
     out = make_folder(out)
 
     def predicted(some):
@@ -138,7 +140,21 @@ def _write_l2r(folder, root, fixed, moving, u):
     files = [load_image(Path(root) / f"{subject.id}{IMAGE}") for subject in (fixed, moving)]
     displacement = total_displacement(files[0].data.shape, files[0].affine, u, fixed.affine, np.eye(4))
     found = Transform(displacement, files[0], np.eye(4), files[1])
-    found.save_learn2reg(make_folder(folder) / f"disp_{fixed.id}_{moving.id}.nii.gz")
+    found.save_learn2reg(make_folder(folder) / _l2r_name((fixed, moving)))
+
+
+def _l2r_name(pair):
+    return f"disp_{'_'.join(names_of(pair))}.nii.gz"
+
+
+def _check_l2r(pairs):
+    """Raises InputError where two pairs would have one file, as a with b_c and a_b with c."""
+    named = {}
+    for pair in pairs:
+        other = named.setdefault(_l2r_name(pair).casefold(), pair)
+        if other is not pair:
+            a, b = (" with ".join(names_of(one)) for one in (other, pair))
+            raise InputError(f"--l2r would write {_l2r_name(pair)} for {a} and for {b}: rename one of these images")
 
 
 def _show(path, fixed, moving, u, force, row, spacing):

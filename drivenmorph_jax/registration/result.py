@@ -14,7 +14,7 @@ import numpy as np
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import figures, metrics, page
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.files import json_text, make_folder, replacing
+from drivenmorph_jax.files import json_text, make_folder, replacing, stem
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.volume import resample, with_type
 from drivenmorph_jax.registration.score import Scored
@@ -121,7 +121,7 @@ class Result:
             self.transform.save(out / "affine.tfm")
         if "l2r" in formats:
             fixed, moving = self.transform.grid, self.transform.other
-            self.transform.save_learn2reg(out / f"disp_{_stem(fixed.path)}_{_stem(moving.path)}.nii.gz")
+            self.transform.save_learn2reg(out / f"disp_{stem(fixed.path)}_{stem(moving.path)}.nii.gz")
 
 
 def former_files(out):
@@ -162,10 +162,6 @@ def _pictured(scored):
     return {"fixed": np.asarray(scored.fixed_on_grid), "moving": np.asarray(scored.moving_on_grid),
             "warped": scored.moved, "u": scored.u, "force": scored.force, "jac": metrics.jacobian(scored.u),
             "spacing": (scored.spacing,) * 3, "labels": outlines, "matched": alike}
-
-
-def _stem(path):
-    return Path(path).name.split(".")[0]
 
 
 def _title(summary):
