@@ -76,7 +76,8 @@ def test_a_mask_in_the_other_sense_is_refused_and_an_empty_one_is_none(files, pl
     with pytest.raises(InputError, match="brain.nii leaves out 100% of the brain .* give --mask_sense use"):
         registered(files, moving_mask=brain)
     with pytest.raises(InputError, match="nothing.nii leaves out 100% of the brain .* give --mask_sense ignore"):
-        changed(files["moving"], tmp_path / "nothing.nii", lambda x: (np.arange(x.size) == 0).reshape(x.shape).astype(np.uint8))
+        changed(files["moving"], tmp_path / "nothing.nii",
+                lambda x: (np.arange(x.size) == 0).reshape(x.shape).astype(np.uint8))
         registered(files, moving_mask=nothing, mask_sense="use")
     changed(files["moving"], nothing, lambda x: np.zeros(x.shape, np.uint8))
     for settings in ({"moving_mask": nothing}, {"moving_mask": brain, "mask_sense": "use"}):
@@ -86,7 +87,8 @@ def test_a_mask_in_the_other_sense_is_refused_and_an_empty_one_is_none(files, pl
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_small_brain_is_registered_as_a_large_one(affine, files, tmp_path):
-    small = {name: changed(path, tmp_path / f"{name}.nii", affine=np.diag([0.08, 0.08, 0.08, 1]) @ nib.load(path).affine)
+    shrink = np.diag([0.08, 0.08, 0.08, 1])
+    small = {name: changed(path, tmp_path / f"{name}.nii", affine=shrink @ nib.load(path).affine)
              for name, path in files.items()}
     large, found = (registered(x, affine=affine) for x in (files, small))
     assert found.summary["scale"] > 5 and large.summary["scale"] == 1

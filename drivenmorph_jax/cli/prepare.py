@@ -35,8 +35,9 @@ def main(arguments=None, prog="drivenmorph prepare"):
     add("source", metavar="SOURCE", help="folder that holds the data set")
     add("destination", metavar="DESTINATION", help="folder for the result; it is made if it does not exist")
     add("--workers", type=int, metavar="N", help="number of subjects at a time; default: one a core")
+    program.add_geometry(add)
     flags = parser.parse_args(arguments)
-    made = prepare(flags.name, flags.source, flags.destination, flags.workers)
+    made = prepare(flags.name, flags.source, flags.destination, flags.workers, flags.geometry)
     if len(set(map(person, made))) < 6:
         print("train and eval need 6 persons or more, since val and test need 2 each for a pair")
     print(f"{len(made)} subjects; look at {Path(flags.destination) / 'contact_sheet.png'}")

@@ -24,7 +24,9 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -46,10 +48,11 @@ from drivenmorph_jax.data.layouts import (
     mindboggle,
     neurite_oasis,
 )
-from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.errors import InputError, InputWarning
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.images import writing
-from drivenmorph_jax.images.intensity import foreground, normalise
+from drivenmorph_jax.images.geometry import checked
+from drivenmorph_jax.images.intensity import anchored, foreground, normalise
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import canonical, on_grid, resample, smoothed
 
@@ -91,13 +94,14 @@ def load_pickle(path):
     return image, labels
 
 
-def prepare(name, source, destination, workers=None):
+def prepare(name, source, destination, workers=None, geometry="sform"):
     """Prepare the data set in the folder `source` for training and evaluation, in the folder `destination`.
 
     Args:
       name: layout of `source`, a name of `LAYOUTS`.
       source, destination: folders.
       workers: number of subjects at a time; by default one a core.
+      geometry: as in `images.geometry.placed`.
 
     Returns:
       The ids of the subjects in `destination`.
@@ -116,11 +120,13 @@ def prepare(name, source, destination, workers=None):
         if not aligned and id.casefold() == TEMPLATE:
             raise InputError(f"{found[id][0]} has the id of the MNI152 brain, which the result holds too: rename it")
     make_folder(destination)
-    jobs = [(id, image, labels, destination, aligned) for id, (image, labels, _) in found.items()]
+    jobs = [(id, image, labels, destination, aligned, checked(geometry)) for id, (image, labels, _) in found.items()]
     with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
         outcomes = list(tqdm(pool.map(_prepared, jobs), total=len(jobs), unit="subject", dynamic_ncols=True))
     made = []
-    for (id, *_), fault in zip(jobs, outcomes, strict=True):
+    for (id, *_), (fault, doubts) in zip(jobs, outcomes, strict=True):
+        for doubt in doubts:
+            print(f"{id}: {doubt}")
         if fault:
             print(f"{id} is left out: {fault}")
         else:
@@ -138,11 +144,17 @@ def prepare(name, source, destination, workers=None):
 
 
 def _prepared(job):
-    """Prepare one subject. The result is a message about an input that cannot be used, or None.
+    """Prepare one subject: (a message about an input that cannot be used, or None; the warnings about its files).
 
     Each process prepares one subject at a time, on one core.
     """
-    id, image, labels, destination, aligned = job
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InputWarning)
+        fault = _fault(*job)
+    return fault, dict.fromkeys(str(x.message) for x in caught if issubclass(x.category, InputWarning))
+
+
+def _fault(id, image, labels, destination, aligned, geometry):
     out = destination / f"{id}{IMAGE}"
     if out.is_file():
         return None
@@ -151,8 +163,9 @@ def _prepared(job):
             voxels, segmentation = load_pickle(image)
             image, labels = load_image(voxels), load_labels(segmentation.astype(np.int32))
         else:
-            image = load_image(_source(image))
-            labels = load_labels(_source(labels), image) if labels is not None else None
+            image = load_image(_source(image), geometry)
+            labels = load_labels(_source(labels), image, geometry) if labels is not None else None
+        image = replace(image, data=anchored(image.data))
         if aligned:
             image, labels = canonical(image), labels and canonical(labels)
             voxels, segmentation, grid = image.data, labels and labels.data, image.affine

@@ -24,8 +24,8 @@ DIFFERENT = 0.1  # voxels between the places of a corner by qform and sform, fro
 def checked(geometry):
     """`geometry`, if it is "sform", "qform" or three letters such as "LAS". Raises InputError otherwise."""
     if geometry not in ("sform", "qform") and not AXES.fullmatch(geometry):
-        raise InputError(f"geometry is {geometry!r}: set it to sform, to qform, or to the directions of the voxel axes, "
-                         "such as LAS")
+        raise InputError(f"geometry is {geometry!r}: set it to sform, to qform, or to the directions of the voxel "
+                         "axes, such as LAS")
     return geometry
 
 
@@ -67,8 +67,9 @@ def disagreement(header, shape, path, used="sform"):
         apart = np.linalg.norm(corners @ (forms["sform"] - forms["qform"])[:3].T, axis=1).max()
         if apart > DIFFERENT * np.linalg.norm(forms["sform"][:3, :3], axis=0).min():
             itk = "sform" if int(header["sform_code"]) == 1 and not sheared(forms["sform"]) else "qform"
+            written = ", and ITK does not read what is written on this sheared grid" if skewed else ""
             return (f"qform and sform of {path} differ by {apart:.3g} mm; the {used} is used here, and ITK uses the "
-                    f"{itk}: --geometry chooses" + ", and ITK does not read what is written on this sheared grid" * skewed)
+                    f"{itk}: --geometry chooses{written}")
     if skewed:
         return (f"the voxel axes of {path} are not at right angles; ITK does not read such a file, nor what is written "
                 "on its grid: resample it onto another grid if you need that")

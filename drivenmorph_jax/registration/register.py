@@ -6,6 +6,7 @@ import numpy as np
 
 from drivenmorph_jax.images.reading import Source
 from drivenmorph_jax.registration.align import align
+from drivenmorph_jax.registration.checks import check
 from drivenmorph_jax.registration.deform import deform
 from drivenmorph_jax.registration.plan import plan
 from drivenmorph_jax.registration.prepare import prepare
@@ -64,7 +65,7 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
                     fixed_mask=fixed_mask, moving_mask=moving_mask, mask_sense=mask_sense, geometry=geometry,
                     memory=memory)
     stages = {"read": read, "affine": align, "compile" if method == "drivenmorph" else "plan": plan,
-              "resample": prepare, method: deform, "transform": transfer, "score": score}
+              "resample": prepare, method: deform, "transform": transfer, "score": score, "check": check}
     for name, stage in stages.items():
         with progress(name):
             state = stage(state)

@@ -10,7 +10,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.intensity import foreground, normalise
 from drivenmorph_jax.images.volume import resample, smoothed
 from drivenmorph_jax.images.working_grid import working_grid
-from drivenmorph_jax.transforms.itk import FLIP, from_itk
+from drivenmorph_jax.transforms.itk import FLIP, from_itk, to_itk
 
 SPACING = 2.0  # mm; twelve parameters need no finer images
 TURNS = (-25.0, 0.0, 25.0)  # starting angles about each axis, degrees
@@ -97,6 +97,19 @@ def _metric(fixed, moving, transform):
     method = _method(fixed, moving)
     method.SetInitialTransform(transform)
     return method.MetricEvaluate(fixed[0], moving[0])
+
+
+def metric_between(fixed, moving, transforms):
+    """Mutual information of two Volumes at 4 mm under each of several affines (4, 4) in RAS mm; 0 without overlap."""
+    sides = [_pyramid((image, used))[1] for image, used, _ in (_image(fixed, None), _image(moving, None))]
+
+    def information(transform):
+        try:
+            return -_metric(*sides, to_itk(transform))
+        except RuntimeError:
+            return 0.0
+
+    return [information(transform) for transform in transforms]
 
 
 def _method(fixed, moving):

@@ -1,0 +1,175 @@
+"""Stage 8: named checks, each with its value, its limit and one sentence. They find registrations that went wrong.
+
+A similarity that rises proves nothing: it also rises for noise, for a mirrored brain and for half a brain. The checks
+measure what a registration of two brains keeps to. The limits are those of `benchmarks/checks.py`, whose table is in
+docs/checks.md.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import linalg, ndimage
+
+from drivenmorph_jax import demons
+from drivenmorph_jax.evaluation import metrics
+from drivenmorph_jax.fields.grid import average_pool
+from drivenmorph_jax.fields.jacobian import jacobian_determinant
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.images.geometry import disagreement
+from drivenmorph_jax.images.intensity import foreground
+from drivenmorph_jax.network.losses import lncc
+from drivenmorph_jax.registration.read import kept, millilitres
+from drivenmorph_jax.registration.score import Scored
+from drivenmorph_jax.transforms.affine import metric_between
+
+COARSE = 2.0  # mm, the voxels on which the checks register once more
+WINDOW = 7  # side of the boxes of their local correlation, in voxels
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check. It warns where `value` lies outside `limits`, or where it is no number."""
+
+    name: str
+    value: float
+    limits: tuple[float, float]
+    sentence: str  # what the value is, and what it means outside the limits
+
+    @property
+    def ok(self):
+        """Whether the value is a number within the limits."""
+        return self.limits[0] <= self.value <= self.limits[1]
+
+    def as_dict(self):
+        """The check as it stands in summary.json."""
+        low, high = (None if np.isinf(limit) else limit for limit in self.limits)
+        return {"name": self.name, "value": self.value, "limits": [low, high], "status": "ok" if self.ok else "warn",
+                "sentence": self.sentence}
+
+
+# name: (least, largest value, sentence)
+LIMITS = {
+    "geometry": (0, 0, "Files whose place in the world other tools see differently."),
+    "affine scale": (0, 0.3, "Largest stretch of the affine along one direction, as |log|; heads differ by less."),
+    "affine shape": (0, 0.3, "Difference of its stretches along two directions, as |log|; heads differ by less."),
+    "affine rotation": (0, 40, "Degrees by which the affine turns; heads lie in a scanner nearly alike."),
+    "affine gain": (0, np.inf, "Mutual information after the affine less that of the files' own world coordinates."),
+    "size of fixed": (700, 2200, "Foreground of the fixed image in ml; a brain has 800 to 1900, a head more."),
+    "size of moving": (700, 2200, "Foreground of the moving image in ml; a brain has 800 to 1900, a head more."),
+    "field of view": (0, 0.05, "Share of one brain outside the field of view of the other image, after the affine."),
+    "overlap": (0.85, 1, "Dice of the foregrounds after the affine."),
+    "similarity": (0.3, 1, "Local correlation after the registration, at 2 mm."),
+    "gain": (0.05, 1, "Its rise by the deformation."),
+    "sides": (-0.0005, np.inf, "Similarity less that of the moving image mirrored: below 0, left and right may be "
+              "exchanged."),
+    "stretch": (0, 3, "Range of log J, from .1 to 99.9 %, of the deformation; brains differ by less."),
+    "inverse": (0, 1, "Inverse consistency in mm."),
+    "slices": (0, 0.05, "Share of slices that equal the one before."),
+}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Checked(Scored):
+    """A scored registration and its checks."""
+
+    checks: tuple[Check, ...]
+
+
+def check(scored: Scored) -> Checked:
+    """Run all checks. Those that make no sense for a registration, such as the affine's without one, are left out."""
+    values = {**_files(scored), **_affine(scored), **_images(scored), **_deformation(scored)}
+    checks = tuple(Check(name, float(values[name]), LIMITS[name][:2], LIMITS[name][2])
+                   for name in LIMITS if name in values)
+    summary = scored.summary | {"checks": [one.as_dict() for one in checks]}
+    return Checked(**kept(replace(scored, summary=summary)), checks=checks)
+
+
+def _files(scored):
+    """Checks of the two files."""
+    used = scored.request.geometry if scored.request.geometry == "qform" else "sform"
+    images = scored.fixed, scored.moving
+    values = {"geometry": sum(bool(disagreement(x.header, x.data.shape, x.path, used)) for x in images)}
+    if scored.scale == 1:
+        values |= {f"size of {role}": millilitres(x) for role, x in zip(("fixed", "moving"), images, strict=True)}
+    return values | {"slices": max(map(_repeated, images))}
+
+
+def _repeated(image):
+    """The largest share, over the axes, of slices with foreground that equal the slice before."""
+    inside, shares = foreground(image.data), []
+    for axis in range(3):
+        others = tuple(k for k in range(3) if k != axis)
+        full = inside.any(others)[1:]
+        same = (np.diff(image.data, axis=axis) == 0).all(others)
+        shares.append((same & full).sum() / max(full.sum(), 1))
+    return max(shares)
+
+
+def _affine(scored):
+    """Checks of the affine."""
+    linear = scored.affine[:3, :3]
+    turn, stretch = linalg.polar(linear)
+    logs = np.log(np.maximum(linalg.eigvalsh(stretch), 1e-6))
+    values = {"affine scale": np.abs(logs).max(), "affine shape": np.ptp(logs),
+              "affine rotation": np.rad2deg(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1)))}
+    if scored.given_affine is True and scored.scale == 1:
+        found, start = metric_between(scored.fixed, scored.moving, (scored.affine, np.eye(4)))
+        values["affine gain"] = found - start
+    return values
+
+
+def _images(scored):
+    """Checks of how the two images fit after the affine."""
+    there = _share_outside(scored.fixed, scored.moving, scored.affine)
+    back = _share_outside(scored.moving, scored.fixed, np.linalg.inv(scored.affine))
+    fixed, moving = (metrics.brain(foreground(np.asarray(x))) for x in (scored.fixed_on_grid, scored.moving_on_grid))
+    return {"field of view": max(there, back), "overlap": 2 * (fixed & moving).sum() / (fixed.sum() + moving.sum())}
+
+
+def _share_outside(image, other, transform):
+    """The share of the foreground of `image` that `transform` maps out of the grid of `other`."""
+    points = np.argwhere(foreground(image.data)[::2, ::2, ::2]) * 2
+    to_other = np.linalg.inv(other.affine) @ transform @ image.affine
+    places = points @ to_other[:3, :3].T + to_other[:3, 3]
+    return np.mean(((places < -0.5) | (places > np.array(other.data.shape) - 0.5)).any(1))
+
+
+def _deformation(scored):
+    """Checks of the deformation."""
+    determinant = np.asarray(jacobian_determinant(scored.u))[metrics.brain(np.asarray(scored.fixed_on_grid))]
+    low, high = np.percentile(np.log(np.maximum(determinant, 1e-9)), (0.1, 99.9))
+    factor = max(1, round(COARSE / (scored.spacing * scored.scale)))
+    warped = warp(jnp.asarray(scored.seen)[..., None], scored.u)[..., 0]
+    f, m, w = (_coarse(x, factor) for x in (scored.fixed_on_grid, scored.seen, warped))
+    before, after = float(_lncc(f, m)), float(_lncc(f, w))
+    values = {"stretch": high - low, "inverse": scored.summary["inverse_mm"] * scored.scale, "similarity": after,
+              "gain": after - before}
+    plain, mirrored = (float(_registered(f, x)) for x in (m, _mirrored(f, m)))
+    return values | {"sides": plain - mirrored}
+
+
+def _coarse(x, factor):
+    x = np.asarray(x)[..., None]
+    x = np.pad(x, [(0, -n % (factor * demons.MULTIPLE)) for n in x.shape[:3]] + [(0, 0)])
+    return average_pool(jnp.asarray(x), factor)
+
+
+@jax.jit
+def _lncc(fixed, moving):
+    return lncc(fixed[None], moving[None], WINDOW)
+
+
+@jax.jit
+def _registered(fixed, moving):
+    """The local correlation after a short registration."""
+    u = demons.demons(fixed, moving, **demons.LNCC | {"iterations": (40, 10, 0)}).u
+    return lncc(fixed[None], warp(moving, u)[None], WINDOW)
+
+
+def _mirrored(fixed, moving):
+    """The moving image mirrored, left to right, and shifted so that its middle is that of the fixed image."""
+    x = np.asarray(moving)[::-1]
+    middles = [ndimage.center_of_mass(np.asarray(image))[0] for image in (fixed, x)]
+    return jnp.asarray(np.roll(x, round(middles[0] - middles[1]), 0))
