@@ -6,7 +6,7 @@ from pathlib import Path
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.images import writing
-from drivenmorph_jax.images.reading import load_image
+from drivenmorph_jax.images.reading import load_grid
 from drivenmorph_jax.transforms.points import move_table
 from drivenmorph_jax.transforms.transform import Transform
 
@@ -17,14 +17,14 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
     Args:
       transform: file of the field.
       out: a file for one image or for the points; a folder for several images, which keep their names.
-      images: files to resample; or points: a CSV with columns x, y, z, RAS mm.
+      images: files to resample; or points: a table that `transforms.points.move_table` takes.
       inverse: use the inverse transform. It lies on the grid of the other image, which the sidecar describes; where it
         does not, on the grid of `reference`.
-      reference: image on whose grid the results lie.
+      reference: image or series on whose grid the results lie. Its voxels are not read.
 
     Raises InputError where a file cannot be used or written.
     """
-    found, reference = Transform.load(transform), reference and load_image(reference)
+    found, reference = Transform.load(transform), None if reference is None else load_grid(reference)
     if inverse:
         found = (found if found.other or not reference else replace(found, other=reference)).inverse
     if points is not None:

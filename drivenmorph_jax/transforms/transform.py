@@ -16,7 +16,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.inverse import inverse
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.reading import Source, open_nifti, read_voxels
-from drivenmorph_jax.images.volume import Volume, on_grid, with_type
+from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
 from drivenmorph_jax.transforms.files import read_displacement, read_sidecar, write_composite, write_displacement
 from drivenmorph_jax.transforms.itk import write_affine
@@ -26,6 +26,7 @@ from drivenmorph_jax.transforms.world import (
     by_planes,
     linear_part,
     map_points,
+    overlaps,
     pull_back,
     total_inverse_displacement,
     transform_points,
@@ -61,7 +62,7 @@ class Transform:
         linear = about.get("Linear")
         return cls(displacement, on_grid(displacement.shape[:3], affine, header, str(path)),
                    linear_part(displacement, affine) if linear is None else np.array(linear),
-                   other and on_grid(other, about["TargetGridAffineRAS"]),
+                   other and on_grid(other, about["TargetGridAffineRAS"], path=str(path)),
                    names=tuple(about.get("Direction", "fixed to moving").split(" to ")))
 
     @cached_property
@@ -105,21 +106,22 @@ class Transform:
 
         Args:
           image: any source that `images.reading.load_image` takes, or a 4-D series, of which every volume is resampled.
-          interpolation: "linear", or "nearest" for label maps, which keeps their values and type.
+            Of five or more axes, the last ones are dropped where they have length 1.
+          interpolation: "linear", of which the result is float32; or "nearest", which keeps values and type exactly. A
+            file with a scale factor has the type float64, that of its scaled values.
           reference: a Volume whose grid replaces the grid of the transform.
 
         Returns:
-          A nibabel image. Outside `image` its value is 0.
+          A nibabel image. Outside `image` its value is 0. A series keeps its repetition time, the time of its first
+          volume and their unit.
 
-        Raises InputError where the interpolation is unknown, or where the image cannot be read, is not 3-D or 4-D, or
-        has NaN or infinite voxels.
+        Raises InputError where the interpolation is unknown; where the image cannot be read, is not 3-D or 4-D, or has
+        NaN or infinite voxels; or where no voxel of the result falls into the image.
         """
         if interpolation not in ORDERS:
             raise InputError(f"interpolation is {interpolation!r}: set it to one of {', '.join(ORDERS)}")
         source, name = open_nifti(image)
-        if source.ndim not in (3, 4):
-            raise InputError(f"{name} has shape {source.shape}; give a 3-D image or a 4-D series")
-        order, voxels = ORDERS[interpolation], read_voxels(source, name)
+        order, voxels = ORDERS[interpolation], _voxels(source, name)
         if order:
             with np.errstate(over="ignore"):
                 voxels = voxels.astype(np.float32)
@@ -130,12 +132,15 @@ class Transform:
             grid, field, to_voxel = reference, _channels_first(displacement), np.linalg.inv(self.grid.affine)
             displacement = by_planes((*grid.data.shape, 3), grid.affine,
                                      lambda i, x: _sample(field, map_points(to_voxel, x)))
-        like = with_type(grid, source.get_data_dtype())
+        if not overlaps(voxels.shape[:3], source.affine, displacement, grid.affine):
+            raise InputError(f"{name} and the grid of {grid.path} do not overlap under the transform; give an image in "
+                             f"the space of the {self.names[1]} image, or change --inverse")
         moved = [pull_back(Volume(volume, source.affine, source.header, name), displacement, grid.affine, order)
-                 for volume in (np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])]
-        out = to_nibabel(np.stack(moved, -1) if voxels.ndim == 4 else moved[0], like)
+                 for volume in np.moveaxis(voxels.reshape(*voxels.shape[:3], -1), -1, 0)]
+        moved = np.stack(moved, -1).reshape(*grid.data.shape, *voxels.shape[3:])
+        out = to_nibabel(moved, grid, dtype=moved.dtype)
         if voxels.ndim == 4:
-            out.header["pixdim"][4] = source.header["pixdim"][4]
+            _keep_times(out.header, source.header)
         return out
 
     def points(self, points: ArrayLike) -> np.ndarray:
@@ -179,3 +184,22 @@ class Transform:
             return map_points(to_moving, x + self.displacement[i]) - map_points(to_fixed, x)
 
         writing.save(path, by_planes(self.displacement.shape, self.grid.affine, plane), self.grid)
+
+
+def _voxels(source, name):
+    """The voxels of an image (X, Y, Z) or a series (X, Y, Z, T). Of five or more, the last of length 1 are dropped.
+
+    Raises InputError where other axes remain.
+    """
+    shape = source.shape
+    while source.ndim > 4 and len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4):
+        raise InputError(f"{name} has shape {source.shape}; give a 3-D image or a 4-D series")
+    return read_voxels(source, name).reshape(shape)
+
+
+def _keep_times(header, source):
+    """Copy the times of the volumes of a series from the header `source`. Those of its slices hold on its grid only."""
+    header["pixdim"][4], header["toffset"] = source["pixdim"][4], source["toffset"]
+    header["xyzt_units"] += source["xyzt_units"] & 0b111000  # these bits hold the unit of time
