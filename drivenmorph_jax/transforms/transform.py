@@ -187,7 +187,7 @@ class Transform:
 
 
 def _voxels(source, name):
-    """The voxels of an image (X, Y, Z) or a series (X, Y, Z, T). Of five or more, the last of length 1 are dropped.
+    """The voxels (X, Y, Z) of an image or (X, Y, Z, T) of a series. Of five axes or more, the last of length 1 go.
 
     Raises InputError where other axes remain.
     """
