@@ -25,7 +25,9 @@ def main(arguments=None, prog="drivenmorph apply"):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--moving", nargs="+", metavar="FILE", help="3-D images, label maps or 4-D series, one or more")
     what.add_argument(
-        "--points", metavar="FILE", help="CSV with columns x, y, z in RAS mm; other columns are kept as they are"
+        "--points",
+        metavar="FILE",
+        help="CSV with columns x, y, z in RAS mm, or .fcsv of 3D Slicer in RAS or LPS; all other text is kept",
     )
     add(
         "--out",
@@ -37,14 +39,15 @@ def main(arguments=None, prog="drivenmorph apply"):
         "--interpolation",
         default="linear",
         choices=["linear", "nearest"],
-        help="nearest is for label maps; default: linear",
+        help="nearest is for label maps, and keeps values and type; default: linear",
     )
     add("--inverse", action="store_true", help="use the inverse transform, from the fixed to the moving space")
     add(
         "--reference",
         metavar="FILE",
-        help="image on whose grid the result lies; default: the fixed image; with --inverse the moving image",
+        help="image or series on whose grid the result lies; default: the fixed image; with --inverse the moving image",
     )
+    program.add_geometry(add)
     flags = parser.parse_args(arguments)
 
     # Imported late, so that --help answers at once.
@@ -60,5 +63,6 @@ def main(arguments=None, prog="drivenmorph apply"):
         flags.interpolation,
         flags.inverse,
         flags.reference,
+        flags.geometry,
     ):
         print(path)

@@ -9,7 +9,7 @@ import numpy as np
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.geometry import placed
-from drivenmorph_jax.images.volume import Volume, same_grid
+from drivenmorph_jax.images.volume import Volume, on_grid, same_grid
 
 MOST_VOXELS = 2**30
 # Limits of the voxel size in mm. No brain scan lies beyond them, and no working grid or blur could be computed there.
@@ -34,6 +34,17 @@ def load_image(source: Source, geometry: str = "sform") -> Volume:
     if data.min() == data.max():
         raise InputError(f"{path} has the same value in every voxel; give an image that shows a brain")
     return Volume(data, image.affine, image.header, path)
+
+
+def load_grid(source: Source, geometry: str = "sform") -> Volume:
+    """Read the grid of an image or a series as a Volume of zeros, from any source that `load_image` takes.
+
+    The voxels are not read: they may be constant, or not finite. `geometry` is that of `images.geometry.placed`.
+
+    Raises InputError where the file is missing, damaged or has no usable geometry.
+    """
+    image, path = open_nifti(source, geometry)
+    return on_grid(_shape_3d(image, path), image.affine, image.header, path)
 
 
 def load_labels(source: Source, image: Volume | None = None, geometry: str = "sform") -> Volume:
@@ -109,10 +120,13 @@ def open_nifti(source, geometry="sform"):
 def _opened(source):
     if not isinstance(source, PATHS):
         if hasattr(source, "dataobj"):
-            return nibabel.Nifti1Image.from_image(source), source.get_filename() or "the image"
+            return _as_nifti(source), source.get_filename() or "the image"
         data = np.asarray(source)
-        kept = np.int32 if data.dtype.kind in "biu" else np.float32  # NIfTI has no bool; few tools read 64 bits
-        return nibabel.Nifti1Image(data.astype(kept), np.eye(4)), "the array"
+        kind = {"?": np.uint8, "e": np.float32}.get(data.dtype.char, data.dtype)  # NIfTI has neither bool nor half
+        try:
+            return nibabel.Nifti1Image(data.astype(kind), np.eye(4), dtype=kind), "the array"
+        except nibabel.spatialimages.HeaderDataError as error:
+            raise InputError(f"the array has type {kind}, which NIfTI lacks; convert it to float64") from error
     path = str(source)
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist; check the path")
@@ -123,10 +137,17 @@ def _opened(source):
     except Exception as error:  # damaged bytes make nibabel raise exceptions of nearly any kind
         raise _unreadable(path) from error
     if isinstance(image, nibabel.MGHImage):
-        image = nibabel.Nifti1Image.from_image(image)
+        image = _as_nifti(image)
     if not isinstance(image, nibabel.Nifti1Pair):
         raise InputError(f"{path} is not a NIfTI file; convert it to .nii or .nii.gz")
     return image, path
+
+
+def _as_nifti(image):
+    converted = nibabel.Nifti1Image.from_image(image)
+    if isinstance(image, nibabel.MGHImage):
+        converted.header.set_xyzt_units("mm", "msec")  # the units of the format, which nibabel leaves unknown
+    return converted
 
 
 def read_voxels(image, path):
@@ -148,12 +169,18 @@ def read_voxels(image, path):
 
 def _read_volume(source, geometry):
     image, path = open_nifti(source, geometry)
-    shape, rest = image.shape[:3], image.shape[3:]
-    if len(shape) < 3 or any(n > 1 for n in rest):
+    if any(n > 1 for n in image.shape[3:]):
         raise InputError(f"{path} has shape {image.shape}; give a single 3-D volume")
+    return read_voxels(image, path).reshape(_shape_3d(image, path)), image, path
+
+
+def _shape_3d(image, path):
+    shape = image.shape[:3]
+    if len(shape) < 3:
+        raise InputError(f"{path} has shape {shape}; give a 3-D volume")
     if min(shape) < 2:
         raise InputError(f"{path} has shape {shape}; give a volume of at least 2 voxels along every axis")
-    return read_voxels(image, path).reshape(shape), image, path
+    return shape
 
 
 def _unreadable(path):

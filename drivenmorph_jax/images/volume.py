@@ -71,16 +71,6 @@ def smoothed(volume, spacing):
     return replace(volume, data=ndimage.gaussian_filter(volume.data, sigma)) if sigma.any() else volume
 
 
-def with_type(volume, dtype):
-    """The same Volume with the type `dtype` in its header.
-
-    Whole numbers that are written on its grid are then stored in this type, where they fit.
-    """
-    header = volume.header.copy()
-    header.set_data_dtype(dtype)
-    return replace(volume, header=header)
-
-
 def on_grid(shape, affine, header=None, path=""):
     """A Volume of zeros that stands for a grid alone."""
     return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(affine, float),

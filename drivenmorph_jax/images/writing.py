@@ -14,7 +14,8 @@ def save(path, data, like, intent=None):
     """Write voxels (X, Y, Z, ...) on the grid of the Volume `like` as a NIfTI file, complete or not at all.
 
     The affine and the qform and sform codes are those of `like`. Floats are stored as float32. Whole numbers are stored
-    in the integer type of `like` where they fit, else as int16 or int32. `intent` is a NIfTI intent code.
+    in the integer type of `like` where they fit, else as int16 or int32, else in their own type. `intent` is a NIfTI
+    intent code.
 
     Raises InputError where the file cannot be written or its name does not end in .nii or .nii.gz.
     """
@@ -29,9 +30,16 @@ def write(path, image):
         nibabel.save(image, temporary)
 
 
-def to_nibabel(data, like, intent=None):
-    """The image that `save` writes, as a nibabel image."""
-    image = nibabel.Nifti1Image(data.astype(_storage_type(data, like)), like.affine)
+def to_nibabel(data, like, intent=None, dtype=None):
+    """The image that `save` writes, as a nibabel image.
+
+    With `dtype`, no value changes: they are stored in this type if it holds all of them, else in the type of `data`.
+    """
+    if dtype is None:
+        dtype = _storage_type(data, like)
+    elif dtype != data.dtype and not np.array_equal(data.astype(dtype), data):
+        dtype = data.dtype
+    image = nibabel.Nifti1Image(data.astype(dtype.newbyteorder("=")), like.affine, dtype=dtype.newbyteorder("="))
     codes = int(like.header["qform_code"]), int(like.header["sform_code"])
     if codes == (0, 0):
         codes = 0, 1  # without a code, every reader places the volume by a different rule
@@ -50,7 +58,8 @@ def _storage_type(data, like):
         return np.dtype(np.float32)
     source = like.header.get_data_dtype().newbyteorder("=")
     small = source.kind in "iu" and source.itemsize <= 4  # many readers refuse 64-bit integers
-    for dtype in ([source] if small else []) + [np.dtype(np.int16)]:
-        if np.iinfo(dtype).min <= data.min() and data.max() <= np.iinfo(dtype).max:
+    least, largest = int(data.min()), int(data.max())
+    for dtype in ([source] if small else []) + [np.dtype(np.int16), np.dtype(np.int32)]:
+        if np.iinfo(dtype).min <= least and largest <= np.iinfo(dtype).max:
             return dtype
-    return np.dtype(np.int32)
+    return data.dtype

@@ -6,25 +6,30 @@ from pathlib import Path
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.images import writing
-from drivenmorph_jax.images.reading import load_image
+from drivenmorph_jax.images.geometry import checked
+from drivenmorph_jax.images.reading import load_grid
 from drivenmorph_jax.transforms.points import move_table
 from drivenmorph_jax.transforms.transform import Transform
 
 
-def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None):
+def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None,
+                geometry="sform"):
     """Move files by a displacement field, as `drivenmorph apply` does. Yields each path that it wrote.
 
     Args:
       transform: file of the field.
       out: a file for one image or for the points; a folder for several images, which keep their names.
-      images: files to resample; or points: a CSV with columns x, y, z, RAS mm.
+      images: files to resample; or points: a table that `transforms.points.move_table` takes.
       inverse: use the inverse transform. It lies on the grid of the other image, which the sidecar describes; where it
         does not, on the grid of `reference`.
-      reference: image on whose grid the results lie.
+      reference: image or series on whose grid the results lie. Its voxels are not read.
+
+      geometry: of all these files, as in `images.geometry.placed`.
 
     Raises InputError where a file cannot be used or written.
     """
-    found, reference = Transform.load(transform), reference and load_image(reference)
+    found = Transform.load(transform, checked(geometry))
+    reference = None if reference is None else load_grid(reference, geometry)
     if inverse:
         found = (found if found.other or not reference else replace(found, other=reference)).inverse
     if points is not None:
@@ -40,5 +45,5 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
     else:
         places = [Path(out)]
     for image, place in zip(images, places, strict=True):
-        writing.write(place, found.apply(image, interpolation, reference))
+        writing.write(place, found.apply(image, interpolation, reference, geometry))
         yield place

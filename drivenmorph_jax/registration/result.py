@@ -16,7 +16,7 @@ from drivenmorph_jax.evaluation import figures, metrics, page
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.files import json_text, make_folder, replacing, stem
 from drivenmorph_jax.images import writing
-from drivenmorph_jax.images.volume import resample, with_type
+from drivenmorph_jax.images.volume import resample
 from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.transforms.files import write_force
 from drivenmorph_jax.transforms.transform import Transform
@@ -146,8 +146,7 @@ def result_of(scored: Scored, seconds=None) -> Result:
         summary = summary | {"seconds": seconds | {"total": sum(seconds.values())}}
     labels = scored.warped_labels
     if labels is not None:
-        kind = scored.moving_labels.header.get_data_dtype()
-        labels = writing.to_nibabel(labels, with_type(scored.fixed, kind))
+        labels = writing.to_nibabel(labels, scored.fixed, dtype=scored.moving_labels.header.get_data_dtype())
     return Result(writing.to_nibabel(scored.warped, scored.fixed), labels, scored.transform, scored.vectors,
                   scored.jacobian, summary, _pictured(scored))
 

@@ -95,8 +95,10 @@ def read_displacement(path):
     return read_field(path)[:3]
 
 
-def read_field(path):
+def read_field(path, geometry="sform"):
     """Read a displacement field from a NIfTI file. Intent 1007 means LPS and 1006 RAS.
+
+    `geometry` is that of `images.geometry.placed`.
 
     Returns:
       The displacement (X, Y, Z, 3) in RAS mm, float32; the affine of its grid; the header of the file; the items of its
@@ -105,7 +107,7 @@ def read_field(path):
     Raises InputError where the file cannot be read, is not a displacement field, holds NaN or infinite values, or has a
     sidecar that belongs to another field.
     """
-    image, path = open_nifti(path)
+    image, path = open_nifti(path, geometry)
     frames = {intent: frame for frame, intent in INTENTS.items()}
     frame = frames.get(int(image.header["intent_code"]))
     if frame is None or image.ndim != 5 or image.shape[3:] != (1, 3):

@@ -1,35 +1,102 @@
-"""Points in CSV files, moved by a transform."""
+"""Points in CSV files and in the .fcsv files of 3D Slicer, moved by a transform."""
 
-import csv
+import re
 
 import numpy as np
 
 from drivenmorph_jax.errors import InputError
 
+# A cell as it stands in the file, with quotes or without, and what ends it.
+CELL = re.compile(r'([^\S\r\n]*"(?:[^"]++|"")*+"[^\S\r\n]*|[^,\r\n]*)(,|\r\n|\n|\r|\Z)')
+# A comment "# key = value", as an .fcsv names its columns and its frame.
+COMMENT = re.compile(r"^#[ \t]*(\w+)[ \t]*=(.*)$", re.MULTILINE)
+# From a frame to RAS and back. The first versions of Slicer 4 number the frames.
+SIGNS = {"RAS": (1, 1, 1), "0": (1, 1, 1), "LPS": (-1, -1, 1), "1": (-1, -1, 1)}
+
 
 def move_table(source, out, transform):
-    """Move the points of a CSV file by a `Transform`.
+    """Move the points of a table by a `Transform`.
 
-    The points are in the columns x, y, z of the file `source`, in RAS mm. The file `out` has the moved points and the
-    other columns unchanged.
+    The table `source` is a CSV file with a header, whose columns x, y, z are in RAS mm; or an .fcsv file, whose
+    comments name the columns and the frame, RAS or LPS. In the file `out` the values of x, y, z are replaced. They are
+    in the frame of `source` and not rounded. All other text is unchanged.
 
-    Raises InputError where `source` cannot be read or has no points, where it lacks these columns, or where their
-    values are not finite numbers.
+    Raises InputError where `source` cannot be read or has no points; where it does not name these columns or the frame;
+    where values are not finite numbers; or where a row of a CSV has more values than there are columns.
     """
+    text = _read(source)
+    rows = list(_rows(text))
+    columns, signs, table = _parts(source, text, [row for row in rows if any(map(_bare, row[1]))])
+    if not table:
+        raise InputError(f"{source} holds no points; give a table with a row for each point")
+    points = np.array([_point(source, line, cells, columns) for line, cells, _ in table])
+    for (_, cells, _), point in zip(table, transform.points(points * signs) * signs, strict=True):
+        for k, x in zip(columns, point.tolist(), strict=True):
+            cells[k] = cells[k].replace(_bare(cells[k]), repr(x))
+    with open(out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(",".join(cells) + end for _, cells, end in rows)
+
+
+def _read(source):
     try:
-        with open(source, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        points = np.array([[float(row[axis]) for axis in "xyz"] for row in rows])
+        # Bytes that are not UTF-8, such as names in another encoding, are written back as they were.
+        with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            return file.read()
     except OSError as error:
         raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from error
-    except (KeyError, TypeError, ValueError) as error:
+
+
+def _rows(text):
+    """Each row as (line number, cells with their quotes and spaces, what ends the row)."""
+    line, cells = 1, []
+    for cell, end in CELL.findall(text):
+        cells.append(cell)
+        if end != ",":
+            yield line, cells, end
+            line, cells = line + 1 + sum(cell.count("\n") for cell in cells), []
+
+
+def _bare(cell):
+    return cell.strip().strip('"').strip()
+
+
+def _parts(source, text, rows):
+    """The places of the columns x, y, z, the signs that lead from the frame to RAS, and the rows of the points."""
+    # A spreadsheet that has saved an .fcsv ends its comments by commas.
+    comments = {key.lower(): value.strip(", \t\r") for key, value in COMMENT.findall(text)}
+    if "columns" in comments:
+        if comments.get("coordinatesystem") not in SIGNS:
+            raise InputError(f"{source} does not say whether its points are in RAS or LPS; add the line "
+                             "'# CoordinateSystem = RAS' or '# CoordinateSystem = LPS'")
+        # Slicer 5 writes two more values than columns, so that more values are no fault here.
+        return (_columns(source, comments["columns"].split(",")), SIGNS[comments["coordinatesystem"]],
+                [row for row in rows if not row[1][0].startswith("#")])
+    names = list(map(_bare, rows[0][1])) if rows else []
+    columns = _columns(source, names)
+    named = max(k + 1 for k, name in enumerate(names) if name)
+    for line, cells, _ in rows:
+        if any(map(_bare, cells[named:])):
+            raise InputError(f"{source} has more values than columns in line {line}; put a value that holds a comma in "
+                             "quotes")
+    return columns, SIGNS["RAS"], rows[1:]
+
+
+def _columns(source, names):
+    """The places of the columns x, y, z, or X, Y, Z where a small letter is missing."""
+    names = list(map(_bare, names))
+    places = [[k for k, name in enumerate(names) if name == axis] or
+              [k for k, name in enumerate(names) if name == axis.upper()] for axis in "xyz"]
+    if any(len(found) != 1 for found in places):
         raise InputError(f"{source} is not a table of points; give a CSV with a header and numbers in its columns "
-                         "x, y, z") from error
-    if not rows or not np.isfinite(points).all():
-        raise InputError(f"{source} holds no points, or some that are not finite; give numbers in columns x, y, z")
-    for row, point in zip(rows, transform.points(points), strict=True):
-        row.update(zip("xyz", (f"{x:.6g}" for x in point), strict=True))
-    with open(out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+                         "x, y, z, or an .fcsv of 3D Slicer")
+    return [k for k, in places]
+
+
+def _point(source, line, cells, columns):
+    try:
+        point = [float(_bare(cells[k])) for k in columns]
+    except (IndexError, ValueError):
+        point = [np.nan] * 3
+    if not np.abs(point).max() < 3e38:  # beyond, the way to voxels would overflow
+        raise InputError(f"{source} has no finite numbers x, y, z in line {line}; correct or delete the line")
+    return point

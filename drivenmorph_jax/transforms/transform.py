@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.inverse import inverse
 from drivenmorph_jax.images import writing
+from drivenmorph_jax.images.intensity import background
 from drivenmorph_jax.images.reading import Source, open_nifti, read_voxels
-from drivenmorph_jax.images.volume import Volume, on_grid, with_type
+from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
 from drivenmorph_jax.transforms.files import read_field, write_composite, write_displacement
 from drivenmorph_jax.transforms.itk import write_affine
@@ -26,6 +27,7 @@ from drivenmorph_jax.transforms.world import (
     by_planes,
     linear_part,
     map_points,
+    overlaps,
     pull_back,
     total_inverse_displacement,
     transform_points,
@@ -50,17 +52,19 @@ class Transform:
     names: tuple[str, str] = ("fixed", "moving")
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, geometry: str = "sform") -> Self:
         """Read a transform from a displacement file, as `save` or ITK writes it, and from its sidecar if it has one.
 
-        Raises InputError where the file is not a displacement field.
+        `geometry` is that of `images.geometry.placed`.
+
+        Raises InputError where the file is not a displacement field, or its sidecar belongs to another field.
         """
-        displacement, affine, header, about = read_field(path)
+        displacement, affine, header, about = read_field(path, geometry)
         other = about.get("TargetGridShape")
         linear = about.get("Linear")
         return cls(displacement, on_grid(displacement.shape[:3], affine, header, str(path)),
                    linear_part(displacement, affine) if linear is None else np.array(linear),
-                   other and on_grid(other, about["TargetGridAffineRAS"]),
+                   other and on_grid(other, about["TargetGridAffineRAS"], path=str(path)),
                    names=tuple(about.get("Direction", "fixed to moving").split(" to ")))
 
     @cached_property
@@ -99,26 +103,28 @@ class Transform:
                          follow(then.inverse, self.inverse) if known else None, (self.names[0], then.names[1]))
 
     def apply(self, image: Source, interpolation: str = "linear",
-              reference: Volume | None = None) -> nibabel.Nifti1Image:
+              reference: Volume | None = None, geometry: str = "sform") -> nibabel.Nifti1Image:
         """Resample an image of the second world onto the grid of the first.
 
         Args:
           image: any source that `images.reading.load_image` takes, or a 4-D series, of which every volume is resampled.
-          interpolation: "linear", or "nearest" for label maps, which keeps their values and type.
+            Of five or more axes, the last ones are dropped where they have length 1.
+          interpolation: "linear", of which the result is float32; or "nearest", which keeps values and type exactly. A
+            file with a scale factor has the type float64, that of its scaled values.
           reference: a Volume whose grid replaces the grid of the transform.
+          geometry: of the image, as in `images.geometry.placed`.
 
         Returns:
-          A nibabel image. Outside `image` its value is 0.
+          A nibabel image. Outside `image` its value is that of the image's background, with "nearest" 0. A series keeps
+          its repetition time, the time of its first volume and their unit.
 
-        Raises InputError where the interpolation is unknown, or where the image cannot be read, is not 3-D or 4-D, or
-        has NaN or infinite voxels.
+        Raises InputError where the interpolation is unknown; where the image cannot be read, is not 3-D or 4-D, or has
+        NaN or infinite voxels; or where no voxel of the result falls into the image.
         """
         if interpolation not in ORDERS:
             raise InputError(f"interpolation is {interpolation!r}: set it to one of {', '.join(ORDERS)}")
-        source, name = open_nifti(image)
-        if source.ndim not in (3, 4):
-            raise InputError(f"{name} has shape {source.shape}; give a 3-D image or a 4-D series")
-        order, voxels = ORDERS[interpolation], read_voxels(source, name)
+        source, name = open_nifti(image, geometry)
+        order, voxels = ORDERS[interpolation], _voxels(source, name)
         if order:
             with np.errstate(over="ignore"):
                 voxels = voxels.astype(np.float32)
@@ -129,12 +135,16 @@ class Transform:
             grid, field, to_voxel = reference, _channels_first(displacement), np.linalg.inv(self.grid.affine)
             displacement = by_planes((*grid.data.shape, 3), grid.affine,
                                      lambda i, x: _sample(field, map_points(to_voxel, x)))
-        like = with_type(grid, source.get_data_dtype())
-        moved = [pull_back(Volume(volume, source.affine, source.header, name), displacement, grid.affine, order)
-                 for volume in (np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])]
-        out = to_nibabel(np.stack(moved, -1) if voxels.ndim == 4 else moved[0], like)
+        if not overlaps(voxels.shape[:3], source.affine, displacement, grid.affine):
+            raise InputError(f"{name} and the grid of {grid.path} do not overlap under the transform; give an image in "
+                             f"the space of the {self.names[1]} image, or change --inverse")
+        moved = [pull_back(Volume(volume, source.affine, source.header, name), displacement, grid.affine, order,
+                           background(volume) if order else None)
+                 for volume in np.moveaxis(voxels.reshape(*voxels.shape[:3], -1), -1, 0)]
+        moved = np.stack(moved, -1).reshape(*grid.data.shape, *voxels.shape[3:])
+        out = to_nibabel(moved, grid, dtype=moved.dtype)
         if voxels.ndim == 4:
-            out.header["pixdim"][4] = source.header["pixdim"][4]
+            _keep_times(out.header, source.header)
         return out
 
     def points(self, points: ArrayLike) -> np.ndarray:
@@ -178,3 +188,22 @@ class Transform:
             return map_points(to_moving, x + self.displacement[i]) - map_points(to_fixed, x)
 
         writing.save(path, by_planes(self.displacement.shape, self.grid.affine, plane), self.grid)
+
+
+def _voxels(source, name):
+    """The voxels (X, Y, Z) of an image or (X, Y, Z, T) of a series. Of five axes or more, the last of length 1 go.
+
+    Raises InputError where other axes remain.
+    """
+    shape = source.shape
+    while source.ndim > 4 and len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4):
+        raise InputError(f"{name} has shape {source.shape}; give a 3-D image or a 4-D series")
+    return read_voxels(source, name).reshape(shape)
+
+
+def _keep_times(header, source):
+    """Copy the times of the volumes of a series from the header `source`. Those of its slices hold on its grid only."""
+    header["pixdim"][4], header["toffset"] = source["pixdim"][4], source["toffset"]
+    header["xyzt_units"] += source["xyzt_units"] & 0b111000  # these bits hold the unit of time

@@ -101,15 +101,33 @@ def pull_back(volume, displacement, affine, order=1, outside=None):
       out(x) = volume(x + displacement(x))
 
     `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`. Order 1 is linear, 0 nearest. Outside the
-    volume the value is `outside`, or 0 where that is None. The result is (X, Y, Z), in the type of the volume.
+    volume the value is 0, or `outside` with order 1. The result is (X, Y, Z), in the type of the volume; with order 0
+    every value is exact.
     """
     to_voxel = np.linalg.inv(volume.affine)
 
     def plane(i, x):
-        voxel = np.moveaxis(map_points(to_voxel, x + displacement[i]), -1, 0)
-        return ndimage.map_coordinates(volume.data, voxel, order=order, mode="grid-constant", cval=outside or 0,
-                                       prefilter=False)
+        voxel = map_points(to_voxel, x + displacement[i])
+        if order == 0:  # by index, because SciPy computes in float64, which does not hold every 64-bit integer
+            return _nearest(volume.data, voxel)
+        return ndimage.map_coordinates(volume.data, np.moveaxis(voxel, -1, 0), order=order, mode="grid-constant",
+                                       cval=outside or 0, prefilter=False)
     return by_planes(displacement.shape[:3], affine, plane, volume.data.dtype)
+
+
+def overlaps(shape, affine, displacement, grid_affine):
+    """Whether any voxel x of the grid of a displacement has its x + displacement(x) in the field of view of an image.
+
+    The field of view ends half a voxel beyond the centres of the outermost voxels.
+
+    Args:
+      shape, affine: the grid of the image.
+      displacement, grid_affine: (X, Y, Z, 3) in RAS mm, and the affine of its grid.
+    """
+    to_voxel, points = np.linalg.inv(affine), _planes(displacement.shape, grid_affine)
+    from_the_middle = sorted(range(len(displacement)), key=lambda i: abs(2 * i - len(displacement)))
+    return any(_nearest_index(shape, map_points(to_voxel, points(i) + displacement[i]))[1].any()
+               for i in from_the_middle)
 
 
 def transform_points(points, displacement, affine):
@@ -159,21 +177,40 @@ def by_planes(shape, affine, plane, dtype=np.float32):
     `shape` (X, Y, Z, ...) is the shape of the result, `affine` that of the grid. Each core computes one plane at a
     time, because the points of a whole head, in float64, would fill memory.
     """
-    y, z = np.meshgrid(np.arange(shape[1]), np.arange(shape[2]), indexing="ij")
-    first = np.stack([np.zeros_like(y), y, z], axis=-1)
-    out = np.empty(shape, dtype)
+    points, out = _planes(shape, affine), np.empty(shape, dtype)
 
     def fill(i):
-        out[i] = plane(i, map_points(affine, first + (i, 0, 0)))
+        out[i] = plane(i, points(i))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(shape[0])))
     return out
 
 
+def _planes(shape, affine):
+    """The function that gives the world points (Y, Z, 3) of plane i of a grid."""
+    y, z = np.meshgrid(np.arange(shape[1]), np.arange(shape[2]), indexing="ij")
+    first = np.stack([np.zeros_like(y), y, z], axis=-1)
+    return lambda i: map_points(affine, first + (i, 0, 0))
+
+
 def map_points(matrix, points):
     """Points (..., 3), mapped by an affine matrix (4, 4)."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def _nearest(data, voxel):
+    """The values of `data` (D, H, W) at the voxels nearest to `voxel` (..., 3); 0 outside."""
+    index, inside = _nearest_index(data.shape, voxel)
+    out = np.zeros(inside.shape, data.dtype)
+    out[inside] = data[tuple(index[inside].astype(int).T)]
+    return out
+
+
+def _nearest_index(shape, voxel):
+    """The nearest index to each of `voxel` (..., 3), as floats, and whether it lies in an array of `shape`."""
+    index = np.floor(voxel + 0.5)
+    return index, ((index >= 0) & (index < shape)).all(-1)
 
 
 def _channels_first(field):
