@@ -1,5 +1,7 @@
 """Align one brain image to another: two NIfTI files in, the aligned image and the transform out."""
 
+import sys
+
 from drivenmorph_jax.cli import program
 
 EPILOG = """\
@@ -55,6 +57,8 @@ def main(arguments=None, prog="drivenmorph register"):
     result.save(flags.out, flags.formats, flags.bids)
     print("done")
     print(*described(result.summary), sep="\n", end=f"; look at {flags.out}/overview.png\n")
+    if flags.strict and any(one["status"] != "ok" for one in result.summary["checks"]):
+        sys.exit(3)
 
 
 def _images(add):
@@ -163,6 +167,11 @@ def _results(add):
         help="name the transforms as BIDS derivatives. FROM is the space of the moving image and TO that of the fixed "
         "image, such as sub-01 T1w MNI152NLin2009cAsym",
     )
+    add(
+        "--strict",
+        action="store_true",
+        help="end with exit status 3 where a check warns; all files are written nevertheless",
+    )
 
 
 def described(summary):
@@ -177,4 +186,15 @@ def described(summary):
     before, after = summary["similarity_before"], summary["similarity_after"]
     if before is None or after is None or after <= before:
         yield "warning: the registration did not make the images more similar; look at the pictures before you use it"
+    for one in summary["checks"]:
+        if one["status"] != "ok":
+            yield f"warning: {one['name']} {told(one)}"
     yield f"folding {number('fold_pct')} %"
+
+
+def told(check):
+    """The value of a check, its limits and its sentence."""
+    low, high = check["limits"]
+    value = "none" if check["value"] is None else f"{check['value']:.3g}"
+    between = f"at least {low:g}" if high is None else f"at most {high:g}" if not low else f"{low:g} to {high:g}"
+    return f"is {value}, not {between}: {check['sentence']}"

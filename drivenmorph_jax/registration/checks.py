@@ -64,9 +64,11 @@ LIMITS = {
     "gain": (0.05, 1, "Its rise by the deformation."),
     "sides": (-0.0005, np.inf, "Similarity less that of the moving image mirrored: below 0, left and right may be "
               "exchanged."),
+    "agreement": (0, 3, "Mean distance in mm between the deformation and one by a short run of Demons."),
     "stretch": (0, 3, "Range of log J, from .1 to 99.9 %, of the deformation; brains differ by less."),
     "inverse": (0, 1, "Inverse consistency in mm."),
     "slices": (0, 0.05, "Share of slices that equal the one before."),
+    "flatness": (0, 0.5, "Share of neighbouring voxels with one value; above it, a label map was given as an image."),
 }
 
 
@@ -93,7 +95,7 @@ def _files(scored):
     values = {"geometry": sum(bool(disagreement(x.header, x.data.shape, x.path, used)) for x in images)}
     if scored.scale == 1:
         values |= {f"size of {role}": millilitres(x) for role, x in zip(("fixed", "moving"), images, strict=True)}
-    return values | {"slices": max(map(_repeated, images))}
+    return values | {"slices": max(map(_repeated, images)), "flatness": max(map(_flat, images))}
 
 
 def _repeated(image):
@@ -105,6 +107,13 @@ def _repeated(image):
         same = (np.diff(image.data, axis=axis) == 0).all(others)
         shares.append((same & full).sum() / max(full.sum(), 1))
     return max(shares)
+
+
+def _flat(image):
+    """The share of neighbours along the first axis, both in the foreground, that have one value."""
+    inside = foreground(image.data)
+    both = inside[1:] & inside[:-1]
+    return (both & (np.diff(image.data, axis=0) == 0)).sum() / max(both.sum(), 1)
 
 
 def _affine(scored):
@@ -146,12 +155,16 @@ def _deformation(scored):
     before, after = float(_lncc(f, m)), float(_lncc(f, w))
     values = {"stretch": high - low, "inverse": scored.summary["inverse_mm"] * scored.scale, "similarity": after,
               "gain": after - before}
-    plain, mirrored = (float(_registered(f, x)) for x in (m, _mirrored(f, m)))
-    return values | {"sides": plain - mirrored}
+    (plain, again), (mirrored, _) = (_registered(f, x) for x in (m, _mirrored(f, m)))
+    apart = np.linalg.norm(np.asarray(_coarse(scored.u, factor) / factor - again), axis=-1)  # in coarse voxels
+    distance = apart[np.asarray(f[..., 0]) > 0].mean() * factor * scored.spacing * scored.scale
+    return values | {"sides": float(plain - mirrored), "agreement": distance}
 
 
 def _coarse(x, factor):
-    x = np.asarray(x)[..., None]
+    """An image (D, H, W) or field (D, H, W, 3) on voxels `factor` times as large, with sides that Demons takes."""
+    x = np.asarray(x)
+    x = x[..., None] if x.ndim == 3 else x
     x = np.pad(x, [(0, -n % (factor * demons.MULTIPLE)) for n in x.shape[:3]] + [(0, 0)])
     return average_pool(jnp.asarray(x), factor)
 
@@ -163,9 +176,9 @@ def _lncc(fixed, moving):
 
 @jax.jit
 def _registered(fixed, moving):
-    """The local correlation after a short registration."""
+    """(the local correlation after a short registration by Demons, its displacement)."""
     u = demons.demons(fixed, moving, **demons.LNCC | {"iterations": (40, 10, 0)}).u
-    return lncc(fixed[None], warp(moving, u)[None], WINDOW)
+    return lncc(fixed[None], warp(moving, u)[None], WINDOW), u
 
 
 def _mirrored(fixed, moving):

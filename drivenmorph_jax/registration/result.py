@@ -53,8 +53,9 @@ class Result:
         title, numbers = _title(self.summary).split("\n")
         volumes = {name: x for name, x in self.pictured.items() if name not in ("labels", "matched")}
         volumes["jacobian"] = volumes.pop("jac")
-        page.write(path, title, [page.paragraph(numbers), page.viewer("Slices", **volumes),
-                                 page.figure("Overview", picture), page.definitions(self.summary["definitions"])])
+        page.write(path, title, [page.paragraph(numbers), *_told(self.summary["checks"]),
+                                 page.viewer("Slices", **volumes), page.figure("Overview", picture),
+                                 page.definitions(self.summary["definitions"])])
         return path
 
     def save(self, out: str | Path, formats: Sequence[str] = ("itk",), bids: Sequence[str] | None = None) -> None:
@@ -161,6 +162,18 @@ def _pictured(scored):
     return {"fixed": np.asarray(scored.fixed_on_grid), "moving": np.asarray(scored.moving_on_grid),
             "warped": scored.moved, "u": scored.u, "force": scored.force, "jac": metrics.jacobian(scored.u),
             "spacing": (scored.spacing,) * 3, "labels": outlines, "matched": alike}
+
+
+def _told(checks):
+    """The pieces of the report on the checks: those that warn first."""
+    warn = [one for one in checks if one["status"] != "ok"]
+    head = f"{len(warn)} of {len(checks)} checks warn: look at the pictures before you use the result." if warn else (
+        f"None of {len(checks)} checks warns.")
+    rows = ["| check | value | at least | at most | | |", "|---|---:|---:|---:|---|---|"]
+    for one in [*warn, *(one for one in checks if one["status"] == "ok")]:
+        value, low, high = ("" if x is None else f"{x:.3g}" for x in (one["value"], *one["limits"]))
+        rows.append(f"| {one['name']} | {value} | {low} | {high} | {one['status']} | {one['sentence']} |")
+    return page.heading("Checks"), page.paragraph(head), page.table("\n".join(rows))
 
 
 def _title(summary):
