@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.runtime import checkpoint
@@ -44,6 +45,16 @@ def test_the_newest_checkpoint_comes_back_as_it_was(two):
     assert step == 2 and data == {"next": 2} and read_about(two)["step"] == 2
     for a, b in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves(state(2)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_after_a_save_tensorstore_is_as_it_was(two, tmp_path):
+    before = dict(vars(tensorstore.KvStore.Spec))
+    spec = tensorstore.KvStore.Spec({"driver": "memory", "path": "a/"})
+    assert spec.to_json() == {"driver": "memory", "path": "a/"}
+    with checkpoint.manager(tmp_path) as manager:
+        checkpoint.save(manager, 1, {"step": 1}, *state(1), {"next": 1})
+    assert spec.to_json() == {"driver": "memory", "path": "a/"}
+    assert dict(vars(tensorstore.KvStore.Spec)) == before
 
 
 @pytest.mark.parametrize("place", range(PLACES))

@@ -78,7 +78,7 @@ def _json_once():
 
 @contextmanager
 def _replaced(owner, name, value):
-    before = getattr(owner, name)
+    before = vars(owner)[name]  # by `getattr`, the method of a compiled class would come without what binds it
     setattr(owner, name, value)
     try:
         yield
