@@ -57,7 +57,10 @@ def main(arguments=None, prog="drivenmorph register"):
     result.save(flags.out, flags.formats, flags.bids)
     print("done")
     print(*described(result.summary), sep="\n", end=f"; look at {flags.out}/overview.png\n")
-    if flags.strict and any(one["status"] != "ok" for one in result.summary["checks"]):
+    doubts = [one for one in result.summary["checks"] if one["status"] != "ok"]
+    for one in doubts:
+        print(f"warning: {one['name']} {told(one)}", file=sys.stderr)
+    if flags.strict and doubts:
         sys.exit(3)
 
 
@@ -186,9 +189,6 @@ def described(summary):
     before, after = summary["similarity_before"], summary["similarity_after"]
     if before is None or after is None or after <= before:
         yield "warning: the registration did not make the images more similar; look at the pictures before you use it"
-    for one in summary["checks"]:
-        if one["status"] != "ok":
-            yield f"warning: {one['name']} {told(one)}"
     yield f"folding {number('fold_pct')} %"
 
 

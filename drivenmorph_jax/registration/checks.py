@@ -155,7 +155,7 @@ def _deformation(scored):
     before, after = float(_lncc(f, m)), float(_lncc(f, w))
     values = {"stretch": high - low, "inverse": scored.summary["inverse_mm"] * scored.scale, "similarity": after,
               "gain": after - before}
-    (plain, again), (mirrored, _) = (_registered(f, x) for x in (m, _mirrored(f, m)))
+    (plain, again), (mirrored, _) = (_registered(f, x) for x in (m, _mirrored(m)))
     apart = np.linalg.norm(np.asarray(_coarse(scored.u, factor) / factor - again), axis=-1)  # in coarse voxels
     distance = apart[np.asarray(f[..., 0]) > 0].mean() * factor * scored.spacing * scored.scale
     return values | {"sides": float(plain - mirrored), "agreement": distance}
@@ -181,8 +181,8 @@ def _registered(fixed, moving):
     return lncc(fixed[None], warp(moving, u)[None], WINDOW), u
 
 
-def _mirrored(fixed, moving):
-    """The moving image mirrored, left to right, and shifted so that its middle is that of the fixed image."""
-    x = np.asarray(moving)[::-1]
-    middles = [ndimage.center_of_mass(np.asarray(image))[0] for image in (fixed, x)]
-    return jnp.asarray(np.roll(x, round(middles[0] - middles[1]), 0))
+def _mirrored(image):
+    """The image (D, H, W, 1) mirrored, left to right, and shifted by whole voxels so that its middle stays in place."""
+    image = np.asarray(image)
+    middles = [ndimage.center_of_mass(x)[0] for x in (image, image[::-1])]
+    return jnp.asarray(np.roll(image[::-1], round(middles[0] - middles[1]), 0))
