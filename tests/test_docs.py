@@ -8,6 +8,8 @@ import matplotlib
 import nibabel as nib
 import pytest
 
+from drivenmorph_jax.registration.checks import LIMITS
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md",
@@ -73,3 +75,11 @@ def test_the_readme_is_short_and_lines_fit_a_screen():
     for page in PAGES:
         for line in page.read_text().splitlines():
             assert len(line) <= 128 or line.strip().startswith("|"), (page.name, line)
+
+
+def test_the_page_of_the_checks_has_each_with_its_limits():
+    page = (DOCS / "checks.md").read_text()
+    for name, (least, largest, sentence) in LIMITS.items():
+        line, = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert sentence in line and all(f"{limit:g}" in line for limit in (least, largest)
+                                        if limit != 0 and abs(limit) != float("inf"))

@@ -49,24 +49,23 @@ class Check:
                 "sentence": self.sentence}
 
 
-# name: (least, largest value, sentence)
-LIMITS = {
+LIMITS = {  # name: (least value, largest value, sentence)
     "geometry": (0, 0, "Files whose place in the world other tools see differently."),
-    "affine scale": (0, 0.3, "Largest stretch of the affine along one direction, as |log|; heads differ by less."),
-    "affine shape": (0, 0.3, "Difference of its stretches along two directions, as |log|; heads differ by less."),
-    "affine rotation": (0, 40, "Degrees by which the affine turns; heads lie in a scanner nearly alike."),
-    "affine gain": (0, np.inf, "Mutual information after the affine less that of the files' own world coordinates."),
+    "affine scale": (0, 0.3, "Largest stretch or shrinking by the affine along a direction, as a logarithm."),
+    "affine shape": (0, 0.2, "Difference of these logarithms along two directions; heads differ by less."),
+    "affine rotation": (0, 35, "Degrees by which the affine turns; heads lie nearly alike in a scanner."),
+    "affine gain": (-0.05, np.inf, "Mutual information after the affine less that in the files' own world."),
     "size of fixed": (700, 2200, "Foreground of the fixed image in ml; a brain has 800 to 1900, a head more."),
     "size of moving": (700, 2200, "Foreground of the moving image in ml; a brain has 800 to 1900, a head more."),
     "field of view": (0, 0.05, "Share of one brain outside the field of view of the other image, after the affine."),
-    "overlap": (0.85, 1, "Dice of the foregrounds after the affine."),
+    "overlap": (0.9, 1, "Dice of the foregrounds after the affine."),
     "similarity": (0.3, 1, "Local correlation after the registration, at 2 mm."),
-    "gain": (0.05, 1, "Its rise by the deformation."),
-    "sides": (-0.0005, np.inf, "Similarity less that of the moving image mirrored: below 0, left and right may be "
+    "gain": (0, 1, "Its rise by the deformation."),
+    "sides": (-0.002, np.inf, "Similarity less that of the moving image mirrored; below, left and right may be "
               "exchanged."),
-    "agreement": (0, 3, "Mean distance in mm between the deformation and one by a short run of Demons."),
-    "stretch": (0, 3, "Range of log J, from .1 to 99.9 %, of the deformation; brains differ by less."),
-    "inverse": (0, 1, "Inverse consistency in mm."),
+    "agreement": (0, 4, "Mean distance in mm between the deformation and that of a short run of Demons."),
+    "stretch": (0, 7, "Range of log J of the deformation, from .1 to 99.9 %; brains differ by less."),
+    "inverse": (0, 0.5, "Inverse consistency in mm."),
     "slices": (0, 0.05, "Share of slices that equal the one before."),
     "flatness": (0, 0.5, "Share of neighbouring voxels with one value; above it, a label map was given as an image."),
 }
