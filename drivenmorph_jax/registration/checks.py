@@ -22,10 +22,11 @@ from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.network.losses import lncc
 from drivenmorph_jax.registration.read import kept, millilitres
 from drivenmorph_jax.registration.score import Scored
+from drivenmorph_jax.registration.sides import alike
 from drivenmorph_jax.transforms.affine import metric_between
 
 COARSE = 2.0  # mm, the voxels on which the checks register once more
-WINDOW = 7  # side of the boxes of their local correlation, in voxels
+WINDOW = 7  # side of the boxes of local correlation, in these voxels
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ LIMITS = {  # name: (least value, largest value, sentence)
     "overlap": (0.9, 1, "Dice of the foregrounds after the affine."),
     "similarity": (0.3, 1, "Local correlation after the registration, at 2 mm."),
     "gain": (0, 1, "Its rise by the deformation."),
-    "sides": (-0.002, np.inf, "Similarity less that of the moving image mirrored; below, left and right may be "
-              "exchanged."),
+    "sides": (-0.05, np.inf, "Whether both brains have the same asymmetry; below, left and right may be exchanged."),
     "agreement": (0, 4, "Mean distance in mm between the deformation and that of a short run of Demons."),
+    "brightness": (0, 0.2, "Deviation of the logarithm of smoothed brightness after the registration; bias raises it."),
     "stretch": (0, 7, "Range of log J of the deformation, from .1 to 99.9 %; brains differ by less."),
     "inverse": (0, 0.5, "Inverse consistency in mm."),
     "slices": (0, 0.05, "Share of slices that equal the one before."),
@@ -133,7 +134,8 @@ def _images(scored):
     there = _share_outside(scored.fixed, scored.moving, scored.affine)
     back = _share_outside(scored.moving, scored.fixed, np.linalg.inv(scored.affine))
     fixed, moving = (metrics.brain(foreground(np.asarray(x))) for x in (scored.fixed_on_grid, scored.moving_on_grid))
-    return {"field of view": max(there, back), "overlap": 2 * (fixed & moving).sum() / (fixed.sum() + moving.sum())}
+    return {"field of view": max(there, back), "overlap": 2 * (fixed & moving).sum() / (fixed.sum() + moving.sum()),
+            "sides": alike(scored.fixed_on_grid, scored.seen)}
 
 
 def _share_outside(image, other, transform):
@@ -154,10 +156,18 @@ def _deformation(scored):
     before, after = float(_lncc(f, m)), float(_lncc(f, w))
     values = {"stretch": high - low, "inverse": scored.summary["inverse_mm"] * scored.scale, "similarity": after,
               "gain": after - before}
-    (plain, again), (mirrored, _) = (_registered(f, x) for x in (m, _mirrored(m)))
+    again = _registered(f, m)
     apart = np.linalg.norm(np.asarray(_coarse(scored.u, factor) / factor - again), axis=-1)  # in coarse voxels
     distance = apart[np.asarray(f[..., 0]) > 0].mean() * factor * scored.spacing * scored.scale
-    return values | {"sides": float(plain - mirrored), "agreement": distance}
+    return values | {"agreement": distance, "brightness": _brightness(np.asarray(f[..., 0]), np.asarray(w[..., 0]))}
+
+
+def _brightness(fixed, warped):
+    """The standard deviation of log(warped / fixed) within the brain, after a Gaussian of 5 voxels."""
+    inside = (fixed > 0.05) & (warped > 0.05)
+    ratio = np.where(inside, np.log(np.where(inside, warped, 1) / np.where(inside, fixed, 1)), 0)
+    smooth = ndimage.gaussian_filter(ratio, 5) / np.maximum(ndimage.gaussian_filter(inside.astype(np.float32), 5), 1e-3)
+    return smooth[inside].std()
 
 
 def _coarse(x, factor):
@@ -175,13 +185,5 @@ def _lncc(fixed, moving):
 
 @jax.jit
 def _registered(fixed, moving):
-    """(the local correlation after a short registration by Demons, its displacement)."""
-    u = demons.demons(fixed, moving, **demons.LNCC | {"iterations": (40, 10, 0)}).u
-    return lncc(fixed[None], warp(moving, u)[None], WINDOW), u
-
-
-def _mirrored(image):
-    """The image (D, H, W, 1) mirrored, left to right, and shifted by whole voxels so that its middle stays in place."""
-    image = np.asarray(image)
-    middles = [ndimage.center_of_mass(x)[0] for x in (image, image[::-1])]
-    return jnp.asarray(np.roll(image[::-1], round(middles[0] - middles[1]), 0))
+    """The displacement by a short run of Demons."""
+    return demons.demons(fixed, moving, **demons.LNCC | {"iterations": (40, 10, 0)}).u
