@@ -36,7 +36,7 @@ class Result:
     transform: Transform  # from the fixed to the moving image, affine and deformable, with its inverse
     force: np.ndarray  # (X, Y, Z, 3), RAS mm
     jacobian: np.ndarray  # (X, Y, Z), determinant of the transform
-    summary: dict  # the content of summary.json: similarity, Dice, folding, seconds, with their definitions
+    summary: dict  # the content of summary.json: similarity, Dice, folding, seconds, checks; files once it is saved
     pictured: dict  # the arguments of `evaluation.figures.overview`, on the working grid
 
     def overview(self, path: str | Path) -> None:
@@ -94,8 +94,9 @@ class Result:
                 (out / name).unlink(missing_ok=True)
             for name in files:
                 os.replace(new / name, out / name)
+            self.summary["files"] = files
             with replacing(out / SUMMARY) as temporary:
-                temporary.write_text(json_text(self.summary | {"files": files}, indent=2) + "\n")
+                temporary.write_text(json_text(self.summary, indent=2) + "\n")
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
