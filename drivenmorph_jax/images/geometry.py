@@ -38,7 +38,8 @@ def placed(image, path, geometry="sform"):
       geometry: "sform" or "qform", the map that holds where a file has both; or three letters such as "LAS", the
         directions of the voxel axes of files that have neither. Their centre is then the origin of the world.
 
-    Raises InputError where the file has neither map and `geometry` does not say its directions.
+    Raises InputError where the file has neither map and `geometry` does not say its directions, or where the affine
+    cannot be used.
     """
     forms = _forms(image.header)
     used = geometry if geometry in forms else next(iter(forms), None)
@@ -52,9 +53,12 @@ def placed(image, path, geometry="sform"):
     doubt = disagreement(image.header, image.shape, path, used)
     if doubt:
         warnings.warn(doubt, InputWarning, stacklevel=2)
-    if used and np.array_equal(affine, image.affine):
+    if used and np.array_equal(affine, image.affine, equal_nan=True):
         return image
-    return type(image)(image.dataobj, affine, image.header)
+    try:
+        return type(image)(image.dataobj, affine, image.header)
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
+        raise InputError(f"{path} has a singular or non-finite affine; repair its sform or qform") from error
 
 
 def disagreement(header, shape, path, used="sform"):
