@@ -82,7 +82,7 @@ def _read_sidecar(path, stored):
     if not isinstance(about, dict) or "Linear" not in about and "FieldCRC32" not in about:
         return {}
     if about.get("GridShape", list(stored.shape[:3])) != list(stored.shape[:3]) or (
-            about.get("FieldCRC32", _checksum(stored)) != _checksum(stored)):
+            "FieldCRC32" in about and about["FieldCRC32"] != _checksum(stored)):
         raise InputError(f"{sidecar} was written for another field than the one in {path}: delete it, or bring that "
                          "field back")
     if "Direction" not in about:
