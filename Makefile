@@ -1,6 +1,6 @@
 # make train        train and score DrivenMorph on the embedded cohort
 # make test         check style and types, and run the tests
-# make test-slow    damage and kill far more often than make test does
+# make test-slow    damage and kill far more often than make test does, and register the largest pair of the tests
 # make docs         build the site of docs/ in build/docs
 # make build        make the wheel and the sdist in dist/
 # JAX=cuda13|cuda12|tpu installs the build for that accelerator; PYTHON=python3.12 takes another interpreter
@@ -19,7 +19,8 @@ test: lint
 	.venv/bin/python -m pytest -n 2
 
 test-slow: $(INSTALLED)
-	FUZZ=2000 KILLS=30 .venv/bin/python -m pytest -n 2 tests/test_fuzz.py tests/test_checkpoint.py tests/test_kill.py
+	FUZZ=2000 KILLS=30 .venv/bin/python -m pytest -n 2 -m "" tests/test_fuzz.py tests/test_checkpoint.py \
+		tests/test_kill.py tests/test_contrast.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -131,11 +131,15 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(tmp_path, monkey
 
 
 def test_with_less_memory_a_step_is_rematerialised_then_in_bfloat16(tmp_path, monkeypatch, capsys):
-    config = one_level()
+    config, compiled = one_level(), sharding.compiled_and_memory
     config.steps, needed = 1, iter((3e9, 2e9, 1e9))
 
+    def third(lowered, limit):  # the other two are lowered and not compiled, since nobody runs them
+        memory = next(needed)
+        return compiled(lowered, limit)[0] if memory == 1e9 else None, memory
+
     monkeypatch.setattr(loop, "evaluate", lambda config, *_, **__: config)
-    monkeypatch.setattr(programs, "device_memory", lambda _: next(needed))
+    monkeypatch.setattr(sharding, "compiled_and_memory", third)
     found = train_and_evaluate(config, tmp_path, memory=1.5e9)
     assert found.model.remat and found.model.dtype == "bfloat16" and not config.model.remat
     assert "of 32x40x32, remat True, dtype bfloat16 takes 0.9 GiB" in capsys.readouterr().out
@@ -156,9 +160,15 @@ def test_a_window_without_a_middle_voxel_is_one_sentence(tmp_path):
         train_and_evaluate(config, tmp_path)
 
 
+def idle(_, config, *rest):
+    """A `compiled_step` for what needs no step: it leaves the parameters as they are."""
+    return lambda params, state, batch: (params, state, {"loss": 1.0, "gradient_norm": 1.0}), config
+
+
 def test_a_first_score_that_is_no_number_still_leaves_a_best_checkpoint(tmp_path, monkeypatch):
     config = one_level()
     config.steps = 1
+    monkeypatch.setattr(loop, "compiled_step", idle)
     monkeypatch.setattr(loop, "evaluate", lambda *_, **__: "scored")
     monkeypatch.setattr(loop, "validate", lambda *_: {"val_lncc": float("nan")})
     assert train_and_evaluate(config, tmp_path) == "scored"
@@ -166,14 +176,17 @@ def test_a_first_score_that_is_no_number_still_leaves_a_best_checkpoint(tmp_path
 
 
 def test_a_step_that_the_compiler_refuses_is_one_sentence(tmp_path, monkeypatch):
-    def refuse(_):
+    tried = []
+
+    def refuse():
+        tried.append(0)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
                                          "HLO temporaries (20.31G) exceeds available HBM (15.75G).")
-    monkeypatch.setattr(programs, "device_memory", refuse)
-    config = one_level()
-    config.steps = 1
+    lowered = SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=refuse))
+    monkeypatch.setattr(step, "make_train_step", lambda *_: lowered)
     with pytest.raises(InputError, match="bfloat16 takes 20.3 GiB of each device, more than 15.0: set a --config.data"):
-        train_and_evaluate(config, tmp_path, memory=15 * 2**30)
+        train_and_evaluate(one_level(), tmp_path, memory=15 * 2**30)
+    assert len(tried) == 3
 
 
 def test_a_program_orders_its_operations_for_little_memory():
@@ -285,13 +298,14 @@ def test_a_checkpoint_of_another_model_is_refused(smoke, tmp_path):
 
 
 def test_a_model_with_a_finer_level_begins_with_the_parameters_of_a_coarser_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "compiled_step", idle)
     monkeypatch.setattr(loop, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(loop, "validate", lambda *_: {"val_dice": 0.5})
     finer = {"channels": (2, 4), "strides": (1, 2), "updates": (1, 1), "cross_radius": (0, 1), "self_radius": (0, 0),
              "self_window": (0, 4)}
     for name, changes in (("coarse", {"strides": (1,)}), ("fine", finer)):
         config = one_level(**changes)
-        config.steps, config.learning_rate = 1, 0.0
+        config.steps = 1
         config.init = str(tmp_path / "coarse") if name == "fine" else None
         train_and_evaluate(config, tmp_path / name)
     old, new = (dict(jax.tree.leaves_with_path(load_checkpoint(tmp_path / name)[1])) for name in ("coarse", "fine"))
@@ -419,7 +433,7 @@ workdir, steps, coordinator, processes, process = sys.argv[1:]
 if coordinator:
     sharding.start(True, coordinator_address=coordinator, num_processes=int(processes), process_id=int(process))
 config = get_config()
-config.model.update(ONE_LEVEL)
+config.model.update(ONE_LEVEL | {"cross_radius": (0,), "self_window": (0,)})  # no attention: it compiles sooner
 config.data.shape, config.data.spacing = (16, 20, 16), 10.0
 config.batch_size, config.steps = 8, int(steps)
 config.warmup_steps, config.learning_rate = 1000, 1.0  # the same rate at a step, wherever the run ends

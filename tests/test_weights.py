@@ -1,5 +1,7 @@
 """The weights that come with the project, as a user gets them."""
 
+import os
+import re
 from pathlib import Path
 
 import jax
@@ -31,19 +33,51 @@ def test_they_are_small_and_hold_nothing_but_parameters():
     assert "CC BY-NC" in (SHIPPED / "README.md").read_text()
 
 
-def test_two_files_are_registered_with_no_settings(tmp_path):
+@pytest.fixture(autouse=True)
+def fast_code(monkeypatch):
+    """The network is as large here as for a user, so its code is compiled as for one, which takes longer."""
+    monkeypatch.setenv("XLA_FLAGS", re.sub(r"--xla_backend_optimization_level=\d", "", os.environ["XLA_FLAGS"]))
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    """Two subjects of the embedded cohort, on a grid that the network takes."""
     settings = get_config().data
-    settings.update({"shape": (72, 88, 72), "spacing": 2.0, "num_test": 2})
-    cohort = data.load(settings, ("test",))
-    for name, subject in zip(("fixed", "moving"), cohort.test, strict=True):
-        for ending, voxels in (("t1", 1000 * subject.image), ("seg", subject.labels)):
-            affine = subject.affine @ np.diag([0.75, 0.75, 0.75, 1])  # 2.3 times fewer voxels on the grid of 1 mm
-            nib.save(nib.Nifti1Image(voxels.astype(np.int16), affine), tmp_path / f"{name}_{ending}.nii.gz")
-    summary = register(*(tmp_path / f"{name}_t1.nii.gz" for name in ("fixed", "moving")), affine=False,
-                       **{f"{name}_labels": tmp_path / f"{name}_seg.nii.gz" for name in ("fixed", "moving")}).summary
-    assert summary["refine_steps"] == 10 and summary["fold_pct"] < 0.01
-    assert summary["dice_after"] > summary["dice_before"] + 0.25
-    assert summary["checkpoint"].endswith("brain-t1")
+    settings.update({"shape": (48, 64, 48), "spacing": 2.8, "num_test": 2})
+    return data.load(settings, ("test",), grid_multiple(load_checkpoint(SHIPPED)[0])).test
+
+
+@pytest.fixture(scope="module")
+def files(cohort, tmp_path_factory):
+    """(file of the fixed image, of the moving one and of its negative; the labels of both, as settings)."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, subject in zip(("fixed", "moving"), cohort, strict=True):
+        t1 = 1000 * subject.image
+        for ending, voxels in (("t1", t1), ("seg", subject.labels), ("negative", np.where(t1 > 0, t1.max() - t1, 0))):
+            affine = subject.affine @ np.diag([0.6, 0.6, 0.6, 1])  # 5 times fewer voxels on the grid of 1 mm
+            nib.save(nib.Nifti1Image(voxels.astype(np.int16), affine), folder / f"{name}_{ending}.nii.gz")
+    return (*(folder / f"{name}.nii.gz" for name in ("fixed_t1", "moving_t1", "moving_negative")),
+            {f"{name}_labels": folder / f"{name}_seg.nii.gz" for name in ("fixed", "moving")})
+
+
+@pytest.fixture(scope="module")
+def registered(files):
+    fixed, moving, _, labels = files
+    return register(fixed, moving, affine=False, quiet=True, **labels).summary
+
+
+def test_two_files_are_registered_with_no_settings(registered):
+    assert registered["refine_steps"] == 10 and registered["fold_pct"] < 0.01
+    assert registered["dice_after"] > registered["dice_before"] + 0.25
+    assert registered["checkpoint"].endswith("brain-t1") and registered["contrast"] == "same"
+
+
+def test_an_inverted_image_is_registered_nearly_as_well_and_nobody_has_to_say_it(registered, files, capsys):
+    fixed, _, negative, labels = files
+    other = register(fixed, negative, affine=False, **labels).summary
+    assert other["contrast"] == "other" and "of different contrast" in capsys.readouterr().out
+    gain = registered["dice_after"] - registered["dice_before"]
+    assert other["dice_after"] > other["dice_before"] + 0.6 * gain and other["fold_pct"] < 0.01  # .68 measured
 
 
 FOREIGN = {
@@ -55,11 +89,9 @@ FOREIGN = {
 }
 
 
-def test_whatever_the_images_the_result_is_a_diffeomorphism():
+def test_whatever_the_images_the_result_is_a_diffeomorphism(cohort):
     config, params, _ = load_checkpoint(SHIPPED)
-    settings = get_config().data
-    settings.update({"shape": (64, 80, 64), "spacing": 2.0, "num_test": 2})
-    fixed, moving = (subject.image for subject in data.load(settings, ("test",), grid_multiple(config)).test[:2])
+    fixed, moving = (subject.image for subject in cohort)
     predict = make_predict(config, REFINE_STEPS["drivenmorph"])
     for kind, change in FOREIGN.items():
         foreign = change(moving, np.random.default_rng(0)).astype(np.float32)
@@ -69,7 +101,7 @@ def test_whatever_the_images_the_result_is_a_diffeomorphism():
 
 @pytest.fixture(scope="module")
 def real():
-    """(function of two images -> u by the network alone, Dice of u, and two brains that no training saw)."""
+    """(function of two images -> u by the network alone, Dice of u, two brains that no training saw, and their u)."""
     if not MALF.is_dir():
         pytest.skip("needs the folder of real brains beside the project")
     config, params, _ = load_checkpoint(SHIPPED)
@@ -80,19 +112,21 @@ def real():
     def dice(u):
         return metrics.mean_dice(fixed.labels, metrics.warp_labels(moving.labels, np.asarray(u)), EXCLUDE)
 
-    return lambda fixed, moving: predict(params, fixed[None], moving[None])[0][0], dice, fixed.image, moving.image
+    def network(fixed, moving):
+        return predict(params, fixed[None], moving[None])[0][0]
+
+    return network, dice, fixed.image, moving.image, network(fixed.image, moving.image)
 
 
 def test_a_real_pair_that_no_training_saw(real):
-    network, dice, fixed, moving = real
-    u = network(fixed, moving)
+    _, dice, _, _, u = real
     assert dice(u) > 0.61
     assert metrics.fold_pct(metrics.jacobian(np.asarray(u))) < 0.01
 
 
 def test_a_bias_of_20_percent_or_an_inverted_contrast_costs_a_real_pair_little(real):
-    network, dice, fixed, moving = real
-    plain = dice(network(fixed, moving))
+    network, dice, fixed, moving, u = real
+    plain = dice(u)
     biased = augmentation.add_bias(jnp.asarray(moving), jax.random.key(0), 0.2)
     assert dice(network(fixed, biased)) > plain - 0.012
     inverted = np.where(moving > 0, 1 - moving, 0).astype(np.float32)

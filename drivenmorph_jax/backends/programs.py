@@ -1,5 +1,7 @@
 """Options and numbers by which programs are compiled and run on each device."""
 
+import os
+
 from drivenmorph_jax.backends import current
 
 # CPU: a lower optimisation level of LLVM. It takes three quarters of the time, and its code runs as fast. GPU: no
@@ -8,8 +10,12 @@ OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}, "gpu": {"xla_gpu_enable
 
 
 def compiler_options():
-    """Options for `jax.jit` that make programs compile faster on the current device."""
-    return OPTIONS.get(current(), {})
+    """Options for `jax.jit` that make programs compile faster on the current device.
+
+    An option that the environment variable XLA_FLAGS names is left to it.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in OPTIONS.get(current(), {}).items() if f"--{name}=" not in flags}
 
 
 def device_memory(compiled):

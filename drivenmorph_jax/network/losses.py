@@ -29,10 +29,11 @@ def lncc(a, b, window, weight=None):
     axes, radius = (1, 2, 3), window // 2
 
     def prepared(x):
-        """x, centred and with a range of at most 1: its rounding errors stay below the floor of the variances."""
+        """x less the middle of its range, which is at most 1: its rounding errors stay below the floor of the variances.
+        A constant image gives exact zeros."""
         x = x[..., 0].astype(jnp.float32)
-        scale = jnp.maximum(1, x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
-        return (x - x.mean(axes, keepdims=True)) / jax.lax.stop_gradient(scale)
+        low, high = (jax.lax.stop_gradient(end(x, axes, keepdims=True)) for end in (jnp.min, jnp.max))
+        return (x - (low + high) / 2) / jnp.maximum(1, high - low)
 
     def mean(x):
         for axis in axes:

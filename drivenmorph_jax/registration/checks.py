@@ -81,39 +81,38 @@ class Checked(Scored):
 
 def check(scored: Scored) -> Checked:
     """Run all checks. Those that make no sense for a registration, such as the affine's without one, are left out."""
-    values = {**_files(scored), **_affine(scored), **_images(scored), **_deformation(scored)}
+    brains = tuple(foreground(image.data) for image in (scored.fixed, scored.moving))
+    values = {**_files(scored, brains), **_affine(scored), **_images(scored, brains), **_deformation(scored)}
     checks = tuple(Check(name, float(values[name]), LIMITS[name][:2], LIMITS[name][2])
                    for name in LIMITS if name in values)
     summary = scored.summary | {"checks": [one.as_dict() for one in checks]}
     return Checked(**kept(replace(scored, summary=summary)), checks=checks)
 
 
-def _files(scored):
-    """Checks of the two files."""
+def _files(scored, brains):
+    """Checks of the two files; `brains` are the foregrounds of fixed and moving."""
     used = scored.request.geometry if scored.request.geometry == "qform" else "sform"
     images = scored.fixed, scored.moving
     values = {"geometry": sum(bool(disagreement(x.header, x.data.shape, x.path, used)) for x in images)}
     if scored.scale == 1:
-        values |= {f"size of {role}": millilitres(x) for role, x in zip(("fixed", "moving"), images, strict=True)}
-    return values | {"slices": max(map(_repeated, images)), "flatness": max(map(_flat, images))}
+        values |= {f"size of {role}": millilitres(inside, image.affine)
+                   for role, image, inside in zip(("fixed", "moving"), images, brains, strict=True)}
+    repeated, flat = zip(*(_equal(image.data, inside) for image, inside in zip(images, brains, strict=True)), strict=True)
+    return values | {"slices": max(repeated), "flatness": max(flat)}
 
 
-def _repeated(image):
-    """The largest share, over the axes, of slices with foreground that equal the slice before."""
-    inside, shares = foreground(image.data), []
+def _equal(data, inside):
+    """(largest share, over the axes, of slices with foreground that equal the slice before; share of neighbours along
+    the first axis, both in the foreground, that have one value)."""
+    slices = []
     for axis in range(3):
-        others = tuple(k for k in range(3) if k != axis)
-        full = inside.any(others)[1:]
-        same = (np.diff(image.data, axis=axis) == 0).all(others)
-        shares.append((same & full).sum() / max(full.sum(), 1))
-    return max(shares)
-
-
-def _flat(image):
-    """The share of neighbours along the first axis, both in the foreground, that have one value."""
-    inside = foreground(image.data)
-    both = inside[1:] & inside[:-1]
-    return (both & (np.diff(image.data, axis=0) == 0)).sum() / max(both.sum(), 1)
+        x, brain = (np.moveaxis(array, axis, 0) for array in (data, inside))
+        same, full = x[1:] == x[:-1], brain[1:].any((1, 2))
+        slices.append((same.all((1, 2)) & full).sum() / max(full.sum(), 1))
+        if axis == 0:
+            both = brain[1:] & brain[:-1]
+            neighbours = (both & same).sum() / max(both.sum(), 1)
+    return max(slices), neighbours
 
 
 def _affine(scored):
@@ -129,18 +128,18 @@ def _affine(scored):
     return values
 
 
-def _images(scored):
-    """Checks of how the two images fit after the affine."""
-    there = _share_outside(scored.fixed, scored.moving, scored.affine)
-    back = _share_outside(scored.moving, scored.fixed, np.linalg.inv(scored.affine))
+def _images(scored, brains):
+    """Checks of how the two images fit after the affine; `brains` are their foregrounds."""
+    there = _share_outside(brains[0], scored.fixed, scored.moving, scored.affine)
+    back = _share_outside(brains[1], scored.moving, scored.fixed, np.linalg.inv(scored.affine))
     fixed, moving = (metrics.brain(foreground(np.asarray(x))) for x in (scored.fixed_on_grid, scored.moving_on_grid))
     return {"field of view": max(there, back), "overlap": 2 * (fixed & moving).sum() / (fixed.sum() + moving.sum()),
             "sides": alike(scored.fixed_on_grid, scored.seen)}
 
 
-def _share_outside(image, other, transform):
-    """The share of the foreground of `image` that `transform` maps out of the grid of `other`."""
-    points = np.argwhere(foreground(image.data)[::2, ::2, ::2]) * 2
+def _share_outside(brain, image, other, transform):
+    """The share of `brain`, the foreground of `image`, that `transform` maps out of the grid of `other`."""
+    points = np.argwhere(brain[::2, ::2, ::2]) * 2
     to_other = np.linalg.inv(other.affine) @ transform @ image.affine
     places = points @ to_other[:3, :3].T + to_other[:3, 3]
     return np.mean(((places < -0.5) | (places > np.array(other.data.shape) - 0.5)).any(1))

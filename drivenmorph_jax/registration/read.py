@@ -125,14 +125,14 @@ def _ignored(source, image, request):
     return mask if mask.data.any() else None
 
 
-def millilitres(image):
-    """The volume of the foreground of an image, in ml."""
-    return np.count_nonzero(foreground(image.data)) * abs(np.linalg.det(image.affine[:3, :3])) / 1e3
+def millilitres(inside, affine):
+    """The volume in ml of the voxels `inside` (bool) of a grid with an affine (4, 4) in mm."""
+    return np.count_nonzero(inside) * abs(np.linalg.det(affine[:3, :3])) / 1e3
 
 
 def _scale(image):
     """The factor for all lengths: 1 for brains of people and large animals and for heads, else to a person's size."""
-    volume = millilitres(image)
+    volume = millilitres(foreground(image.data), image.affine)
     return 1.0 if SIZES[0] < volume < SIZES[1] else float(f"{(TYPICAL / volume) ** (1 / 3):.2g}")
 
 
