@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from configs.smoke import get_config
-from drivenmorph_jax.backends import programs
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import alone_in
 from drivenmorph_jax.network.inference import load_checkpoint, make_predict

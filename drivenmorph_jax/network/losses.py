@@ -29,8 +29,8 @@ def lncc(a, b, window, weight=None):
     axes, radius = (1, 2, 3), window // 2
 
     def prepared(x):
-        """x less the middle of its range, which is at most 1: its rounding errors stay below the floor of the variances.
-        A constant image gives exact zeros."""
+        """x less the middle of its range, with a range of at most 1. Its rounding errors stay below the floor of the
+        variances, and a constant image gives exact zeros."""
         x = x[..., 0].astype(jnp.float32)
         low, high = (jax.lax.stop_gradient(end(x, axes, keepdims=True)) for end in (jnp.min, jnp.max))
         return (x - (low + high) / 2) / jnp.maximum(1, high - low)

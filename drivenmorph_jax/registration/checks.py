@@ -97,8 +97,8 @@ def _files(scored, brains):
     if scored.scale == 1:
         values |= {f"size of {role}": millilitres(inside, image.affine)
                    for role, image, inside in zip(("fixed", "moving"), images, brains, strict=True)}
-    repeated, flat = zip(*(_equal(image.data, inside) for image, inside in zip(images, brains, strict=True)), strict=True)
-    return values | {"slices": max(repeated), "flatness": max(flat)}
+    slices, flat = np.max([_equal(image.data, inside) for image, inside in zip(images, brains, strict=True)], axis=0)
+    return values | {"slices": slices, "flatness": flat}
 
 
 def _equal(data, inside):
