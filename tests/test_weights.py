@@ -33,10 +33,12 @@ def test_they_are_small_and_hold_nothing_but_parameters():
     assert "CC BY-NC" in (SHIPPED / "README.md").read_text()
 
 
-@pytest.fixture(autouse=True)
-def fast_code(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def fast_code():
     """The network is as large here as for a user, so its code is compiled as for one, which takes longer."""
-    monkeypatch.setenv("XLA_FLAGS", re.sub(r"--xla_backend_optimization_level=\d", "", os.environ["XLA_FLAGS"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", re.sub(r"--xla_backend_optimization_level=\d", "", os.environ["XLA_FLAGS"]))
+        yield
 
 
 @pytest.fixture(scope="module")
