@@ -415,7 +415,7 @@ params = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), image, image)
 one, two = ([fields[0] for fields, _ in predictions(predict, params, pairs, space)] for space in (1, 2))
 assert len(one) == len(two) == 2 and abs(one[0]).max() > 1
 for a, b in zip(one, two):
-    np.testing.assert_allclose(b, a, atol=1e-4)
+    np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
 """
 
 

@@ -1,6 +1,5 @@
 """Batches of random training pairs by Grain: seeded, divided over hosts, prefetched, and resumable."""
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +7,6 @@ import numpy as np
 from drivenmorph_jax.data.subject import ordered_pairs
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.grid import average_pool
-
-READERS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # whole batches
 
 
 def training_batches(subjects, batch_size, seed, *, atlas=None, downsample=1, with_labels=False):
@@ -36,6 +33,8 @@ def training_batches(subjects, batch_size, seed, *, atlas=None, downsample=1, wi
       InputError: fewer than two subjects, a missing label map with `with_labels`, or a side that `downsample` does not
         divide.
     """
+    import grain  # late, since no program but training needs it, and its import takes a second
+
     if len(subjects) < 2:
         raise InputError(f"training needs at least 2 subjects, not {len(subjects)}: add to the train split")
     pairs, everyone = ordered_pairs(subjects, atlas), subjects if atlas is None else (*subjects, atlas)
@@ -57,7 +56,7 @@ def training_batches(subjects, batch_size, seed, *, atlas=None, downsample=1, wi
         .repeat()
         .random_map(example)[jax.process_index()::jax.process_count()]
         .batch(batch_size, drop_remainder=True)
-        .to_iter_dataset(READERS))
+        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))  # whole batches
 
 
 def _pooled(subject, factor):
