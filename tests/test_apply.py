@@ -269,7 +269,7 @@ def test_nearest_picks_the_voxel_that_scipy_picks():
     rng, data = np.random.default_rng(0), random()
     voxel = np.where(rng.random((*SMALL, 3)) < 0.3, rng.integers(-3, 18, (*SMALL, 3)) / 2, rng.uniform(-3, 11, 3))
     displacement = voxel - points_of(SMALL, np.eye(4))
-    found = pull_back(Volume(data, np.eye(4), None, ""), displacement, np.eye(4), order=0)
+    found = pull_back(Volume(data, np.eye(4), None, ""), displacement, np.eye(4), "nearest")
     theirs = ndimage.map_coordinates(data, np.moveaxis(voxel, -1, 0), order=0, mode="grid-constant")
     assert 0.05 < (theirs > 0).mean() < 0.95
     np.testing.assert_array_equal(found, theirs)

@@ -10,14 +10,15 @@ from scipy import ndimage
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.reading import load_image
 from drivenmorph_jax.images.volume import Volume, resample
-from drivenmorph_jax.transforms.files import read_displacement, write_displacement
+from drivenmorph_jax.transforms.files import write_displacement
 from drivenmorph_jax.transforms.itk import read_affine, write_affine
+from drivenmorph_jax.transforms.maps import faded
+from drivenmorph_jax.transforms.reading import read_transform
 from drivenmorph_jax.transforms.world import (
     jacobian_determinant_of_displacement,
     pull_back,
     total_displacement,
     total_inverse_displacement,
-    transform_points,
     unfolded_in_world,
 )
 
@@ -117,8 +118,8 @@ def test_forward_then_inverse_returns(fixed_grid, moving_grid):
     forward = total_displacement(*GRIDS[fixed_grid], u, WORK[1], T)
     inverse = total_inverse_displacement(*GRIDS[moving_grid], u_inverse, WORK[1], T)
     points = np.random.default_rng(2).uniform(-10, 10, (200, 3))
-    there = transform_points(points, forward, GRIDS[fixed_grid][1])
-    back = transform_points(there, inverse, GRIDS[moving_grid][1])
+    there = faded(forward, GRIDS[fixed_grid][1], T)(points)
+    back = faded(inverse, GRIDS[moving_grid][1], np.linalg.inv(T))(there)
     assert np.linalg.norm(there - points, axis=1).mean() > 1
     np.testing.assert_allclose(back, points, atol=1e-4)
 
@@ -142,14 +143,14 @@ def test_blob_moves_as_its_point_does():
     warped = pull_back(moving, displacement, affine)
     np.testing.assert_allclose(peak(moving.data) - peak(fixed), shift, atol=0.05)
     np.testing.assert_allclose(peak(warped), peak(fixed), atol=0.05)
-    np.testing.assert_allclose(transform_points(peak(fixed)[None], displacement, affine)[0],
+    np.testing.assert_allclose(faded(displacement, affine, np.eye(4))(peak(fixed)[None])[0],
                                peak(moving.data), atol=0.05)
 
 
 def test_apply_keeps_labels_whole_and_is_zero_outside():
     labels = np.random.default_rng(0).integers(1, 9, (6, 7, 8)).astype(np.int32)
     shift = np.broadcast_to(np.float32([2.4, 0, 0]), (6, 7, 8, 3))
-    out = pull_back(Volume(labels, np.eye(4), None, ""), shift, np.eye(4), order=0)
+    out = pull_back(Volume(labels, np.eye(4), None, ""), shift, np.eye(4), "nearest")
     assert out.dtype == np.int32
     np.testing.assert_array_equal(out[:-2], labels[2:])
     assert not out[-2:].any()
@@ -190,18 +191,18 @@ def test_displacement_file_and_sidecar(tmp_path, frame, intent, signs):
     assert (sidecar["Frame"], sidecar["Unit"], sidecar["Direction"]) == (frame, "mm", "fixed to moving")
     assert sidecar["GridShape"] == list(fixed.data.shape)
     np.testing.assert_allclose(sidecar["GridAffineRAS"], fixed.affine)
-    back, affine, _ = read_displacement(path)
-    np.testing.assert_array_equal(back, displacement)
-    np.testing.assert_allclose(affine, fixed.affine, atol=1e-5)
+    back = read_transform(path)
+    np.testing.assert_array_equal(back.displacement, displacement)
+    np.testing.assert_allclose(back.grid.affine, fixed.affine, atol=1e-5)
 
 
 def test_files_that_are_no_displacement(tmp_path):
     fixed = volume_on(tmp_path / "fixed.nii", *GRIDS["isotropic"])
-    refused(lambda: read_displacement(fixed.path), fixed.path, "1007")
+    refused(lambda: read_transform(fixed.path), fixed.path, "(X, Y, Z, 1, 3)")
     displacement = np.full((*fixed.data.shape, 3), np.nan, np.float32)
     path = tmp_path / "nan.nii"
     write_displacement(path, displacement, fixed, "fixed to moving")
-    refused(lambda: read_displacement(path), path, "NaN")
+    refused(lambda: read_transform(path), path, "NaN")
 
 
 @pytest.mark.parametrize("ending", [".tfm", ".txt", ".mat"])

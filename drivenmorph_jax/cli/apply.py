@@ -1,4 +1,6 @@
-"""Move other images, label maps, series or points by a transform of `register`, of ITK or of ANTs."""
+"""Move other images, label maps, series or points by a transform of `register` or of another tool."""
+
+import argparse
 
 from drivenmorph_jax.cli import program
 
@@ -9,7 +11,17 @@ moving space. --inverse does both in the other direction. Examples:
   %(prog)s --transform result/displacement.nii.gz --moving t2.nii.gz --out t2_aligned.nii.gz
   %(prog)s --transform result/displacement.nii.gz --moving seg.nii.gz --out seg_aligned.nii.gz --interpolation nearest
   %(prog)s --transform result/displacement.nii.gz --inverse --moving atlas.nii.gz --out atlas_back.nii.gz
-  %(prog)s --transform result/displacement.nii.gz --points p.csv --out q.csv"""
+  %(prog)s --transform result/displacement.nii.gz --points p.csv --out q.csv
+  %(prog)s --transform t1Warp.nii.gz t0GenericAffine.mat --moving t2.nii.gz --out t2_aligned.nii.gz"""
+
+
+class Once(argparse.Action):
+    """A flag whose second use is refused, where argparse would forget the first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice; give all files after one {option_string}")
+        setattr(namespace, self.dest, values)
 
 
 def main(arguments=None, prog="drivenmorph apply"):
@@ -19,8 +31,18 @@ def main(arguments=None, prog="drivenmorph apply"):
     add(
         "--transform",
         required=True,
+        nargs="+",
+        action=Once,
         metavar="FILE",
-        help="displacement field: NIfTI of shape (X, Y, Z, 1, 3) with intent 1007 (LPS) or 1006 (RAS)",
+        help="displacement field or affine of this package, ITK, ANTs, greedy, FSL, FreeSurfer, SPM, NiftyReg, AFNI, "
+        "dipy or Learn2Reg; or several, in the order in which a point passes them from the fixed to the moving space, "
+        "as antsApplyTransforms has them. FILE:inverse is the inverse of a file",
+    )
+    add(
+        "--convention",
+        metavar="NAME",
+        help="what the numbers of a transform are whose file does not tell it: itk, ras, spm, fsl or l2r for a field, "
+        "greedy or flirt for a matrix",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--moving", nargs="+", metavar="FILE", help="3-D images, label maps or 4-D series, one or more")
@@ -38,14 +60,20 @@ def main(arguments=None, prog="drivenmorph apply"):
     add(
         "--interpolation",
         default="linear",
-        choices=["linear", "nearest"],
-        help="nearest is for label maps, and keeps values and type; default: linear",
+        choices=["linear", "cubic", "nearest", "label"],
+        help="nearest and label are for label maps, and keep values and type; label has smoother borders; "
+        "default: linear",
     )
     add("--inverse", action="store_true", help="use the inverse transform, from the fixed to the moving space")
     add(
         "--reference",
         metavar="FILE",
         help="image or series on whose grid the result lies; default: the fixed image; with --inverse the moving image",
+    )
+    add(
+        "--source",
+        metavar="FILE",
+        help="image of the space that the images come from, for transforms of FSL; default: the first of --moving",
     )
     program.add_geometry(add)
     flags = parser.parse_args(arguments)
@@ -64,5 +92,7 @@ def main(arguments=None, prog="drivenmorph apply"):
         flags.inverse,
         flags.reference,
         flags.geometry,
+        flags.convention,
+        flags.source,
     ):
         print(path)

@@ -125,7 +125,7 @@ def run(method, fixed, moving, *arguments):
 
     Raises InputError with the message of the command where it failed.
     """
-    from drivenmorph_jax.transforms.files import read_displacement
+    from drivenmorph_jax.transforms.reading import read_transform
 
     if METHODS[method][0] is None:
         return np.zeros((*nib.as_closest_canonical(nib.load(fixed)).shape, 3), np.float32), 0.0
@@ -140,8 +140,8 @@ def run(method, fixed, moving, *arguments):
         if done.returncode:
             raise InputError(f"{method} failed on {fixed} and {moving}; leave it out, or see why: "
                              f"{done.stderr.strip()[-300:]}")
-        mm, affine, _ = read_displacement(out)
-    mm = nib.as_closest_canonical(nib.Nifti1Image(mm, affine))
+        read = read_transform(out)
+    mm = nib.as_closest_canonical(nib.Nifti1Image(read.displacement, read.grid.affine))
     return (np.asarray(mm.dataobj, np.float32) @ np.linalg.inv(mm.affine[:3, :3]).T).astype(np.float32), seconds
 
 

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.fields.grid import resize_field
+from drivenmorph_jax.fields.grid import identity_grid, resize_field
 from drivenmorph_jax.fields.warp import compose, warp
 
 
@@ -36,6 +36,45 @@ def inverse(u: chex.Array, iterations: int = 40, start: chex.Array | None = None
 @partial(jax.jit, static_argnames=("iterations"), inline=True)
 def _inverse(u, iterations, w):
     return jax.lax.fori_loop(0, iterations, lambda _, w: w - 0.5 * compose(u, w), w)
+
+
+@partial(jax.jit, static_argnames="most")
+def inverse_at(u: chex.Array, points: chex.Array, closest: chex.Array, tolerance: float = 1e-3,
+               most: int = 200) -> jax.Array:
+    """The points v that phi = id + u maps to given points p, by a damped fixed-point iteration.
+
+      v <- v - A^-1 (v + u(v) - p) / 2,    v = A^-1 p at the start
+
+    A is an affine map close to phi. The iteration converges where A^-1 phi stretches less than fourfold. It ends when
+    no v + u(v) is further than `tolerance` from its p.
+
+    Args:
+      u: (D, H, W, 3) displacement in voxels. Beyond its grid, the displacement at the edge is used.
+      points: p (..., 3) with four axes, in voxels of the grid of u.
+      closest: A (4, 4), in voxels.
+      tolerance: in voxels.
+      most: the most iterations.
+
+    Returns:
+      v, with the shape of p, in voxels.
+    """
+    back = jnp.linalg.inv(jnp.asarray(closest, u.dtype))
+    points = points.astype(u.dtype)
+
+    def off(v):
+        return v + warp(u, v - identity_grid(v.shape[:-1])) - points
+
+    def step(state):
+        v, error, number = state
+        v = v - 0.5 * error @ back[:3, :3].T
+        return v, off(v), number + 1
+
+    def goes_on(state):
+        _, error, number = state
+        return (number < most) & (jnp.abs(error).max() > tolerance)
+
+    start = points @ back[:3, :3].T + back[:3, 3]
+    return jax.lax.while_loop(goes_on, step, (start, off(start), 0))[0]
 
 
 @partial(jax.jit, static_argnames=("stride", "steps"))

@@ -13,23 +13,29 @@ from drivenmorph_jax.transforms.transform import Transform
 
 
 def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None,
-                geometry="sform"):
-    """Move files by a displacement field, as `drivenmorph apply` does. Yields each path that it wrote.
+                geometry="sform", convention=None, source=None):
+    """Move files by a transform, as `drivenmorph apply` does. Yields each path that it wrote.
 
     Args:
-      transform: file of the field.
+      transform: a file of a transform, or several, as `Transform.load` takes them.
       out: a file for one image or for the points; a folder for several images, which keep their names.
       images: files to resample; or points: a table that `transforms.points.move_table` takes.
+      interpolation: as in `Transform.apply`.
       inverse: use the inverse transform. It lies on the grid of the other image, which the sidecar describes; where it
         does not, on the grid of `reference`.
       reference: image or series on whose grid the results lie. Its voxels are not read.
-
       geometry: of all these files, as in `images.geometry.placed`.
+      convention: of a transform that does not tell it, as in `Transform.load`.
+      source: image of the space that `images` come from. Its grid is needed for transforms of FSL. By default it is
+        the first of `images`.
 
     Raises InputError where a file cannot be used or written.
     """
-    found = Transform.load(transform, checked(geometry))
-    reference = None if reference is None else load_grid(reference, geometry)
+    checked(geometry)
+    source = source or (images[0] if images else None)
+    reference, source = (None if path is None else load_grid(path, geometry) for path in (reference, source))
+    fixed, moving = (source, reference) if inverse else (reference, source)
+    found = Transform.load(transform, geometry, convention, fixed, moving)
     if inverse:
         found = (found if found.other or not reference else replace(found, other=reference)).inverse
     if points is not None:

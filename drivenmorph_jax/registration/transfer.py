@@ -42,7 +42,7 @@ def transfer(deformed: Deformed) -> Transferred:
     return Transferred(
         **kept(deformed), transform=Transform(displacement, fixed, affine, moving, backward),
         warped=pull_back(deformed.source, displacement, fixed.affine, outside=background(deformed.source.data)),
-        warped_labels=None if labels is None else pull_back(labels, displacement, fixed.affine, order=0),
+        warped_labels=None if labels is None else pull_back(labels, displacement, fixed.affine, "nearest"),
         jacobian=jacobian_determinant_of_displacement(displacement, fixed.affine), vectors=vectors)
 
 

@@ -14,9 +14,7 @@ import SimpleITK as sitk
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import json_text, replacing
 from drivenmorph_jax.images import writing
-from drivenmorph_jax.images.reading import open_nifti, read_voxels
 from drivenmorph_jax.transforms.itk import FLIP, to_itk
-from drivenmorph_jax.transforms.world import by_planes, map_points
 
 INTENTS = {"LPS": 1007, "RAS": 1006}  # NIfTI intents: vector; displacement vector
 
@@ -67,10 +65,10 @@ def _checksum(stored):
     return zlib.crc32(np.ascontiguousarray(stored, "<f4"))
 
 
-def _read_sidecar(path, stored):
+def read_sidecar(path, stored):
     """The items of the JSON sidecar of a displacement file, empty where it has none that can be read.
 
-    `stored` (X, Y, Z, 1, 3) are the vectors in the file.
+    `stored` are the vectors in the file.
 
     Raises InputError where the sidecar was written for other vectors or for something else than a displacement.
     """
@@ -90,52 +88,19 @@ def _read_sidecar(path, stored):
     return about
 
 
-def read_displacement(path):
-    """(displacement, affine, header) of `read_field`."""
-    return read_field(path)[:3]
+def write_composite(path, field):
+    """Write a `transforms.maps.Field` as an ITK composite (.h5): its displacement n, then its affine part L.
 
+      x -> L (x + n(x))
 
-def read_field(path, geometry="sform"):
-    """Read a displacement field from a NIfTI file. Intent 1007 means LPS and 1006 RAS.
-
-    `geometry` is that of `images.geometry.placed`.
-
-    Returns:
-      The displacement (X, Y, Z, 3) in RAS mm, float32; the affine of its grid; the header of the file; the items of its
-      sidecar.
-
-    Raises InputError where the file cannot be read, is not a displacement field, holds NaN or infinite values, or has a
-    sidecar that belongs to another field.
+    n is 0 at the rim of its grid. ITK takes it as 0 beyond, so the affine part continues there.
     """
-    image, path = open_nifti(path, geometry)
-    frames = {intent: frame for frame, intent in INTENTS.items()}
-    frame = frames.get(int(image.header["intent_code"]))
-    if frame is None or image.ndim != 5 or image.shape[3:] != (1, 3):
-        raise InputError(f"{path} is not a displacement field; give a NIfTI of shape (X, Y, Z, 1, 3) "
-                         "and intent 1007 (LPS) or 1006 (RAS)")
-    stored = read_voxels(image, path).astype(np.float32)
-    if not np.isfinite(stored).all():
-        raise InputError(f"{path} has NaN or infinite displacements; compute it again")
-    about, displacement = _read_sidecar(path, stored), stored[..., 0, :].copy()
-    if frame == "LPS":
-        displacement[..., :2] *= -1
-    return displacement, image.affine, image.header, about
-
-
-def write_composite(path, transform):
-    """Write a `Transform` as an ITK composite (.h5): a displacement field, then the affine part.
-
-      x -> linear^-1(x + d(x)) on the grid of the transform,    then x -> linear x
-    """
-    back, grid = np.linalg.inv(transform.linear), transform.grid
-    near = by_planes(transform.displacement.shape, grid.affine,
-                      lambda i, x: map_points(back, x + transform.displacement[i]) - x)
-    field = sitk.GetImageFromArray((near * np.diag(FLIP)[:3]).transpose(2, 1, 0, 3).astype(float), isVector=True)
-    lps, spacing = FLIP @ grid.affine, grid.spacing
-    field.SetSpacing(spacing.tolist())
-    field.SetOrigin(lps[:3, 3].tolist())
-    field.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    composite = sitk.CompositeTransform([to_itk(transform.linear), sitk.DisplacementFieldTransform(field)])
+    image = sitk.GetImageFromArray((field.near * np.diag(FLIP)[:3]).transpose(2, 1, 0, 3).astype(float), isVector=True)
+    lps, spacing = FLIP @ field.affine, np.linalg.norm(field.affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    composite = sitk.CompositeTransform([to_itk(field.linear), sitk.DisplacementFieldTransform(image)])
     with replacing(path) as temporary:
         sitk.WriteTransform(composite, str(temporary))
 

@@ -3,6 +3,7 @@
 Everything is in RAS mm. `transforms.world` has the formulas.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,27 +14,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.fields.inverse import inverse
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.intensity import background
-from drivenmorph_jax.images.reading import Source, open_nifti, read_voxels
+from drivenmorph_jax.images.reading import PATHS, Source, open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
-from drivenmorph_jax.transforms.files import read_field, write_composite, write_displacement
+from drivenmorph_jax.transforms.files import write_composite, write_displacement
 from drivenmorph_jax.transforms.itk import write_affine
-from drivenmorph_jax.transforms.world import (
-    _channels_first,
-    _sample,
-    by_planes,
-    linear_part,
-    map_points,
-    overlaps,
-    pull_back,
-    total_inverse_displacement,
-    transform_points,
-)
+from drivenmorph_jax.transforms.maps import Chain, Field, displacement_of, faded
+from drivenmorph_jax.transforms.reading import read_chain
+from drivenmorph_jax.transforms.world import by_planes, map_points, overlaps, pull_back, unfolded_in_world
 
-ORDERS = {"linear": 1, "nearest": 0}
+INTERPOLATIONS = ("linear", "nearest", "label", "cubic")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,31 +33,54 @@ class Transform:
     """The transform x -> x + displacement(x) from the world of a first image to the world of a second, in RAS mm.
 
     The displacement is sampled on the grid of the first image. Images are pulled back: `apply` resamples an image of
-    the second world onto the grid of the first. Points move from the first world to the second.
+    the second world onto the grid of the first. Points move from the first world to the second. Beyond the grid the
+    affine part continues, see `transforms.maps.faded`.
     """
 
     displacement: np.ndarray  # (X, Y, Z, 3), RAS mm, on `grid`
     grid: Volume
-    linear: np.ndarray  # (4, 4), the affine part; the rest is small, and `inverse` inverts only the rest iteratively
+    linear: np.ndarray  # (4, 4), the affine part
     other: Volume | None = None  # grid of the inverse, where it is known
     backward: np.ndarray | None = None  # displacement of the inverse on the grid `other`, where it is known
     names: tuple[str, str] = ("fixed", "moving")
+    exact: Callable | None = None  # the map of points that `displacement` samples, where it is known
 
     @classmethod
-    def load(cls, path: str | Path, geometry: str = "sform") -> Self:
-        """Read a transform from a displacement file, as `save` or ITK writes it, and from its sidecar if it has one.
+    def load(cls, path: str | Path | Sequence[str | Path], geometry: str = "sform", convention: str | None = None,
+             fixed: Volume | None = None, moving: Volume | None = None) -> Self:
+        """Read a transform from a file of this package, ITK, ANTs, greedy, FSL, FreeSurfer, SPM, NiftyReg, AFNI, dipy
+        or Learn2Reg, or from several files.
 
-        `geometry` is that of `images.geometry.placed`.
+        Args:
+          path: a file, or files in the order in which a point passes them on its way from the fixed to the moving
+            world. ":inverse" after the name of a file takes its inverse.
+          geometry: as in `images.geometry.placed`.
+          convention: one of `transforms.reading.CONVENTIONS`, for a file that does not tell what its numbers are.
+          fixed: Volume with the grid of the fixed image, on which a transform that has no grid of its own is sampled.
+          moving: Volume with the grid of the moving image. FSL's transforms need both.
 
-        Raises InputError where the file is not a displacement field, or its sidecar belongs to another field.
+        Raises InputError where a file is not a transform, needs an argument that is missing, or has a sidecar that
+        belongs to another field.
         """
-        displacement, affine, header, about = read_field(path, geometry)
-        other = about.get("TargetGridShape")
-        linear = about.get("Linear")
-        return cls(displacement, on_grid(displacement.shape[:3], affine, header, str(path)),
-                   linear_part(displacement, affine) if linear is None else np.array(linear),
-                   other and on_grid(other, about["TargetGridAffineRAS"], path=str(path)),
-                   names=tuple(about.get("Direction", "fixed to moving").split(" to ")))
+        found = read_chain([path] if isinstance(path, PATHS) else path, geometry, convention, fixed, moving)
+        if found.displacement is not None:
+            return cls(found.displacement, found.grid, found.linear, found.other, names=found.names, exact=found.map)
+        grid = fixed or found.grid
+        if grid is None:
+            raise InputError(f"{path if isinstance(path, PATHS) else path[0]} has no grid on which an image could be "
+                             "resampled: give an image with that grid as --reference")
+        return cls(displacement_of(found.map, grid.data.shape, grid.affine), grid, found.linear,
+                   moving or found.other, names=found.names, exact=found.map)
+
+    @cached_property
+    def field(self) -> Field:
+        """The displacement as a `transforms.maps.Field`."""
+        return faded(self.displacement, self.grid.affine, self.linear)
+
+    @property
+    def map(self):
+        """The transform as a function of points (..., 3), one of `transforms.maps`."""
+        return self.field if self.exact is None else self.exact
 
     @cached_property
     def inverse(self) -> "Transform":
@@ -73,34 +88,22 @@ class Transform:
         if self.other is None:
             raise InputError(f"{self.grid.path} has no sidecar that names the grid of the other image: give "
                              "that image as --reference")
-        backward = self.backward
+        back, backward, exact = np.linalg.inv(self.linear), self.backward, None
         if backward is None:
-            # linear^-1 o self is close to the identity and stays in the first world. It is inverted there, in voxels.
-            back = np.linalg.inv(self.linear)
-            near = by_planes(self.displacement.shape, self.grid.affine,
-                             lambda i, x: map_points(back, x + self.displacement[i]) - x)
-            u = near @ np.linalg.inv(self.grid.affine[:3, :3]).T.astype(np.float32)
-            backward = total_inverse_displacement(self.other.data.shape, self.other.affine, np.asarray(inverse(u)),
-                                                  self.grid.affine, self.linear)
-        return Transform(backward, self.other, np.linalg.inv(self.linear), self.grid, self.displacement,
-                         self.names[::-1])
+            exact = self.map.inverse
+            backward = unfolded_in_world(displacement_of(exact, self.other.data.shape, self.other.affine),
+                                         self.other.affine, back)
+        return Transform(backward, self.other, back, self.grid, self.displacement, self.names[::-1], exact)
 
     def compose(self, then: "Transform") -> "Transform":
-        """x -> then(self(x)), from the first world of this transform to the second world of `then`.
-
-        Beyond the grid of `then`, the displacement at its edge is used.
-        """
+        """x -> then(self(x)), from the first world of this transform to the second world of `then`."""
         def follow(first, second):
-            field, to_voxel = _channels_first(second.displacement), np.linalg.inv(second.grid.affine)
-
-            def plane(i, x):
-                y = x + first.displacement[i]
-                return y + _sample(field, map_points(to_voxel, y)) - x
-            return by_planes(first.displacement.shape, first.grid.affine, plane)
+            return displacement_of(Chain((first.map, second.map)), first.grid.data.shape, first.grid.affine)
 
         known = self.backward is not None and then.backward is not None
         return Transform(follow(self, then), self.grid, then.linear @ self.linear, then.other,
-                         follow(then.inverse, self.inverse) if known else None, (self.names[0], then.names[1]))
+                         follow(then.inverse, self.inverse) if known else None, (self.names[0], then.names[1]),
+                         Chain((self.map, then.map)))
 
     def apply(self, image: Source, interpolation: str = "linear",
               reference: Volume | None = None, geometry: str = "sform") -> nibabel.Nifti1Image:
@@ -109,37 +112,36 @@ class Transform:
         Args:
           image: any source that `images.reading.load_image` takes, or a 4-D series, of which every volume is resampled.
             Of five or more axes, the last ones are dropped where they have length 1.
-          interpolation: "linear", of which the result is float32; or "nearest", which keeps values and type exactly. A
+          interpolation: "linear" or "cubic" (B-splines), of which the result is float32; or, for label maps, "nearest"
+            or "label", which keep values and type exactly. "label" takes the label with the largest linear weight. A
             file with a scale factor has the type float64, that of its scaled values.
           reference: a Volume whose grid replaces the grid of the transform.
           geometry: of the image, as in `images.geometry.placed`.
 
         Returns:
-          A nibabel image. Outside `image` its value is that of the image's background, with "nearest" 0. A series keeps
+          A nibabel image. Outside `image` its value is that of the image's background, for labels 0. A series keeps
           its repetition time, the time of its first volume and their unit.
 
         Raises InputError where the interpolation is unknown; where the image cannot be read, is not 3-D or 4-D, or has
         NaN or infinite voxels; or where no voxel of the result falls into the image.
         """
-        if interpolation not in ORDERS:
-            raise InputError(f"interpolation is {interpolation!r}: set it to one of {', '.join(ORDERS)}")
+        if interpolation not in INTERPOLATIONS:
+            raise InputError(f"interpolation is {interpolation!r}: set it to one of {', '.join(INTERPOLATIONS)}")
         source, name = open_nifti(image, geometry)
-        order, voxels = ORDERS[interpolation], _voxels(source, name)
-        if order:
+        values, voxels = interpolation in ("linear", "cubic"), _voxels(source, name)
+        if values:
             with np.errstate(over="ignore"):
                 voxels = voxels.astype(np.float32)
         if not np.isfinite(voxels).all():
             raise InputError(f"{name} has NaN or infinite voxels, or some beyond 3e38; replace them, for instance by 0")
         grid, displacement = self.grid, self.displacement
         if reference is not None:
-            grid, field, to_voxel = reference, _channels_first(displacement), np.linalg.inv(self.grid.affine)
-            displacement = by_planes((*grid.data.shape, 3), grid.affine,
-                                     lambda i, x: _sample(field, map_points(to_voxel, x)))
+            grid, displacement = reference, displacement_of(self.map, reference.data.shape, reference.affine)
         if not overlaps(voxels.shape[:3], source.affine, displacement, grid.affine):
             raise InputError(f"{name} and the grid of {grid.path} do not overlap under the transform; give an image in "
                              f"the space of the {self.names[1]} image, or change --inverse")
-        moved = [pull_back(Volume(volume, source.affine, source.header, name), displacement, grid.affine, order,
-                           background(volume) if order else None)
+        moved = [pull_back(Volume(volume, source.affine, source.header, name), displacement, grid.affine, interpolation,
+                           background(volume) if values else None)
                  for volume in np.moveaxis(voxels.reshape(*voxels.shape[:3], -1), -1, 0)]
         moved = np.stack(moved, -1).reshape(*grid.data.shape, *voxels.shape[3:])
         out = to_nibabel(moved, grid, dtype=moved.dtype)
@@ -149,24 +151,31 @@ class Transform:
 
     def points(self, points: ArrayLike) -> np.ndarray:
         """Move points (N, 3) of the first world to the second, in RAS mm."""
-        return transform_points(points, self.displacement, self.grid.affine)
+        return self.map(points)
 
     def save(self, path: str | Path, frame: str = "LPS") -> None:
         """Write the transform in the format that the ending of the file names.
 
         With .nii or .nii.gz, the file is the displacement field, with a JSON sidecar. It is in LPS mm, as ITK,
         SimpleITK and ANTs read it, or in RAS mm with frame="RAS". With .h5, it is an ITK composite of the field and the
-        affine. With .tfm, .txt or .mat, it is the affine part alone, for ITK.
+        affine. With .tfm, .txt or .mat, it is the affine part alone, for ITK. The grid of the first two is that of the
+        first image and a margin in which the deformation fades, so that the affine part continues beyond.
 
         Raises InputError where the file has another ending or cannot be written.
         """
         if str(path).endswith(ENDINGS):
-            other = {} if self.other is None else {"TargetGridShape": list(self.other.data.shape),
-                                                   "TargetGridAffineRAS": self.other.affine.tolist()}
-            write_displacement(path, self.displacement, self.grid, " to ".join(self.names), frame,
-                               {"Linear": self.linear.tolist(), **other})
+            about = {"Linear": self.linear.tolist(), "ImageGridShape": list(self.grid.data.shape),
+                     "ImageGridAffineRAS": self.grid.affine.tolist()}
+            if self.other is not None:
+                about |= {"TargetGridShape": list(self.other.data.shape),
+                          "TargetGridAffineRAS": self.other.affine.tolist()}
+            field, wide = self.field, self.displacement
+            if field.near.shape != wide.shape:
+                wide = displacement_of(field, field.near.shape, field.affine)
+            like = on_grid(wide.shape[:3], field.affine, self.grid.header, self.grid.path)
+            write_displacement(path, wide, like, " to ".join(self.names), frame, about)
         elif str(path).endswith(".h5"):
-            write_composite(path, self)
+            write_composite(path, self.field)
         else:
             write_affine(path, self.linear)
 

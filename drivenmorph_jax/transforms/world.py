@@ -10,6 +10,7 @@ of the inverse. T is the affine alignment.
 The displacement from fixed to moving is y - x, that from moving to fixed x - y.
 """
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -90,29 +91,62 @@ def force_on_grid(shape, affine, force, work_affine):
 
     `force` (D, H, W, 3) is in voxels of the working grid, and `work_affine` is the affine of that grid.
     """
-    to_voxel, channels = np.linalg.inv(work_affine), _channels_first(force)
+    to_voxel, channels = np.linalg.inv(work_affine), channels_first(force)
     back = work_affine[:3, :3].T
-    return by_planes((*shape, 3), affine, lambda i, x: _sample(channels, map_points(to_voxel, x)) @ back)
+    return by_planes((*shape, 3), affine, lambda i, x: sample(channels, map_points(to_voxel, x)) @ back)
 
 
-def pull_back(volume, displacement, affine, order=1, outside=None):
+def pull_back(volume, displacement, affine, interpolation="linear", outside=None):
     """Pull a Volume back onto the grid of a displacement.
 
       out(x) = volume(x + displacement(x))
 
-    `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`. Order 1 is linear, 0 nearest. Outside the
-    volume the value is 0, or `outside` with order 1. The result is (X, Y, Z), in the type of the volume; with order 0
-    every value is exact.
+    Args:
+      volume: the Volume.
+      displacement: (X, Y, Z, 3) in RAS mm, on the grid with `affine`.
+      interpolation: "linear"; "cubic", by B-splines; "nearest"; or "label", the label whose voxels among the eight
+        around a point have the largest linear weight together.
+      outside: the value outside the volume for "linear" and "cubic", 0 if None. For labels it is always 0.
+
+    Returns:
+      (X, Y, Z), in the type of the volume. "nearest" and "label" keep every value exactly.
     """
-    to_voxel = np.linalg.inv(volume.affine)
+    to_voxel, outside = np.linalg.inv(volume.affine), outside or 0
+    if interpolation == "cubic":  # of the differences from the value outside, so that the splines fall to it
+        splines = ndimage.spline_filter(volume.data - outside, 3, output=np.float32)
 
     def plane(i, x):
         voxel = map_points(to_voxel, x + displacement[i])
-        if order == 0:  # by index, because SciPy computes in float64, which does not hold every 64-bit integer
+        if interpolation == "nearest":  # by index, because SciPy's float64 does not hold every 64-bit integer
             return _nearest(volume.data, voxel)
-        return ndimage.map_coordinates(volume.data, np.moveaxis(voxel, -1, 0), order=order, mode="grid-constant",
-                                       cval=outside or 0, prefilter=False)
+        if interpolation == "label":
+            return _most_weight(volume.data, voxel)
+        if interpolation == "cubic":
+            return outside + ndimage.map_coordinates(splines, np.moveaxis(voxel, -1, 0), order=3, prefilter=False,
+                                                     mode="grid-constant")
+        return ndimage.map_coordinates(volume.data, np.moveaxis(voxel, -1, 0), order=1, mode="grid-constant",
+                                       cval=outside, prefilter=False)
     return by_planes(displacement.shape[:3], affine, plane, volume.data.dtype)
+
+
+def _most_weight(data, voxel):
+    """The label with the largest linear weight among the eight voxels around each of `voxel` (..., 3). Outside `data`
+    (D, H, W) is 0. Of equal weights, the smaller label wins, as in ITK."""
+    low = np.floor(voxel)
+    labels, weights = [], []
+    for corner in itertools.product((0, 1), repeat=3):
+        place = low + corner
+        weights.append(np.prod(1 - abs(voxel - place), axis=-1))
+        labels.append(_nearest(data, place))
+    labels, weights = np.stack(labels), np.stack(weights)
+    order = np.argsort(labels, axis=0, kind="stable")
+    labels, weights = (np.take_along_axis(x, order, 0) for x in (labels, weights))
+    best, most = labels[0], np.zeros(labels.shape[1:])
+    for label in labels:
+        total = np.where(labels == label, weights, 0).sum(0)
+        better = total > most * (1 + 1e-9)
+        best, most = np.where(better, label, best), np.where(better, total, most)
+    return best
 
 
 def overlaps(shape, affine, displacement, grid_affine):
@@ -128,16 +162,6 @@ def overlaps(shape, affine, displacement, grid_affine):
     from_the_middle = sorted(range(len(displacement)), key=lambda i: abs(2 * i - len(displacement)))
     return any(_nearest_index(shape, map_points(to_voxel, points(i) + displacement[i]))[1].any()
                for i in from_the_middle)
-
-
-def transform_points(points, displacement, affine):
-    """Move points p (N, 3), in RAS mm, to p + displacement(p).
-
-    The displacement is sampled linearly and clamped at its edge. A pull-back displacement from fixed to moving moves
-    points of the fixed image to the moving image.
-    """
-    points = np.asarray(points, np.float64)
-    return points + _sample(_channels_first(displacement), map_points(np.linalg.inv(affine), points))
 
 
 def jacobian_determinant_of_displacement(displacement, affine):
@@ -158,11 +182,11 @@ def jacobian_determinant_of_displacement(displacement, affine):
 
 def _deformation(u, affine):
     """The map z -> W (w + u(w)), w = W^-1 z, of world points (..., 3). `affine` is W."""
-    to_voxel, field = np.linalg.inv(affine), _channels_first(u)
+    to_voxel, field = np.linalg.inv(affine), channels_first(u)
 
     def deform(points):
         voxel = map_points(to_voxel, points)
-        return map_points(affine, voxel + _sample(field, voxel))
+        return map_points(affine, voxel + sample(field, voxel))
 
     return deform
 
@@ -213,11 +237,13 @@ def _nearest_index(shape, voxel):
     return index, ((index >= 0) & (index < shape)).all(-1)
 
 
-def _channels_first(field):
+def channels_first(field):
+    """A field (D, H, W, 3) as an array (3, D, H, W), which `sample` takes."""
     return np.ascontiguousarray(np.moveaxis(np.asarray(field, np.float32), -1, 0))
 
 
-def _sample(channels, voxel):
+def sample(channels, voxel):
+    """Linear samples (..., 3) of a field `channels` (3, D, H, W) at `voxel` (..., 3), clamped at its edge."""
     voxel = np.moveaxis(voxel, -1, 0)
     return np.stack([ndimage.map_coordinates(c, voxel, order=1, mode="nearest", prefilter=False)
                      for c in channels], axis=-1)

@@ -1,0 +1,136 @@
+"""Maps of points from one world to another, in RAS mm: affine maps, fields on a grid, their inverses, and chains.
+
+Each map is a function of points (..., 3). Its attribute `inverse` is the map back.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax.numpy as jnp
+import numpy as np
+
+from drivenmorph_jax.fields.inverse import inverse_at
+from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points, sample
+
+FADE = 4.0  # mm beyond the grid of a field over which a residual of 1 mm at its rim fades to 0
+SMALL = 0.01  # mm; a residual below it need not fade
+BLOCK, SMALL_BLOCK = 2**18, 2**14  # points for which a compiled inverse is computed at once
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x -> A x, where `matrix` is A (4, 4)."""
+
+    matrix: np.ndarray
+
+    def __call__(self, points):
+        return map_points(self.matrix, np.asarray(points, np.float64))
+
+    @property
+    def inverse(self):
+        return Affine(np.linalg.inv(self.matrix))
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """x -> L (x + n(x)), where n is sampled linearly on a grid and is 0 at its rim and beyond.
+
+    L is the affine part of the map, so beyond the grid the affine part continues. `faded` makes such a field.
+    """
+
+    near: np.ndarray  # (X, Y, Z, 3), n in RAS mm, float32
+    affine: np.ndarray  # (4, 4), voxel to RAS mm
+    linear: np.ndarray  # L (4, 4)
+
+    @cached_property
+    def _channels(self):
+        return np.ascontiguousarray(np.moveaxis(self.near, -1, 0))
+
+    def __call__(self, points):
+        points = np.asarray(points, np.float64)
+        return map_points(self.linear, points + sample(self._channels, map_points(np.linalg.inv(self.affine), points)))
+
+    @property
+    def inverse(self):
+        return FieldInverse(self)
+
+
+@dataclass(frozen=True, eq=False)
+class FieldInverse:
+    """The inverse of a `Field`: y -> the x with L (x + n(x)) = y. It is found for each point by an iteration."""
+
+    inverse: Field
+
+    def __call__(self, points):
+        points = np.asarray(points, np.float64)
+        field, to_voxel = self.inverse, np.linalg.inv(self.inverse.affine)
+        closest = to_voxel @ linear_part(field.near, field.affine) @ field.affine
+        u = jnp.asarray(field.near @ to_voxel[:3, :3].T.astype(np.float32))
+        target = map_points(to_voxel @ np.linalg.inv(field.linear), points).reshape(-1, 3).astype(np.float32)
+        block = BLOCK if len(target) > BLOCK else SMALL_BLOCK
+        found = np.empty_like(target)
+        for start in range(0, len(target), block):
+            some = target[start:start + block]
+            filled = np.resize(some, (block, 3)).reshape(-1, 128, 128, 3)
+            found[start:start + block] = np.asarray(inverse_at(u, filled, closest)).reshape(-1, 3)[:len(some)]
+        return map_points(field.affine, found.astype(np.float64)).reshape(points.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """x -> the last of `maps` of ... of the first of them of x."""
+
+    maps: tuple
+
+    def __call__(self, points):
+        for one in self.maps:
+            points = one(points)
+        return points
+
+    @property
+    def inverse(self):
+        return Chain(tuple(one.inverse for one in reversed(self.maps)))
+
+
+def faded(displacement, affine, linear):
+    """The `Field` of a displacement (X, Y, Z, 3) in RAS mm on a grid with `affine`, whose affine part is `linear`.
+
+      n(x) = L^-1 (x + displacement(x)) - x    on the grid
+
+    Beyond the grid, n is the one at the nearest point of the rim, times a weight that falls from 1 to 0. It falls over
+    FADE times the longest n at the rim, so slowly that the map stays invertible.
+    """
+    back = np.linalg.inv(linear)
+    near = by_planes(displacement.shape, affine, lambda i, x: map_points(back, x + displacement[i]) - x)
+    rim = max(float(np.linalg.norm(np.take(near, place, axis), axis=-1).max()) for axis in range(3)
+              for place in (0, -1))
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if rim < SMALL:
+        return Field(near, affine, linear)
+    reach = max(FADE * rim, 2 * spacing.max())
+    pad = np.ceil(reach / spacing).astype(int)
+    beyond = [size * np.maximum(0, np.maximum(p - np.arange(n + 2 * p), np.arange(n + 2 * p) - (n - 1 + p)))
+              for size, p, n in zip(spacing, pad, near.shape, strict=False)]
+    distance = np.sqrt(sum(np.square(x, dtype=np.float32) for x in np.ix_(*beyond)))
+    weight = np.maximum(1 - distance / np.float32(reach), 0)
+    shifted = affine.copy()
+    shifted[:3, 3] -= affine[:3, :3] @ pad
+    return Field(np.pad(near, [(p, p) for p in pad] + [(0, 0)], mode="edge") * weight[..., None], shifted, linear)
+
+
+def displacement_of(move, shape, affine):
+    """The displacement move(x) - x of a map at every voxel of a grid: (X, Y, Z, 3) in RAS mm, float32."""
+    slab = max(1, BLOCK // (shape[1] * shape[2]))  # planes that are computed at once
+    out = np.empty((*shape[:3], 3), np.float32)
+
+    def fill(start):
+        index = np.stack(np.meshgrid(np.arange(start, min(start + slab, shape[0])), *map(np.arange, shape[1:3]),
+                                     indexing="ij"), -1)
+        x = map_points(affine, index)
+        out[start:start + slab] = move(x) - x
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, range(0, shape[0], slab)))
+    return out

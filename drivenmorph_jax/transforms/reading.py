@@ -1,0 +1,310 @@
+"""Transforms of every tool, read as maps from the fixed to the moving world in RAS mm.
+
+The ending of a file names its format. Of a NIfTI file with vectors, the header tells what they are: its intent, the
+name of its intent, its extensions and its axes. Where it does not, the user has to say it, by `convention`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.reading import open_nifti, read_voxels
+from drivenmorph_jax.images.volume import Volume, on_grid
+from drivenmorph_jax.transforms import freesurfer, fsl
+from drivenmorph_jax.transforms.files import read_sidecar
+from drivenmorph_jax.transforms.itk import FLIP, from_itk
+from drivenmorph_jax.transforms.maps import Affine, Chain, Field, faded
+from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points
+
+CONVENTIONS = {
+    "itk": "displacements in mm, LPS: ITK, ANTs, AFNI",
+    "ras": "displacements in mm, RAS: NiftyReg, dipy, FreeSurfer",
+    "spm": "coordinates in mm, RAS: SPM, NiftyReg",
+    "fsl": "a warp of FNIRT",
+    "l2r": "displacements in voxels: Learn2Reg",
+    "greedy": "a matrix of text between RAS worlds, from fixed to moving: greedy, NiftyReg",
+    "flirt": "a matrix of FLIRT",
+}
+MATRICES = ("greedy", "flirt")
+AFNI = 4  # code of AFNI's extension of NIfTI headers
+VECTOR, DISPLACEMENT = 1007, 1006  # NIfTI intents
+NIFTYREG = {0: "spm", 1: "ras"}  # intent_p1 of a field of NiftyReg
+BACK = ":inverse"
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A transform as it was read."""
+
+    map: Affine | Field | Chain
+    grid: Volume | None = None  # on which it is sampled, in the fixed world
+    displacement: np.ndarray | None = None  # on this grid, RAS mm, where the file holds one
+    linear: np.ndarray | None = None  # (4, 4), its affine part
+    other: Volume | None = None  # grid of the moving image, where it is known
+    names: tuple[str, str] = ("fixed", "moving")
+
+
+def read_transform(path, geometry="sform", convention=None, fixed=None, moving=None) -> Read:
+    """Read a transform.
+
+    Args:
+      path: the file.
+      geometry: of NIfTI files, as in `images.geometry.placed`.
+      convention: one of CONVENTIONS, for a file that does not tell what its numbers are.
+      fixed, moving: Volumes with the grids of the two images, which FSL's transforms need.
+
+    Raises InputError where the file is missing or damaged, where it is no transform, or where it needs one of the
+    arguments.
+    """
+    path = str(path)
+    if convention not in (None, *CONVENTIONS):
+        raise InputError(f"convention is {convention!r}: set it to one of {', '.join(CONVENTIONS)}")
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist; check the path")
+    name = path.lower()
+    if name.endswith((".mgz", ".mgh")):
+        return _field(path, *freesurfer.read_mgz_warp(path))
+    if name.endswith(".lta"):
+        matrix, grid, other = freesurfer.read_lta(path)
+        return Read(Affine(_usable(matrix, path)), linear=matrix, other=other)
+    if name.endswith((".m3z", ".x5")):
+        command = {"z": "mri_warp_convert --inm3z X --outmgzwarp X.mgz", "5": "nitransforms' to_filename"}[name[-1]]
+        raise InputError(f"{path} is not read here; convert it first, for instance by {command}")
+    if name.endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
+        return _itk_image(path)
+    if name.endswith((".txt", ".mat", ".tfm", ".h5", ".hdf5", ".hdf", ".xfm", ".aff12.1d")):
+        matrix = _matrix_of_text(path)
+        return _matrix(path, matrix, convention, fixed, moving) if matrix is not None else _itk(path, fixed)
+    return _nifti(path, geometry, convention, fixed, moving)
+
+
+def _usable(matrix, path):
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
+        raise InputError(f"{path} holds a singular or non-finite affine; compute it again")
+    return matrix
+
+
+def _field(path, displacement, grid, other=None, linear=None, outside=None, names=("fixed", "moving")):
+    """The `Read` of a displacement in RAS mm. Its affine part, where it is None, is found by least squares. Beyond the
+    grid the map is `outside`, by default the affine part."""
+    if not np.isfinite(displacement).all():
+        raise InputError(f"{path} has NaN or infinite displacements; compute it again")
+    linear = linear_part(displacement, grid.affine) if linear is None else np.asarray(linear, float)
+    return Read(faded(displacement, grid.affine, linear if outside is None else outside), grid, displacement, linear,
+                other, names)
+
+
+# Matrices in text files
+
+def _matrix_of_text(path):
+    """The matrix (4, 4) of a text file that holds nothing else, or None."""
+    try:
+        rows = [line.split("#")[0].split() for line in Path(path).read_text("ascii").splitlines()]
+        matrix = np.array([row for row in rows if row], float)
+    except (OSError, ValueError):
+        return None
+    return matrix if matrix.shape == (4, 4) and np.allclose(matrix[3], (0, 0, 0, 1)) else None
+
+
+def _matrix(path, matrix, convention, fixed, moving):
+    if convention not in MATRICES:
+        raise InputError(f"{path} is a matrix that does not say what it maps; give --convention greedy (from the fixed "
+                         "to the moving world, RAS mm) or --convention flirt (of FSL)")
+    _usable(matrix, path)
+    if convention == "flirt":
+        _needed(path, "a matrix of FLIRT", fixed, moving)
+        matrix = fsl.from_flirt(matrix, fixed, moving)
+    return Read(Affine(matrix), linear=matrix)
+
+
+def _needed(path, what, fixed, moving):
+    missing = " and ".join(role for role, grid in (("fixed", fixed), ("moving", moving)) if grid is None)
+    if missing:
+        raise InputError(f"{path} is {what}, whose frame depends on the images; the {missing} image is missing: give "
+                         "the fixed one as --reference, and the moving one as --moving or --source")
+
+
+# ITK
+
+def _itk(path, fixed):
+    """An ITK transform of any type, or a chain of several, from a .tfm, .txt, .mat or .h5 file."""
+    if path.lower().endswith(".txt") and Path(path).read_bytes()[:10] == b"(Transform":
+        raise InputError(f"{path} holds parameters of elastix; give the deformation field that transformix -def all "
+                         "writes")
+    try:
+        itk = sitk.ReadTransform(path)
+    except RuntimeError as error:
+        raise InputError(f"{path} is not a transform of ITK, greedy or FSL; give a .tfm, .txt, .mat or .h5 file of one "
+                         "of them") from error
+    if itk.GetDimension() != 3:
+        raise InputError(f"{path} is not a 3-D transform; give one between 3-D images")
+    steps = [_itk_step(path, one, fixed) for one in _flat(itk)][::-1]  # ITK applies the last of its list first
+    if len(steps) == 1:
+        return steps[0]
+    grids = [step.grid for step in steps if step.grid is not None]
+    linear = np.eye(4)
+    for step in steps:
+        linear = step.linear @ linear
+    return Read(Chain(tuple(step.map for step in steps)), steps[0].grid or next(iter(grids), None), linear=linear)
+
+
+def _flat(itk):
+    itk = itk.Downcast()
+    if not isinstance(itk, sitk.CompositeTransform):
+        return [itk]
+    return [one for k in range(itk.GetNumberOfTransforms()) for one in _flat(itk.GetNthTransform(k))]
+
+
+def _itk_step(path, itk, fixed):
+    if itk.IsLinear():
+        matrix = _usable(from_itk(itk), path)
+        return Read(Affine(matrix), linear=matrix)
+    if isinstance(itk, sitk.DisplacementFieldTransform):
+        return _itk_field(path, itk.GetDisplacementField())
+    if fixed is None:
+        raise InputError(f"{path} holds a {itk.GetName()}, which is sampled on the grid of the fixed image; give that "
+                         "as --reference")
+    lps = FLIP @ fixed.affine
+    return _itk_field(path, sitk.TransformToDisplacementField(
+        itk, sitk.sitkVectorFloat64, fixed.data.shape, lps[:3, 3].tolist(), fixed.spacing.tolist(),
+        (lps[:3, :3] / fixed.spacing).ravel().tolist()))
+
+
+def _itk_field(path, image):
+    """A displacement field of ITK. Beyond its grid ITK gives the identity, which is its affine part here, too."""
+    displacement = sitk.GetArrayFromImage(image).transpose(2, 1, 0, 3) * np.diag(FLIP)[:3]
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    grid = on_grid(displacement.shape[:3], FLIP @ affine, path=path)
+    return _field(path, displacement.astype(np.float32), grid, outside=np.eye(4))
+
+
+def _itk_image(path):
+    try:
+        image = sitk.ReadImage(path)
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be read as an image of ITK; copy or compute it again") from error
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 3:
+        raise InputError(f"{path} is not a displacement field; give a 3-D image of vectors")
+    return _itk_field(path, image)
+
+
+# NIfTI
+
+def _nifti(path, geometry, convention, fixed, moving):
+    image, path = open_nifti(path, geometry)
+    convention = None if convention in MATRICES else convention
+    if convention is None and int(image.header["intent_code"]) in fsl.COEFFICIENTS:
+        raise InputError(f"{path} holds coefficients of splines; convert them by fnirtfileutils --in={path} "
+                         "--ref=FIXED --out=WARP --withaff")
+    if convention is None and image.ndim == 5 and image.shape[3:] == (3, 2):
+        return _dipy(path, read_voxels(image, path)[..., 0], fixed)
+    if image.shape[3:] not in ((1, 3), (3,)):
+        raise InputError(f"{path} is not a displacement field; give one of shape (X, Y, Z, 1, 3) or (X, Y, Z, 3), or "
+                         "an affine")
+    stored = read_voxels(image, path).astype(np.float32)
+    about, vectors = read_sidecar(path, stored), stored.reshape(*stored.shape[:3], 3)
+    grid = on_grid(vectors.shape[:3], image.affine, image.header, path)
+    if convention is None:
+        warp = freesurfer.read_nifti_warp(path, image, vectors)
+        if warp is not None:
+            return _field(path, *warp)
+        convention = _told(path, image, about)
+    return _by_convention(path, convention, vectors, grid, about, moving)
+
+
+def _told(path, image, about):
+    """The convention that a NIfTI file tells. Raises InputError where it tells none, or one that is no field."""
+    header, name = image.header, Path(path).name
+    code, intent = int(header["intent_code"]), header["intent_name"].item().decode("latin-1")
+    if intent == "NREG_TRANS":  # NREG_TRANS_TYPE in NiftyReg's Maths.hpp
+        kind = round(float(header["intent_p1"]))
+        if kind not in NIFTYREG:
+            raise InputError(f"{path} holds splines or velocities of NiftyReg; convert it by reg_transform -ref FIXED "
+                             f"-def {path} FIELD")
+        return NIFTYREG[kind]
+    if intent == "Mapping":
+        return "spm"
+    known = {VECTOR: "itk", DISPLACEMENT: "ras", fsl.DISPLACEMENTS: "fsl"}
+    if code in known:
+        return known[code]
+    if AFNI in header.extensions.get_codes() or about.get("Frame") == "LPS":
+        return "itk"
+    if image.ndim == 4 and name.startswith("disp_"):
+        return "l2r"
+    raise InputError(f"{path} does not tell what its vectors are; give --convention, one of "
+                     + ", ".join(set(CONVENTIONS) - set(MATRICES)))
+
+
+def _by_convention(path, convention, vectors, grid, about, moving):
+    other, linear, outside = about.get("TargetGridShape"), about.get("Linear"), None
+    other = other and on_grid(other, about["TargetGridAffineRAS"], path=path)
+    if convention == "itk":
+        displacement = vectors * np.float32([-1, -1, 1])
+        outside = np.eye(4) if linear is None else None  # as ITK has it beyond the grid
+    elif convention == "ras":
+        displacement = vectors
+    elif convention == "spm":
+        displacement = by_planes(vectors.shape, grid.affine, lambda i, x: vectors[i] - x)
+    elif convention == "l2r":
+        other = grid if moving is None else moving
+        to_voxel = np.linalg.inv(grid.affine)
+        displacement = by_planes(vectors.shape, grid.affine, lambda i, x: map_points(
+            other.affine, vectors[i] + map_points(to_voxel, x)) - x)
+    else:
+        _needed(path, "a warp of FNIRT", grid, moving)
+        displacement = fsl.from_warp(vectors, grid, moving)
+    displacement, grid = _of_image(displacement, grid, about)
+    return _field(path, displacement, grid, other, linear, outside,
+                  tuple(about.get("Direction", "fixed to moving").split(" to ")))
+
+
+def _of_image(displacement, grid, about):
+    """A displacement without the margin in which it fades, see `maps.faded`, and its grid, that of the image."""
+    if "ImageGridShape" not in about:
+        return displacement, grid
+    shape, affine = about["ImageGridShape"], np.array(about["ImageGridAffineRAS"])
+    start = np.rint(np.linalg.inv(grid.affine) @ affine[:, 3])[:3].astype(int)
+    inside = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
+    return np.ascontiguousarray(displacement[inside]), on_grid(shape, affine, grid.header, grid.path)
+
+
+def _dipy(path, forward, fixed):
+    """The mapping of dipy. Its header holds the inverse affine of the moving image, and the field lies on the fixed."""
+    if fixed is None or fixed.data.shape != forward.shape[:3]:
+        raise InputError(f"{path} is a mapping of dipy, which does not hold the grid of its fixed image; give that "
+                         "image as --reference")
+    return _field(path, forward.astype(np.float32), fixed)
+
+
+# Chains
+
+def read_chain(paths, geometry="sform", convention=None, fixed=None, moving=None) -> Read:
+    """Read a transform that consists of several, in the order in which a point passes them from fixed to moving.
+
+    Each of `paths` is a file, or a file and ":inverse". The other arguments are those of `read_transform`. The fixed
+    image is that of the first file, and the moving image that of the last.
+    """
+    steps = []
+    for k, path in enumerate(map(str, paths)):
+        back = path.endswith(BACK) and not os.path.exists(path)
+        ends = fixed if k == 0 else None, moving if k == len(paths) - 1 else None
+        step = read_transform(path.removesuffix(BACK) if back else path, geometry, convention,
+                              *(ends[::-1] if back else ends))
+        steps.append(_inverted(step) if back else step)
+    if len(steps) == 1:
+        return steps[0]
+    linear = np.eye(4)
+    for step in steps:
+        linear = step.linear @ linear
+    return Read(Chain(tuple(step.map for step in steps)), steps[0].grid, linear=linear, other=steps[-1].other,
+                names=(steps[0].names[0], steps[-1].names[1]))
+
+
+def _inverted(step):
+    return Read(step.map.inverse, step.other, None, np.linalg.inv(step.linear), step.grid, step.names[::-1])
