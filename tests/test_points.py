@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from nibabel.affines import from_matvec
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.volume import on_grid
@@ -19,7 +20,7 @@ SLICER = """# Markups fiducial file version = {version}
 def moved(tmp_path):
     """The text of a table after a shift by (1.5, -2, 4) mm, RAS."""
     displacement = np.broadcast_to(SHIFT.astype(np.float32), (5, 5, 5, 3))
-    transform = Transform(displacement, on_grid((5, 5, 5), np.eye(4)), np.eye(4))
+    transform = Transform(displacement, on_grid((5, 5, 5), np.eye(4)), from_matvec(np.eye(3), SHIFT))
 
     def move(content):
         source, out = tmp_path / "points.csv", tmp_path / "moved.csv"

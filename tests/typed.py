@@ -30,7 +30,7 @@ def files(path: Path, checkpoint: str) -> nibabel.Nifti1Image:
     result: dm.Result = dm.register("fixed.nii.gz", path, checkpoint=checkpoint, affine=np.eye(4), memory=4e9)
     result.save("out", ["itk"], ("sub-01", "T1w", "MNI"))
     transform: dm.Transform = dm.Transform.load(path).compose(result.transform)
-    transform.inverse.save(path, "RAS")
+    transform.inverse.save(path, "ras")
     points: np.ndarray = transform.points([[10.0, -20.0, 30.0]])
     transform.points(points)
     return transform.apply(dm.load_image(path).data, "nearest")

@@ -10,16 +10,18 @@ from drivenmorph_jax.images.geometry import sheared
 ENDINGS = (".nii", ".nii.gz")
 
 
-def save(path, data, like, intent=None):
+def save(path, data, like, intent=None, name=""):
     """Write voxels (X, Y, Z, ...) on the grid of the Volume `like` as a NIfTI file, complete or not at all.
 
     The affine and the qform and sform codes are those of `like`. Floats are stored as float32. Whole numbers are stored
     in the integer type of `like` where they fit, else as int16 or int32, else in their own type. `intent` is a NIfTI
-    intent code.
+    intent code, and `name` its name.
 
     Raises InputError where the file cannot be written or its name does not end in .nii or .nii.gz.
     """
-    write(path, to_nibabel(data, like, intent))
+    image = to_nibabel(data, like, intent)
+    image.header["intent_name"] = name.encode()
+    write(path, image)
 
 
 def write(path, image):
@@ -49,7 +51,7 @@ def to_nibabel(data, like, intent=None, dtype=None):
     image.set_sform(like.affine, codes[1])
     image.header.set_xyzt_units("mm")
     if intent is not None:
-        image.header.set_intent(intent)
+        image.header["intent_code"] = intent
     return image
 
 

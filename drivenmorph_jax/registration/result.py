@@ -116,7 +116,7 @@ class Result:
             if "itk" in formats:
                 transform.save(out / f"{name}.nii.gz")
             if "ras" in formats:
-                transform.save(out / f"{name}_ras.nii.gz", "RAS")
+                transform.save(out / f"{name}_ras.nii.gz", "ras")
             if "h5" in formats:
                 transform.save(out / f"{name}.h5")
         if "itk" in formats:

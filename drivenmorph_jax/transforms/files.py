@@ -16,14 +16,15 @@ from drivenmorph_jax.files import json_text, replacing
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.transforms.itk import FLIP, to_itk
 
-INTENTS = {"LPS": 1007, "RAS": 1006}  # NIfTI intents: vector; displacement vector
+VECTOR, DISPLACEMENT = 1007, 1006  # NIfTI intents
+INTENTS = {"LPS": VECTOR, "RAS": DISPLACEMENT}
 
 
-def write_displacement(path, displacement, like, direction, frame="LPS", about=()):
+def write_displacement(path, displacement, like, direction, frame="LPS", intent=None, about=()):
     """Write a displacement field as a NIfTI file, with a JSON sidecar.
 
-    The file is (X, Y, Z, 1, 3) float32, in mm. In the frame "LPS" it has intent 1007, which ITK, SimpleITK and ANTs
-    read as a displacement field. In the frame "RAS" it has intent 1006.
+    The file is (X, Y, Z, 1, 3) float32, in mm. ITK, SimpleITK and ANTs read it as a displacement field where the frame
+    is "LPS" and the intent 1007.
 
     Args:
       path: the NIfTI file. The sidecar gets the same name with the ending .json.
@@ -31,11 +32,12 @@ def write_displacement(path, displacement, like, direction, frame="LPS", about=(
       like: the Volume on whose grid the displacement lies.
       direction: from which image to which the points move, in words, e.g. "fixed to moving".
       frame: "LPS" or "RAS".
+      intent: NIfTI intent code; by default 1007 for "LPS" and 1006 for "RAS".
       about: further items of the sidecar.
 
     Raises InputError where a file cannot be written.
     """
-    _write_vectors(path, displacement, like, frame, {
+    _write_vectors(path, displacement, like, frame, intent, {
         "Content": "displacement d(x) of the total transform, affine and deformable: x moves to x + d(x)",
         "Direction": direction,
         "Use": "pull-back: an image of the space moved to is resampled at x + d(x) onto the grid below",
@@ -47,13 +49,13 @@ def write_force(path, force, like, content):
 
     The sidecar says `content`.
     """
-    _write_vectors(path, force, like, "LPS", {"Content": content})
+    _write_vectors(path, force, like, "LPS", None, {"Content": content})
 
 
-def _write_vectors(path, vectors, like, frame, sidecar):
+def _write_vectors(path, vectors, like, frame, intent, sidecar):
     signs = np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3)
     stored = (vectors * signs).astype(np.float32)[..., None, :]
-    writing.save(path, stored, like, INTENTS[frame])
+    writing.save(path, stored, like, INTENTS[frame] if intent is None else intent)
     sidecar = sidecar | {"Frame": frame, "Unit": "mm", "GridShape": list(vectors.shape[:3]),
                          "GridAffineRAS": like.affine.tolist(), "FieldCRC32": _checksum(stored)}
     with replacing(_sidecar(path)) as temporary:

@@ -16,7 +16,7 @@ from drivenmorph_jax.transforms.world import by_planes, map_points
 
 EXTENSION = 14  # code of FreeSurfer's extension of NIfTI headers
 GEOMETRIES, META, GEOMETRIES_WITH_SHEAR = 10, 13, 15  # tags
-WARP = 1  # FreeSurfer's intent of a file, in the upper bytes of an .mgz version
+WARP = 3  # FreeSurfer's intent of a file, in the upper bytes of an .mgz version
 NAME_BYTES = 512
 HEADER = np.dtype([("version", ">i4"), ("shape", ">i4", 4), ("type", ">i4"), ("dof", ">i4"), ("good", ">i2"),
                    ("spacing", ">f4", 3), ("axes", ">f4", (3, 3)), ("centre", ">f4", 3), ("unused", "V194")])

@@ -15,7 +15,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.reading import open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.transforms import freesurfer, fsl
-from drivenmorph_jax.transforms.files import read_sidecar
+from drivenmorph_jax.transforms.files import DISPLACEMENT, VECTOR, read_sidecar
 from drivenmorph_jax.transforms.itk import FLIP, from_itk
 from drivenmorph_jax.transforms.maps import Affine, Chain, Field, faded
 from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points
@@ -31,7 +31,6 @@ CONVENTIONS = {
 }
 MATRICES = ("greedy", "flirt")
 AFNI = 4  # code of AFNI's extension of NIfTI headers
-VECTOR, DISPLACEMENT = 1007, 1006  # NIfTI intents
 NIFTYREG = {0: "spm", 1: "ras"}  # intent_p1 of a field of NiftyReg
 BACK = ":inverse"
 
@@ -205,8 +204,8 @@ def _nifti(path, geometry, convention, fixed, moving):
     if convention is None and image.ndim == 5 and image.shape[3:] == (3, 2):
         return _dipy(path, read_voxels(image, path)[..., 0], fixed)
     if image.shape[3:] not in ((1, 3), (3,)):
-        raise InputError(f"{path} is not a displacement field; give one of shape (X, Y, Z, 1, 3) or (X, Y, Z, 3), or "
-                         "an affine")
+        raise InputError(f"{path} is not a displacement field; give one of shape (X, Y, Z, 1, 3), such as ITK's with "
+                         "intent 1007, or an affine")
     stored = read_voxels(image, path).astype(np.float32)
     about, vectors = read_sidecar(path, stored), stored.reshape(*stored.shape[:3], 3)
     grid = on_grid(vectors.shape[:3], image.affine, image.header, path)
@@ -242,11 +241,10 @@ def _told(path, image, about):
 
 
 def _by_convention(path, convention, vectors, grid, about, moving):
-    other, linear, outside = about.get("TargetGridShape"), about.get("Linear"), None
+    other = about.get("TargetGridShape")
     other = other and on_grid(other, about["TargetGridAffineRAS"], path=path)
     if convention == "itk":
         displacement = vectors * np.float32([-1, -1, 1])
-        outside = np.eye(4) if linear is None else None  # as ITK has it beyond the grid
     elif convention == "ras":
         displacement = vectors
     elif convention == "spm":
@@ -260,8 +258,8 @@ def _by_convention(path, convention, vectors, grid, about, moving):
         _needed(path, "a warp of FNIRT", grid, moving)
         displacement = fsl.from_warp(vectors, grid, moving)
     displacement, grid = _of_image(displacement, grid, about)
-    return _field(path, displacement, grid, other, linear, outside,
-                  tuple(about.get("Direction", "fixed to moving").split(" to ")))
+    return _field(path, displacement, grid, other, about.get("Linear"),
+                  names=tuple(about.get("Direction", "fixed to moving").split(" to ")))
 
 
 def _of_image(displacement, grid, about):

@@ -19,12 +19,14 @@ from drivenmorph_jax.images.intensity import background
 from drivenmorph_jax.images.reading import PATHS, Source, open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
-from drivenmorph_jax.transforms.files import write_composite, write_displacement
+from drivenmorph_jax.transforms import freesurfer, fsl
+from drivenmorph_jax.transforms.files import DISPLACEMENT, VECTOR, write_composite, write_displacement
 from drivenmorph_jax.transforms.itk import write_affine
 from drivenmorph_jax.transforms.maps import Chain, Field, displacement_of, faded
 from drivenmorph_jax.transforms.reading import read_chain
 from drivenmorph_jax.transforms.world import by_planes, map_points, overlaps, pull_back, unfolded_in_world
 
+FORMS = {"itk": ("LPS", VECTOR), "ras": ("RAS", DISPLACEMENT), "afni": ("LPS", 0)}  # frame, NIfTI intent
 INTERPOLATIONS = ("linear", "nearest", "label", "cubic")
 
 
@@ -153,31 +155,63 @@ class Transform:
         """Move points (N, 3) of the first world to the second, in RAS mm."""
         return self.map(points)
 
-    def save(self, path: str | Path, frame: str = "LPS") -> None:
+    def save(self, path: str | Path, form: str = "itk") -> None:
         """Write the transform in the format that the ending of the file names.
 
-        With .nii or .nii.gz, the file is the displacement field, with a JSON sidecar. It is in LPS mm, as ITK,
-        SimpleITK and ANTs read it, or in RAS mm with frame="RAS". With .h5, it is an ITK composite of the field and the
-        affine. With .tfm, .txt or .mat, it is the affine part alone, for ITK. The grid of the first two is that of the
-        first image and a margin in which the deformation fades, so that the affine part continues beyond.
+        With .nii or .nii.gz, the file holds a field, and `form` says which:
 
-        Raises InputError where the file has another ending or cannot be written.
+          "itk"   displacement in LPS mm, as ITK, SimpleITK and ANTs read it, with a JSON sidecar
+          "ras"   displacement in RAS mm, with a JSON sidecar
+          "afni"  displacement in LPS mm for AFNI, with a JSON sidecar
+          "spm"   coordinates in RAS mm, a deformation y_ of SPM
+          "fsl"   relative warp of FNIRT, for applywarp
+
+        With .h5 it is an ITK composite of the field and the affine, with .mgz a warp of FreeSurfer. With .tfm, .txt or
+        .mat it is the affine part alone, for ITK, and with .lta the affine part for FreeSurfer.
+
+        The grid of the forms "itk" and "ras" and of .h5 has a margin in which the deformation fades, so that the affine
+        part continues beyond. The others lie on the grid of the first image.
+
+        Raises InputError where the file has another ending or cannot be written; or where the format needs the grid
+        `other`, which is not known.
         """
         if str(path).endswith(ENDINGS):
-            about = {"Linear": self.linear.tolist(), "ImageGridShape": list(self.grid.data.shape),
-                     "ImageGridAffineRAS": self.grid.affine.tolist()}
+            self._save_field(path, form)
+        elif str(path).endswith(".h5"):
+            write_composite(path, self.field)
+        elif str(path).endswith(".mgz"):
+            freesurfer.write_mgz_warp(path, self.displacement, self.grid, self._other("FreeSurfer's warps"))
+        elif str(path).endswith(".lta"):
+            freesurfer.write_lta(path, self.linear, self.grid, self._other("FreeSurfer's .lta"))
+        else:
+            write_affine(path, self.linear)
+
+    def _save_field(self, path, form):
+        if form == "fsl":
+            fsl.write_warp(path, self.displacement, self.grid, self._other("FSL's warps"))
+        elif form == "spm":
+            coordinates = by_planes(self.displacement.shape, self.grid.affine, lambda i, x: x + self.displacement[i])
+            writing.save(path, coordinates[..., None, :], self.grid, VECTOR, "Mapping")
+        elif form in FORMS:
+            about = {"Linear": self.linear.tolist()}
             if self.other is not None:
                 about |= {"TargetGridShape": list(self.other.data.shape),
                           "TargetGridAffineRAS": self.other.affine.tolist()}
-            field, wide = self.field, self.displacement
-            if field.near.shape != wide.shape:
+            field, wide, grid = self.field, self.displacement, self.grid
+            if form != "afni" and field.near.shape != wide.shape:
                 wide = displacement_of(field, field.near.shape, field.affine)
-            like = on_grid(wide.shape[:3], field.affine, self.grid.header, self.grid.path)
-            write_displacement(path, wide, like, " to ".join(self.names), frame, about)
-        elif str(path).endswith(".h5"):
-            write_composite(path, self.field)
+                about |= {"ImageGridShape": list(grid.data.shape), "ImageGridAffineRAS": grid.affine.tolist()}
+                grid = on_grid(wide.shape[:3], field.affine, grid.header, grid.path)
+            write_displacement(path, wide, grid, " to ".join(self.names), *FORMS[form], about)
         else:
-            write_affine(path, self.linear)
+            raise InputError(f"form is {form!r}: set it to one of {', '.join((*FORMS, 'spm', 'fsl'))}")
+
+    def _other(self, what):
+        """The grid of the other image. Raises InputError where it is not known, with `what` needs it."""
+        if self.other is None:
+            raise InputError(f"{self.grid.path} has no sidecar that names the grid of the other image, which {what} "
+                             "need")
+        return self.other
 
     def save_learn2reg(self, path: str | Path) -> None:
         """Write the field of Learn2Reg, (X, Y, Z, 3) in voxels.
@@ -188,10 +222,8 @@ class Transform:
 
         Raises InputError where `other` is not known, or the file cannot be written.
         """
-        if self.other is None:
-            raise InputError(f"{self.grid.path} has no sidecar that names the grid of the other image, in whose voxels "
-                             "Learn2Reg counts")
-        to_fixed, to_moving = (np.linalg.inv(grid.affine) for grid in (self.grid, self.other))
+        other = self._other("Learn2Reg's fields")
+        to_fixed, to_moving = (np.linalg.inv(grid.affine) for grid in (self.grid, other))
 
         def plane(i, x):
             return map_points(to_moving, x + self.displacement[i]) - map_points(to_fixed, x)
