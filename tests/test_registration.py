@@ -70,13 +70,17 @@ def test_everything_promised_is_written_and_nothing_else(result):
 def test_outputs_lie_on_the_fixed_grid_with_its_header(result, pair):
     out, _ = result
     fixed, moving = (nib.load(path) for path in pair[:2])
-    for name in ("warped", "displacement", "jacobian", "force", "warped_labels"):
+    for name in ("warped", "jacobian", "force", "warped_labels"):
         image = nib.load(out / f"{name}.nii.gz")
         assert image.shape[:3] == fixed.shape
         np.testing.assert_allclose(image.affine, fixed.affine, atol=1e-4)
         assert image.header["sform_code"] == fixed.header["sform_code"]
-    inverse = nib.load(out / "inverse_displacement.nii.gz")
-    assert inverse.shape == (*moving.shape, 1, 3)
+    for name, image in (("displacement", fixed), ("inverse_displacement", moving)):  # with a margin on all sides
+        field = nib.load(out / f"{name}.nii.gz")
+        start = np.linalg.solve(field.affine, image.affine[:, 3])[:3]
+        np.testing.assert_allclose(start, np.rint(start), atol=1e-3)
+        assert (start > -0.5).all() and (start + image.shape <= np.array(field.shape[:3]) + 0.5).all()
+        np.testing.assert_allclose(field.affine[:3, :3], image.affine[:3, :3], atol=1e-4)
     labels = nib.load(out / "warped_labels.nii.gz")
     assert labels.get_data_dtype() == np.int16
     assert set(np.unique(labels.dataobj)) <= set(np.unique(nib.load(pair[3]).dataobj))
@@ -158,10 +162,12 @@ def test_from_python_with_images_and_arrays(brains, tmp_path, capsys):
 
 def test_other_forms_of_the_transform_are_written_by_bids_names(brains, tmp_path):
     found = register(*(str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)), method="demons", quiet=True)
-    found.save(tmp_path, ("itk", "ras", "h5", "l2r"), ("sub-01", "T1w", "MNI"))
+    found.save(tmp_path, ("itk", "ras", "h5", "l2r", "freesurfer", "fsl", "spm", "afni"), ("sub-01", "T1w", "MNI"))
     there, back = "sub-01_from-T1w_to-MNI_mode-image_xfm", "sub-01_from-MNI_to-T1w_mode-image_xfm"
-    assert {path.name for path in tmp_path.iterdir()} >= {
-        f"{stem}{ending}" for stem in (there, back) for ending in (".nii.gz", ".json", "_ras.nii.gz", ".h5")}
+    assert {path.name for path in tmp_path.iterdir()} >= {"affine.tfm", "affine.lta"} | {
+        f"{start}{stem}{ending}" for stem in (there, back) for start, ending in (
+            ("", ".nii.gz"), ("", ".json"), ("", "_ras.nii.gz"), ("", ".h5"), ("", ".mgz"), ("", "_fsl.nii.gz"),
+            ("", "_afni.nii.gz"), ("y_", ".nii"))}
     assert (tmp_path / "disp_sub-000_t1_sub-001_t1.nii.gz").exists()
     composite = sitk.ReadTransform(str(tmp_path / f"{there}.h5"))
     fixed, moving = (sitk.ReadImage(str(brains / f"sub-00{i}_t1.nii.gz"), sitk.sitkFloat32) for i in (0, 1))
@@ -199,6 +205,24 @@ def test_an_affine_of_ones_own_is_taken_as_it_is(brains, tmp_path):
     found = register(*names, method="demons", affine=str(tmp_path / "a.tfm"), quiet=True)
     np.testing.assert_allclose(found.transform.linear, shift)
     assert found.summary["affine"] == shift.tolist()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_registration_starts_from_a_transform_and_its_result_includes_it(brains, tmp_path, affine):
+    names = [str(brains / f"sub-00{i}_t1.nii.gz") for i in (0, 1)]
+    labels = {f"{role}_labels": brains / f"sub-00{i}_seg.nii.gz" for i, role in enumerate(("fixed", "moving"))}
+    first = register(*names, method="demons", affine=affine, quiet=True, **labels)
+    first.transform.save(tmp_path / "first.nii.gz")
+    again = register(*names, method="demons", initial_transform=tmp_path / "first.nii.gz", quiet=True, **labels)
+    assert again.summary["dice_before"] == pytest.approx(first.summary["dice_after"], abs=0.01)
+    gain = first.summary["dice_after"] - first.summary["dice_before"]
+    assert again.summary["dice_after"] > first.summary["dice_before"] + 0.8 * gain and again.summary["fold_pct"] == 0
+    np.testing.assert_allclose(again.transform.linear, first.transform.linear)
+    apart = np.linalg.norm(again.transform.displacement - first.transform.displacement, axis=-1)
+    assert apart.mean() < 0.4 * np.linalg.norm(first.transform.displacement, axis=-1).mean()
+    points = nib.affines.apply_affine(again.transform.grid.affine, np.argwhere(first.warped.get_fdata() > 300)[::97])
+    assert np.linalg.norm(again.transform.inverse.points(again.transform.points(points)) - points, axis=1).mean() < 0.7
+    assert again.summary["initial_transform"] == [str(tmp_path / "first.nii.gz")]
 
 
 @pytest.mark.parametrize("method", ["demons", "drivenmorph"])

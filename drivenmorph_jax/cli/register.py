@@ -23,8 +23,8 @@ def main(arguments=None, prog="drivenmorph register"):
     flags = parser.parse_args(arguments)
     if flags.refine_steps is not None and flags.refine_steps < 0:
         parser.error("--refine_steps must be 0 or more")
-    if flags.no_affine and flags.initial_affine:
-        parser.error("--no-affine and --initial_affine exclude each other")
+    if flags.no_affine and flags.initial_transform:
+        parser.error("--no-affine and --initial_transform exclude each other")
 
     # Imported late, so that --help answers at once.
     from drivenmorph_jax.files import check_folder
@@ -43,7 +43,9 @@ def main(arguments=None, prog="drivenmorph register"):
         method=flags.method,
         force=flags.force,
         contrast=flags.contrast,
-        affine=flags.initial_affine or not flags.no_affine,
+        affine=not flags.no_affine,
+        initial_transform=flags.initial_transform,
+        convention=flags.convention,
         refine_steps=flags.refine_steps,
         fixed_labels=flags.fixed_labels,
         moving_labels=flags.moving_labels,
@@ -130,9 +132,17 @@ def _method(add):
         help="skip the affine alignment; the world coordinates of the two files must agree already",
     )
     add(
+        "--initial_transform",
         "--initial_affine",
+        nargs="+",
         metavar="FILE",
-        help="ITK affine (.tfm, .txt, .mat) from the fixed to the moving image; it replaces the affine alignment",
+        help="transform from the fixed to the moving image, or several, as in `apply --transform`. It replaces the "
+        "affine alignment. A deformable one is where the registration starts, and the result includes it",
+    )
+    add(
+        "--convention",
+        metavar="NAME",
+        help="what the numbers of this transform are, as in `apply --convention`",
     )
     add(
         "--refine_steps",
@@ -159,9 +169,11 @@ def _results(add):
         "--formats",
         nargs="+",
         default=["itk"],
-        choices=["itk", "ras", "h5", "l2r"],
+        choices=["itk", "ras", "h5", "l2r", "freesurfer", "fsl", "spm", "afni"],
         help="formats of the transform and its inverse. itk: displacement fields in LPS mm; ras: displacement fields "
-        "in RAS mm with intent 1006; h5: ITK composite transforms; l2r: the field of Learn2Reg in voxels; default: itk",
+        "in RAS mm with intent 1006; h5: ITK composite transforms; l2r: the field of Learn2Reg in voxels; freesurfer: "
+        "warps .mgz and the affine .lta; fsl: relative warps for applywarp; spm: deformations y_; afni: displacement "
+        "fields for 3dNwarpApply; default: itk",
     )
     add(
         "--bids",

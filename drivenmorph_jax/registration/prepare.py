@@ -12,11 +12,14 @@ from drivenmorph_jax.images.masks import fill
 from drivenmorph_jax.images.volume import resample, smoothed
 from drivenmorph_jax.registration.plan import Planned
 from drivenmorph_jax.registration.read import kept
+from drivenmorph_jax.transforms.maps import displacement_of, rescaled
+from drivenmorph_jax.transforms.world import pull_back
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prepared(Planned):
-    """A planned registration and its images on the working grid (D, H, W). The moving image is affinely aligned."""
+    """A planned registration and its images on the working grid (D, H, W). The moving image is aligned, affinely or by
+    the transform to start from."""
 
     fixed_on_grid: jax.Array
     moving_on_grid: jax.Array
@@ -31,12 +34,19 @@ def prepare(planned: Planned) -> Prepared:
     """
     shape, grid = planned.shape, planned.grid
     sides = ((planned.fixed, planned.fixed_mask, None), (planned.moving, planned.moving_mask, planned.affine))
-    images = [jnp.asarray(resample(smoothed(volume, planned.spacing), shape, grid, through))
-              for volume, _, through in sides]
+    if planned.start is not None:
+        way = displacement_of(rescaled(planned.start, planned.scale), shape, grid)
+
+    def on_working_grid(volume, through, order=1):
+        if through is None or planned.start is None:
+            return jnp.asarray(resample(volume, shape, grid, through, order=order))
+        return jnp.asarray(pull_back(volume, way, grid, "linear" if order else "nearest"))
+
+    images = [on_working_grid(smoothed(volume, planned.spacing), through) for volume, _, through in sides]
     masks = weights = None
     if planned.masked:
         masks = tuple(jnp.zeros(shape, bool) if mask is None else
-                      jnp.asarray(resample(mask, shape, grid, through, order=0) > 0) for _, mask, through in sides)
+                      on_working_grid(mask, through, order=0) > 0 for _, mask, through in sides)
         images = [fill(x[..., None], mask[..., None])[..., 0] for x, mask in zip(images, masks, strict=True)]
         weights = tuple(1.0 - mask[..., None] for mask in masks)
     f, m = (jnp.asarray(normalise(np.asarray(x))) for x in images)

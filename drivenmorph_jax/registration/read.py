@@ -15,6 +15,8 @@ from drivenmorph_jax.images.volume import Volume
 from drivenmorph_jax.network.inference import load_checkpoint
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
 from drivenmorph_jax.transforms.itk import read_affine
+from drivenmorph_jax.transforms.maps import Chain, Field
+from drivenmorph_jax.transforms.reading import read_chain
 
 REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
 CHOICES = {"method": tuple(REFINE_STEPS), "force": tuple(FORCES), "contrast": ("auto", "same", "other"),
@@ -38,6 +40,8 @@ class Request:
     force: str = "lncc"
     contrast: str = "auto"
     affine: Any = True
+    initial_transform: Any = None
+    convention: str | None = None
     refine_steps: int | None = None
     fixed_labels: Any = None
     moving_labels: Any = None
@@ -73,6 +77,7 @@ class Pair:
     fixed_mask: Volume | None
     moving_mask: Volume | None
     given_affine: bool | np.ndarray  # True: find it; False: world coordinates agree; else (4, 4), RAS mm
+    start: Chain | Field | None  # a deformable transform to start from, in the lengths of the files
     refine_steps: int
     network: tuple[Any, Any, dict] | None  # (config, params, about) of `network.inference.load_checkpoint`
 
@@ -93,7 +98,7 @@ def read(request: Request) -> Pair:
             else load_labels(labels, image, request.geometry) for role, image in images.items()}
     maps |= {f"{role}_mask": None if (mask := getattr(request, f"{role}_mask")) is None
              else _ignored(mask, image, request) for role, image in images.items()}
-    affine = request.affine
+    affine, start = _initial(request, images) if request.initial_transform is not None else (request.affine, None)
     if isinstance(affine, PATHS):
         affine = read_affine(affine)
     elif not isinstance(affine, bool):
@@ -101,9 +106,17 @@ def read(request: Request) -> Pair:
     scale, steps = _scale(images["fixed"]), request.refine_steps
     volumes = {name: volume and scaled(volume, scale) for name, volume in (images | maps).items()}
     return Pair(request=request, **volumes, source=scaled(sources["moving"], scale), scale=scale,
-                given_affine=affine if isinstance(affine, bool) else scaled_transform(affine, scale),
+                given_affine=affine if isinstance(affine, bool) else scaled_transform(affine, scale), start=start,
                 refine_steps=REFINE_STEPS[request.method] if steps is None else steps,
                 network=load_checkpoint(request.checkpoint) if request.method == "drivenmorph" else None)
+
+
+def _initial(request, images):
+    """(the affine part (4, 4) of the transform to start from; the whole of it, or None where it is an affine)."""
+    names = request.initial_transform
+    found = read_chain([names] if isinstance(names, PATHS) else names, request.geometry, request.convention,
+                       images["fixed"], images["moving"])
+    return found.linear, None if found.is_affine else found.map
 
 
 def _ignored(source, image, request):

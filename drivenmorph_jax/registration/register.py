@@ -1,5 +1,6 @@
 """Registration of two images: `register` runs all stages and returns aligned image, transforms, force and scores."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED, method: str = "drivenmorph",
              force: str = "lncc", contrast: str = "auto", affine: bool | str | Path | np.ndarray = True,
+             initial_transform: str | Path | Sequence[str | Path] | None = None, convention: str | None = None,
              refine_steps: int | None = None, fixed_labels: Source | None = None, moving_labels: Source | None = None,
              fixed_mask: Source | None = None, moving_mask: Source | None = None, mask_sense: str = "ignore",
              geometry: str = "sform", memory: float | None = None, quiet: bool = False) -> Result:
@@ -39,6 +41,10 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
         `SAME`.
       affine: True to find one first; False where world coordinates agree already; else the file of an ITK affine, or a
         (4, 4) from the fixed to the moving world in RAS mm, which is used as it is.
+      initial_transform: file of a transform from the fixed to the moving image, or several, as `Transform.load` takes
+        them. It replaces the affine. A deformable one is where the registration starts, and the result and its inverse
+        include it.
+      convention: of this transform, as in `Transform.load`.
       refine_steps: for method "drivenmorph", iterations of Demons on the working grid between the averaged registration
         and the passes on the residual, see `network.refinement`; by default 10; 0: one forward pass of the network. For
         method "demons", iterations by local correlation after it, or by MIND with force "mind"; by default 0.
@@ -61,7 +67,8 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
     """
     progress = Progress(quiet)
     state = Request(fixed=fixed, moving=moving, checkpoint=checkpoint, method=method, force=force, contrast=contrast,
-                    affine=affine, refine_steps=refine_steps, fixed_labels=fixed_labels, moving_labels=moving_labels,
+                    affine=affine, initial_transform=initial_transform, convention=convention,
+                    refine_steps=refine_steps, fixed_labels=fixed_labels, moving_labels=moving_labels,
                     fixed_mask=fixed_mask, moving_mask=moving_mask, mask_sense=mask_sense, geometry=geometry,
                     memory=memory)
     stages = {"read": read, "affine": align, "compile" if method == "drivenmorph" else "plan": plan,

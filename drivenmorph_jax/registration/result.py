@@ -66,7 +66,8 @@ class Result:
 
         Args:
           formats: of the transform and its inverse: "itk" displacement fields, LPS mm, and the affine; "ras" the
-            fields in RAS mm, intent 1006; "h5" ITK composites; "l2r" the field of Learn2Reg, in voxels.
+            fields in RAS mm, intent 1006; "h5" ITK composites; "l2r" the field of Learn2Reg, in voxels; "freesurfer"
+            warps .mgz and the affine .lta; "fsl" relative warps; "spm" deformations y_; "afni" displacements in LPS mm.
           bids: (prefix, moving space, fixed space), such as ("sub-01", "T1w", "MNI152NLin2009cAsym"): the transforms
             are named as BIDS derivatives, sub-01_from-T1w_to-MNI152NLin2009cAsym_mode-image_xfm.
 
@@ -117,10 +118,16 @@ class Result:
                 transform.save(out / f"{name}.nii.gz")
             if "ras" in formats:
                 transform.save(out / f"{name}_ras.nii.gz", "ras")
-            if "h5" in formats:
-                transform.save(out / f"{name}.h5")
-        if "itk" in formats:
-            self.transform.save(out / "affine.tfm")
+            for form in {"fsl", "afni"} & set(formats):
+                transform.save(out / f"{name}_{form}.nii.gz", form)
+            if "spm" in formats:  # which reads no .nii.gz, and looks for this prefix
+                transform.save(out / f"y_{name}.nii", "spm")
+            for form, ending in (("h5", ".h5"), ("freesurfer", ".mgz")):
+                if form in formats:
+                    transform.save(out / f"{name}{ending}")
+        for form, ending in (("itk", ".tfm"), ("freesurfer", ".lta")):
+            if form in formats:
+                self.transform.save(out / f"affine{ending}")
         if "l2r" in formats:
             fixed, moving = self.transform.grid, self.transform.other
             self.transform.save_learn2reg(out / f"disp_{stem(fixed.path)}_{stem(moving.path)}.nii.gz")

@@ -10,18 +10,21 @@ from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.files import finite
 from drivenmorph_jax.images.intensity import normalise
+from drivenmorph_jax.images.reading import PATHS
 from drivenmorph_jax.images.volume import resample
 from drivenmorph_jax.network.losses import lncc
 from drivenmorph_jax.registration.read import kept
 from drivenmorph_jax.registration.transfer import Transferred
 from drivenmorph_jax.runtime.provenance import environment
+from drivenmorph_jax.transforms.maps import displacement_of
+from drivenmorph_jax.transforms.world import pull_back
 
 WINDOW = 9  # side of the boxes of the reported local correlation, in voxels
 DEFINITIONS = {
     "scale": "All lengths were multiplied by it while registering; not 1 for the brains of small animals. Every number "
              "here is in the lengths of the files.",
     "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, without "
-                  "what masks leave out; before: after the affine.",
+                  "what masks leave out; before: after the affine, or after the transform to start from.",
     "memory_gb": "Estimated before the work: the compiled network's own account, and the arrays around it.",
     "dice": metrics.DEFINITIONS["dice"] + " Before: after the affine. Without label 0; null where the images have no "
             "label in common.",
@@ -42,6 +45,7 @@ class Scored(Transferred):
 def score(transferred: Transferred) -> Scored:
     """Score a registration. Numbers that are not finite become None, since JSON has no nan."""
     pair, request = transferred, transferred.request
+    names = request.initial_transform
     jacobian = pair.jacobian[metrics.brain(normalise(pair.fixed.data) > 0.02)]
     moved = np.asarray(warp(pair.moving_on_grid[..., None], pair.u)[..., 0])
     numbers = {
@@ -57,6 +61,8 @@ def score(transferred: Transferred) -> Scored:
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
         "contrast": pair.contrast, "refine_steps": pair.refine_steps, "scale": pair.scale,
         "affine": pair.given_affine if isinstance(pair.given_affine, bool) else pair.affine.tolist(),
+        "initial_transform": None if names is None else [
+            str(name) for name in ([names] if isinstance(names, PATHS) else names)],
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
         **finite(numbers)}
@@ -68,7 +74,11 @@ def _dice(pair):
     if pair.fixed_labels is None or pair.moving_labels is None:
         return {}
     fixed, moving = pair.fixed_labels, pair.moving_labels
-    start = resample(moving, pair.fixed.data.shape, pair.fixed.affine, pair.affine, order=0)
+    if pair.start is None:
+        start = resample(moving, pair.fixed.data.shape, pair.fixed.affine, pair.affine, order=0)
+    else:
+        start = pull_back(moving, displacement_of(pair.start, pair.fixed.data.shape, pair.fixed.affine),
+                          pair.fixed.affine, "nearest")
     return {f"dice_{when}": metrics.mean_dice(fixed.data, labels, moving_labels=moving.data)
             for when, labels in (("before", start), ("after", pair.warped_labels))}
 

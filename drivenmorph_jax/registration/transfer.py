@@ -7,6 +7,7 @@ import numpy as np
 from drivenmorph_jax.images.intensity import background
 from drivenmorph_jax.registration.deform import Deformed
 from drivenmorph_jax.registration.read import kept, scaled, scaled_transform
+from drivenmorph_jax.transforms.maps import Chain, Field, displacement_of
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import (
     force_on_grid,
@@ -14,6 +15,7 @@ from drivenmorph_jax.transforms.world import (
     pull_back,
     total_displacement,
     total_inverse_displacement,
+    unfolded_in_world,
 )
 
 
@@ -33,8 +35,7 @@ def transfer(deformed: Deformed) -> Transferred:
     determinant and the force are given on the same grid. From here on, lengths are those of the files."""
     deformed = _unscaled(deformed)
     fixed, moving, grid, affine = deformed.fixed, deformed.moving, deformed.grid, deformed.affine
-    displacement = total_displacement(fixed.data.shape, fixed.affine, deformed.u, grid, affine)
-    backward = total_inverse_displacement(moving.data.shape, moving.affine, deformed.u_inverse, grid, affine)
+    displacement, backward = _displacements(deformed)
     vectors = force_on_grid(fixed.data.shape, fixed.affine, deformed.force, grid)
     if deformed.fixed_mask is not None:
         vectors[deformed.fixed_mask.data > 0] = 0  # resampled from the working grid, the force has no sharp edge
@@ -44,6 +45,20 @@ def transfer(deformed: Deformed) -> Transferred:
         warped=pull_back(deformed.source, displacement, fixed.affine, outside=background(deformed.source.data)),
         warped_labels=None if labels is None else pull_back(labels, displacement, fixed.affine, "nearest"),
         jacobian=jacobian_determinant_of_displacement(displacement, fixed.affine), vectors=vectors)
+
+
+def _displacements(deformed):
+    """The displacements from the fixed to the moving world, on the fixed grid, and back, on the moving grid."""
+    fixed, moving, grid, affine, start = (deformed.fixed, deformed.moving, deformed.grid, deformed.affine,
+                                          deformed.start)
+    if start is None:
+        return (total_displacement(fixed.data.shape, fixed.affine, deformed.u, grid, affine),
+                total_inverse_displacement(moving.data.shape, moving.affine, deformed.u_inverse, grid, affine))
+    there, back = (Field(u @ grid[:3, :3].T.astype(np.float32), grid, np.eye(4)) for u in (deformed.u,
+                                                                                         deformed.u_inverse))
+    ways = ((there, start), fixed, affine), ((start.inverse, back), moving, np.linalg.inv(affine))
+    return tuple(unfolded_in_world(displacement_of(Chain(maps), volume.data.shape, volume.affine), volume.affine,
+                                   linear) for maps, volume, linear in ways)
 
 
 def _unscaled(deformed):

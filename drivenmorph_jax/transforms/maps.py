@@ -120,6 +120,13 @@ def faded(displacement, affine, linear):
     return Field(np.pad(near, [(p, p) for p in pad] + [(0, 0)], mode="edge") * weight[..., None], shifted, linear)
 
 
+def rescaled(move, scale):
+    """The map of a world in which all lengths are multiplied by `scale`."""
+    if scale == 1:
+        return move
+    return Chain((Affine(np.diag([1 / scale] * 3 + [1])), move, Affine(np.diag([scale] * 3 + [1]))))
+
+
 def displacement_of(move, shape, affine):
     """The displacement move(x) - x of a map at every voxel of a grid: (X, Y, Z, 3) in RAS mm, float32."""
     slab = max(1, BLOCK // (shape[1] * shape[2]))  # planes that are computed at once

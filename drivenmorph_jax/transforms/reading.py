@@ -46,6 +46,11 @@ class Read:
     other: Volume | None = None  # grid of the moving image, where it is known
     names: tuple[str, str] = ("fixed", "moving")
 
+    @property
+    def is_affine(self):
+        """Whether the map is an affine, or a chain of affines."""
+        return all(isinstance(one, Affine) for one in (self.map.maps if isinstance(self.map, Chain) else (self.map,)))
+
 
 def read_transform(path, geometry="sform", convention=None, fixed=None, moving=None) -> Read:
     """Read a transform.
