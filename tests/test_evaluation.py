@@ -13,7 +13,8 @@ from drivenmorph_jax.evaluation import evaluate as evaluate_module
 from drivenmorph_jax.evaluation.evaluate import evaluate, evaluate_checkpoint
 from drivenmorph_jax.evaluation.record import Record
 
-PROMISED = ("dice", "dice_initial", "hd95", "sdlogj", "sdlogj_l2r", "fold_pct", "ndv_pct", "inverse_mm", "seconds")
+PROMISED = ("dice", "dice_initial", "hd95", "sdlogj", "sdlogj_l2r", "sdlogj_l2r_whole", "fold_pct", "ndv_pct",
+            "inverse_mm", "seconds")
 
 
 def test_scores_of_a_run_hold_every_metric_and_its_definition(smoke):

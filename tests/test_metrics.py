@@ -197,7 +197,7 @@ def test_pair_metrics_of_a_known_shift(label_maps):
     inner = np.zeros(fixed.shape, bool)
     inner[:-2] = True
     row = metrics.pair_metrics(u, -u, np.where(inner, fixed, 0), moving, (1.0, 1.0, 1.0), inner, u_true=u)
-    zero = {"sdlogj", "sdlogj_l2r", "fold_pct", "ndv_pct", "inverse_mm", "tre_mm"}
+    zero = {"sdlogj", "sdlogj_l2r", "sdlogj_l2r_whole", "fold_pct", "ndv_pct", "inverse_mm", "tre_mm"}
     assert set(row) == {"dice", "dice_initial", "hd95"} | zero
     assert row["dice"] > 0.9 > row["dice_initial"]
     assert all(row[metric] == 0 for metric in zero)
@@ -212,3 +212,15 @@ def test_summarise_leaves_out_nan_missing_values_and_names():
     assert list(summary) == ["dice", "hd95"]
     assert summary["dice"] == pytest.approx({"mean": 0.7, "std": np.std([0.5, 0.7, 0.9])})
     assert summary["hd95"] == {"mean": 2.0, "std": 0.0}
+
+
+def test_sdlogj_over_the_whole_image_is_that_of_learn2regs_evaluation():
+    """Differences by correlation with zeros beyond the border, of which nothing is left in the inner part."""
+    u = ndimage.gaussian_filter(np.random.default_rng(0).normal(0, 8, (18, 20, 16, 3)), (2, 2, 2, 0))
+    gradients = [[ndimage.correlate1d(u[..., k], [-0.5, 0, 0.5], axis, mode="constant") + (k == axis)
+                  for axis in range(3)] for k in range(3)]
+    jac = np.linalg.det(np.moveaxis(np.array(gradients), (0, 1), (-2, -1)))[2:-2, 2:-2, 2:-2]
+    expected = np.log(np.clip(jac + 3, 1e-9, 1e9)).std()
+    row = metrics.pair_metrics(u, None, None, None, (1, 1, 1), np.indices(u.shape[:3])[0] > 9)
+    assert row["sdlogj_l2r_whole"] == pytest.approx(expected, rel=1e-4)
+    assert row["sdlogj_l2r"] != pytest.approx(expected, rel=1e-3)

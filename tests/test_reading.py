@@ -13,6 +13,7 @@ import apply as program
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.reading import load_grid
 from drivenmorph_jax.images.volume import on_grid
+from drivenmorph_jax.transforms.files import learn2reg_name
 from drivenmorph_jax.transforms.itk import to_itk, write_affine
 from drivenmorph_jax.transforms.transform import Transform
 
@@ -72,6 +73,15 @@ def test_a_field_is_read_by_its_convention(transform, what, tmp_path):
     found = Transform.load(tmp_path / name, convention=convention, fixed=transform.grid, moving=transform.other)
     np.testing.assert_allclose(found.displacement, transform.displacement, atol=2e-4)
     np.testing.assert_allclose(found.grid.affine, transform.grid.affine, atol=1e-5)
+
+
+@pytest.mark.parametrize(("fixed", "moving", "name"), [
+    ("OASIS_0438_0000", "OASIS_0439_0000", "disp_0438_0000_0439_0000"), ("OASIS_0438", "OASIS_0439_0000",
+                                                                         "disp_0438_0000_0439_0000"),
+    ("ThoraxCBCT_0011_0000", "ThoraxCBCT_0011_0001", "disp_0011_0011"), ("a_0001", "b", "disp_a_0001_b"),
+    ("sub-12345", "sub-0001", "disp_sub-12345_sub-0001")])
+def test_names_of_fields_are_those_that_learn2reg_looks_for(fixed, moving, name):
+    assert learn2reg_name(fixed, moving) == f"{name}.nii.gz"
 
 
 def test_a_field_that_does_not_tell_its_convention_is_refused(transform, tmp_path):

@@ -22,6 +22,7 @@ from drivenmorph_jax.images.reading import load_image
 from drivenmorph_jax.network.inference import downsample_to, grid_multiple, load_checkpoint, make_predict, predictions
 from drivenmorph_jax.runtime import configuration, logs
 from drivenmorph_jax.runtime.provenance import environment
+from drivenmorph_jax.transforms.files import learn2reg_name
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import total_displacement
 
@@ -136,7 +137,7 @@ def _by_label(found):
 
 
 def _write_l2r(folder, root, fixed, moving, u):
-    """Write disp_<fixed>_<moving>.nii.gz: (X, Y, Z, 3) in voxels of the two files, identity not included."""
+    """Write the field of Learn2Reg: (X, Y, Z, 3) in voxels of the two files, identity not included."""
     files = [load_image(Path(root) / f"{subject.id}{IMAGE}") for subject in (fixed, moving)]
     displacement = total_displacement(files[0].data.shape, files[0].affine, u, fixed.affine, np.eye(4))
     found = Transform(displacement, files[0], np.eye(4), files[1])
@@ -144,7 +145,7 @@ def _write_l2r(folder, root, fixed, moving, u):
 
 
 def _l2r_name(pair):
-    return f"disp_{'_'.join(names_of(pair))}.nii.gz"
+    return learn2reg_name(*names_of(pair))
 
 
 def _check_l2r(pairs):

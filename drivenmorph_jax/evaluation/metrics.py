@@ -25,6 +25,8 @@ DEFINITIONS = {
               "differences in voxels, clipped at 1e-9, 2 voxels cropped at each side of the grid.",
     "sdlogj_l2r": "Learn2Reg's form, standard deviation of log(clip(J + 3, 1e-9, 1e9)) inside the fixed "
                   "brain, J as for sdlogj; about four times smaller than sdlogj.",
+    "sdlogj_l2r_whole": "The same over the whole image, as Learn2Reg's evaluation of OASIS and tables that follow it "
+                        "have it.",
     "fold_pct": "Percentage of voxels inside the fixed brain with J <= 0, J as for sdlogj.",
     "ndv_pct": "Non-diffeomorphic volume (Liu et al. 2022): 100 times the negative parts of ten finite-"
                "difference determinants / 2 / 6, summed over the fixed brain and divided by its number of "
@@ -168,7 +170,10 @@ def sdlogj(jac, mask=None):
 
 
 def sdlogj_l2r(jac, mask=None):
-    """Learn2Reg's std of log(clip(J + 3, 1e-9, 1e9)), the one in published tables; arguments as for `fold_pct`."""
+    """Learn2Reg's std of log(clip(J + 3, 1e-9, 1e9)); arguments as for `fold_pct`.
+
+    Its evaluation of OASIS, and tables that follow it, take no mask.
+    """
     return float(np.std(np.log(np.clip(_inside(jac, mask) + 3, 1e-9, 1e9)), dtype=np.float64))
 
 
@@ -289,6 +294,7 @@ def pair_metrics(u, u_inv, fixed_labels, moving_labels, spacing, mask=None, excl
     jac = jacobian(u)
     row["sdlogj"] = sdlogj(jac, mask)
     row["sdlogj_l2r"] = sdlogj_l2r(jac, mask)
+    row["sdlogj_l2r_whole"] = sdlogj_l2r(jac)
     row["fold_pct"] = fold_pct(jac, mask)
     row["ndv_pct"] = ndv_pct(u, mask)
     if u_inv is not None:

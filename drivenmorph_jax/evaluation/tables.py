@@ -12,7 +12,8 @@ from drivenmorph_jax.files import make_folder, replacing
 
 LABELS = {
     "dice": "Dice", "dice_initial": "Dice before", "hd95": "HD95 (mm)", "lncc": "Local correlation", "sdlogj": "SDlogJ",
-    "sdlogj_l2r": "SDlogJ (Learn2Reg)", "fold_pct": "J ≤ 0 (%)", "ndv_pct": "NDV (%)",
+    "sdlogj_l2r": "SDlogJ (Learn2Reg)", "sdlogj_l2r_whole": "SDlogJ (Learn2Reg, whole image)",
+    "fold_pct": "J ≤ 0 (%)", "ndv_pct": "NDV (%)",
     "inverse_mm": "Inverse consistency (mm)", "tre_mm": "TRE (mm)", "seconds": "Seconds a pair",
     "cosine": "Force cosine", "pearson": "Force Pearson r", "spearman": "Force Spearman ρ", "r2": "Force R²",
 }

@@ -18,7 +18,7 @@ from drivenmorph_jax.files import json_text, make_folder, replacing, stem
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.volume import resample
 from drivenmorph_jax.registration.score import Scored
-from drivenmorph_jax.transforms.files import write_force
+from drivenmorph_jax.transforms.files import learn2reg_name, write_force
 from drivenmorph_jax.transforms.transform import Transform
 
 SUMMARY = "summary.json"
@@ -130,7 +130,7 @@ class Result:
                 self.transform.save(out / f"affine{ending}")
         if "l2r" in formats:
             fixed, moving = self.transform.grid, self.transform.other
-            self.transform.save_learn2reg(out / f"disp_{stem(fixed.path)}_{stem(moving.path)}.nii.gz")
+            self.transform.save_learn2reg(out / learn2reg_name(stem(fixed.path), stem(moving.path)))
 
 
 def former_files(out):

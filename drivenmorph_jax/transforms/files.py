@@ -5,6 +5,7 @@ of RAS.
 """
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def read_sidecar(path, stored):
     if "Direction" not in about:
         raise InputError(f"{path} is no displacement: {sidecar} calls it a {about.get('Content', 'field')}")
     return about
+
+
+def learn2reg_name(fixed, moving):
+    """The name that Learn2Reg's evaluation gives the field of two images.
+
+    Names that end in four digits, the subject, or in twice four, subject and modality, such as OASIS_0438_0000, give
+    disp_FFFF_0000_MMMM_0000.nii.gz. Where the modalities are 0000 and 0001, they are left out. Other names give
+    disp_<fixed>_<moving>.nii.gz.
+    """
+    found = [re.search(r"(?<!\d)(\d{4})(?:_(\d{4}))?$", name) for name in (fixed, moving)]
+    if all(found):
+        (fixed, one), (moving, other) = ((match[1], match[2] or "0000") for match in found)
+        if (one, other) != ("0000", "0001"):
+            fixed, moving = f"{fixed}_{one}", f"{moving}_{other}"
+    return f"disp_{fixed}_{moving}.nii.gz"
 
 
 def write_composite(path, field):
