@@ -136,13 +136,13 @@ def _method(add):
         "--initial_affine",
         nargs="+",
         metavar="FILE",
-        help="transform from the fixed to the moving image, or several, as in `apply --transform`. It replaces the "
+        help="transform from the fixed to the moving image, or several, as `apply` takes them. It replaces the "
         "affine alignment. A deformable one is where the registration starts, and the result includes it",
     )
     add(
         "--convention",
         metavar="NAME",
-        help="what the numbers of this transform are, as in `apply --convention`",
+        help="what the numbers of this transform are, as `apply` takes it",
     )
     add(
         "--refine_steps",
