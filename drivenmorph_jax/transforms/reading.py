@@ -207,7 +207,7 @@ def _nifti(path, geometry, convention, fixed, moving):
         raise InputError(f"{path} holds coefficients of splines; convert them by fnirtfileutils --in={path} "
                          "--ref=FIXED --out=WARP --withaff")
     if convention is None and image.ndim == 5 and image.shape[3:] == (3, 2):
-        return _dipy(path, read_voxels(image, path)[..., 0], fixed)
+        return _dipy(path, image)
     if image.shape[3:] not in ((1, 3), (3,)):
         raise InputError(f"{path} is not a displacement field; give one of shape (X, Y, Z, 1, 3), such as ITK's with "
                          "intent 1007, or an affine")
@@ -277,12 +277,11 @@ def _of_image(displacement, grid, about):
     return np.ascontiguousarray(displacement[inside]), on_grid(shape, affine, grid.header, grid.path)
 
 
-def _dipy(path, forward, fixed):
-    """The mapping of dipy. Its header holds the inverse affine of the moving image, and the field lies on the fixed."""
-    if fixed is None or fixed.data.shape != forward.shape[:3]:
-        raise InputError(f"{path} is a mapping of dipy, which does not hold the grid of its fixed image; give that "
-                         "image as --reference")
-    return _field(path, forward.astype(np.float32), fixed)
+def _dipy(path, image):
+    """The mapping of dipy, whose second half leads from the static to the moving image. Its header holds the inverse of
+    the affine of its grid, that of the static image."""
+    backward = np.ascontiguousarray(read_voxels(image, path)[..., 1], np.float32)
+    return _field(path, backward, on_grid(backward.shape[:3], np.linalg.inv(image.affine), path=path))
 
 
 # Chains
