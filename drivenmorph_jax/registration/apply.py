@@ -32,8 +32,8 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
     Raises InputError where a file cannot be used or written.
     """
     checked(geometry)
-    source = source or (images[0] if images else None)
-    reference, source = (None if path is None else load_grid(path, geometry) for path in (reference, source))
+    source = source or (images[0] if images else None)  # opened for transforms of FSL only
+    reference = None if reference is None else load_grid(reference, geometry)
     fixed, moving = (source, reference) if inverse else (reference, source)
     found = Transform.load(transform, geometry, convention, fixed, moving)
     if inverse:

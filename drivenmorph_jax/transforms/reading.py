@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.images.reading import open_nifti, read_voxels
+from drivenmorph_jax.images.reading import load_grid, open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.transforms import freesurfer, fsl
 from drivenmorph_jax.transforms.files import DISPLACEMENT, VECTOR, read_sidecar
@@ -59,7 +59,8 @@ def read_transform(path, geometry="sform", convention=None, fixed=None, moving=N
       path: the file.
       geometry: of NIfTI files, as in `images.geometry.placed`.
       convention: one of CONVENTIONS, for a file that does not tell what its numbers are.
-      fixed, moving: Volumes with the grids of the two images, which FSL's transforms need.
+      fixed, moving: the two images, or Volumes with their grids, which FSL's transforms need. Files are opened where
+        they are needed only.
 
     Raises InputError where the file is missing or damaged, where it is no transform, or where it needs one of the
     arguments.
@@ -82,7 +83,9 @@ def read_transform(path, geometry="sform", convention=None, fixed=None, moving=N
         return _itk_image(path)
     if name.endswith((".txt", ".mat", ".tfm", ".h5", ".hdf5", ".hdf", ".xfm", ".aff12.1d")):
         matrix = _matrix_of_text(path)
-        return _matrix(path, matrix, convention, fixed, moving) if matrix is not None else _itk(path, fixed)
+        if matrix is None:
+            return _itk(path, geometry, fixed)
+        return _matrix(path, matrix, geometry, convention, fixed, moving)
     return _nifti(path, geometry, convention, fixed, moving)
 
 
@@ -114,27 +117,34 @@ def _matrix_of_text(path):
     return matrix if matrix.shape == (4, 4) and np.allclose(matrix[3], (0, 0, 0, 1)) else None
 
 
-def _matrix(path, matrix, convention, fixed, moving):
+def _matrix(path, matrix, geometry, convention, fixed, moving):
     if convention not in MATRICES:
         raise InputError(f"{path} is a matrix that does not say what it maps; give --convention greedy (from the fixed "
                          "to the moving world, RAS mm) or --convention flirt (of FSL)")
     _usable(matrix, path)
     if convention == "flirt":
-        _needed(path, "a matrix of FLIRT", fixed, moving)
+        fixed, moving = _needed(path, "a matrix of FLIRT", geometry, fixed, moving)
         matrix = fsl.from_flirt(matrix, fixed, moving)
     return Read(Affine(matrix), linear=matrix)
 
 
-def _needed(path, what, fixed, moving):
+def _grid(image, geometry):
+    """The grid of an image as a Volume, which it may be already."""
+    return image if isinstance(image, Volume) else load_grid(image, geometry)
+
+
+def _needed(path, what, geometry, fixed, moving):
+    """The grids of both images. Raises InputError where one of the images is not known."""
     missing = " and ".join(role for role, grid in (("fixed", fixed), ("moving", moving)) if grid is None)
     if missing:
         raise InputError(f"{path} is {what}, whose frame depends on the images; the {missing} image is missing: give "
                          "the fixed one as --reference, and the moving one as --moving or --source")
+    return _grid(fixed, geometry), _grid(moving, geometry)
 
 
 # ITK
 
-def _itk(path, fixed):
+def _itk(path, geometry, fixed):
     """An ITK transform of any type, or a chain of several, from a .tfm, .txt, .mat or .h5 file."""
     if path.lower().endswith(".txt") and Path(path).read_bytes()[:10] == b"(Transform":
         raise InputError(f"{path} holds parameters of elastix; give the deformation field that transformix -def all "
@@ -146,7 +156,7 @@ def _itk(path, fixed):
                          "of them") from error
     if itk.GetDimension() != 3:
         raise InputError(f"{path} is not a 3-D transform; give one between 3-D images")
-    steps = [_itk_step(path, one, fixed) for one in _flat(itk)][::-1]  # ITK applies the last of its list first
+    steps = [_itk_step(path, one, geometry, fixed) for one in _flat(itk)][::-1]  # ITK applies the last of its list first
     if len(steps) == 1:
         return steps[0]
     grids = [step.grid for step in steps if step.grid is not None]
@@ -163,7 +173,7 @@ def _flat(itk):
     return [one for k in range(itk.GetNumberOfTransforms()) for one in _flat(itk.GetNthTransform(k))]
 
 
-def _itk_step(path, itk, fixed):
+def _itk_step(path, itk, geometry, fixed):
     if itk.IsLinear():
         matrix = _usable(from_itk(itk), path)
         return Read(Affine(matrix), linear=matrix)
@@ -172,6 +182,7 @@ def _itk_step(path, itk, fixed):
     if fixed is None:
         raise InputError(f"{path} holds a {itk.GetName()}, which is sampled on the grid of the fixed image; give that "
                          "as --reference")
+    fixed = _grid(fixed, geometry)
     lps = FLIP @ fixed.affine
     return _itk_field(path, sitk.TransformToDisplacementField(
         itk, sitk.sitkVectorFloat64, fixed.data.shape, lps[:3, 3].tolist(), fixed.spacing.tolist(),
@@ -219,7 +230,7 @@ def _nifti(path, geometry, convention, fixed, moving):
         if warp is not None:
             return _field(path, *warp)
         convention = _told(path, image, about)
-    return _by_convention(path, convention, vectors, grid, about, moving)
+    return _by_convention(path, convention, vectors, grid, about, geometry, moving)
 
 
 def _told(path, image, about):
@@ -245,7 +256,7 @@ def _told(path, image, about):
                      + ", ".join(set(CONVENTIONS) - set(MATRICES)))
 
 
-def _by_convention(path, convention, vectors, grid, about, moving):
+def _by_convention(path, convention, vectors, grid, about, geometry, moving):
     other = about.get("TargetGridShape")
     other = other and on_grid(other, about["TargetGridAffineRAS"], path=path)
     if convention == "itk":
@@ -255,13 +266,12 @@ def _by_convention(path, convention, vectors, grid, about, moving):
     elif convention == "spm":
         displacement = by_planes(vectors.shape, grid.affine, lambda i, x: vectors[i] - x)
     elif convention == "l2r":
-        other = grid if moving is None else moving
+        other = grid if moving is None else _grid(moving, geometry)
         to_voxel = np.linalg.inv(grid.affine)
         displacement = by_planes(vectors.shape, grid.affine, lambda i, x: map_points(
             other.affine, vectors[i] + map_points(to_voxel, x)) - x)
     else:
-        _needed(path, "a warp of FNIRT", grid, moving)
-        displacement = fsl.from_warp(vectors, grid, moving)
+        displacement = fsl.from_warp(vectors, *_needed(path, "a warp of FNIRT", geometry, grid, moving))
     displacement, grid = _of_image(displacement, grid, about)
     return _field(path, displacement, grid, other, about.get("Linear"),
                   names=tuple(about.get("Direction", "fixed to moving").split(" to ")))

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.intensity import background
-from drivenmorph_jax.images.reading import PATHS, Source, open_nifti, read_voxels
+from drivenmorph_jax.images.reading import PATHS, Source, load_grid, open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
 from drivenmorph_jax.transforms import freesurfer, fsl
@@ -49,7 +49,7 @@ class Transform:
 
     @classmethod
     def load(cls, path: str | Path | Sequence[str | Path], geometry: str = "sform", convention: str | None = None,
-             fixed: Volume | None = None, moving: Volume | None = None) -> Self:
+             fixed: Volume | Source | None = None, moving: Volume | Source | None = None) -> Self:
         """Read a transform from a file of this package, ITK, ANTs, greedy, FSL, FreeSurfer, SPM, NiftyReg, AFNI, dipy
         or Learn2Reg, or from several files.
 
@@ -58,8 +58,8 @@ class Transform:
             world. ":inverse" after the name of a file takes its inverse.
           geometry: as in `images.geometry.placed`.
           convention: one of `transforms.reading.CONVENTIONS`, for a file that does not tell what its numbers are.
-          fixed: Volume with the grid of the fixed image, on which a transform that has no grid of its own is sampled.
-          moving: Volume with the grid of the moving image. FSL's transforms need both.
+          fixed: the fixed image, or a Volume with its grid. A transform that has no grid of its own is sampled there.
+          moving: the moving image, or a Volume with its grid. FSL's transforms need both.
 
         Raises InputError where a file is not a transform, needs an argument that is missing, or has a sidecar that
         belongs to another field.
@@ -67,12 +67,12 @@ class Transform:
         found = read_chain([path] if isinstance(path, PATHS) else path, geometry, convention, fixed, moving)
         if found.displacement is not None:
             return cls(found.displacement, found.grid, found.linear, found.other, names=found.names, exact=found.map)
-        grid = fixed or found.grid
+        grid = found.grid if fixed is None else fixed if isinstance(fixed, Volume) else load_grid(fixed, geometry)
         if grid is None:
             raise InputError(f"{path if isinstance(path, PATHS) else path[0]} has no grid on which an image could be "
                              "resampled: give an image with that grid as --reference")
         return cls(displacement_of(found.map, grid.data.shape, grid.affine), grid, found.linear,
-                   moving or found.other, names=found.names, exact=found.map)
+                   moving if isinstance(moving, Volume) else found.other, names=found.names, exact=found.map)
 
     @cached_property
     def field(self) -> Field:
