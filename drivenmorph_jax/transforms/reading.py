@@ -156,7 +156,8 @@ def _itk(path, geometry, fixed):
                          "of them") from error
     if itk.GetDimension() != 3:
         raise InputError(f"{path} is not a 3-D transform; give one between 3-D images")
-    steps = [_itk_step(path, one, geometry, fixed) for one in _flat(itk)][::-1]  # ITK applies the last of its list first
+    # ITK applies the last transform of its list first.
+    steps = [_itk_step(path, one, geometry, fixed) for one in reversed(_flat(itk))]
     if len(steps) == 1:
         return steps[0]
     grids = [step.grid for step in steps if step.grid is not None]
