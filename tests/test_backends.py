@@ -14,6 +14,13 @@ from drivenmorph_jax.network.convolution import convolved
 DEVICES = ("cpu", "gpu", "tpu")
 
 
+def test_the_flags_of_the_user_come_before_our_options(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert programs.compiler_options() == {"xla_backend_optimization_level": 1}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_backend_optimization_level=0")
+    assert programs.compiler_options() == {}
+
+
 def normal(*shape, scale=1.0):
     return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape, scale=scale), jnp.float32)
 

@@ -63,6 +63,12 @@ def test_no_image_gives_a_loss_or_a_gradient_that_is_not_finite(kind, dtype):
     holds()
 
 
+@pytest.mark.parametrize("value", [0, 1, 65536, 148471, 1e6 / 3])
+def test_a_flat_image_correlates_with_none_however_large_its_value(value):
+    flat, noise = jnp.full(SHAPE, value, jnp.float32), images()[0]
+    assert float(losses.lncc(flat, noise, 5)) == float(losses.lncc(flat, 2.0 * flat + 1, 5)) == 0
+
+
 def test_flat_images_give_finite_numbers_and_gradients():
     flat = jnp.ones(SHAPE)
     for a, b in ((flat, flat), (0 * flat, flat), (images()[0], flat)):
