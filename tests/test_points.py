@@ -26,7 +26,7 @@ def moved(tmp_path):
         source, out = tmp_path / "points.csv", tmp_path / "moved.csv"
         source.write_bytes(content if isinstance(content, bytes) else content.encode())
         out.unlink(missing_ok=True)
-        move_table(source, out, transform)
+        move_table(source, out, transform.points)
         found = out.read_bytes()
         return found if isinstance(content, bytes) else found.decode()
     return move

@@ -15,7 +15,9 @@ from drivenmorph_jax.images.reading import load_grid
 from drivenmorph_jax.images.volume import on_grid
 from drivenmorph_jax.transforms.files import learn2reg_name
 from drivenmorph_jax.transforms.itk import to_itk, write_affine
+from drivenmorph_jax.transforms.maps import faded
 from drivenmorph_jax.transforms.transform import Transform
+from drivenmorph_jax.transforms.world import linear_part
 
 FLIP = np.array([-1, -1, 1])
 PAIRS = [("anisotropic", "flipped"), ("oblique", "isotropic"), ("isotropic", "oblique")]
@@ -99,6 +101,16 @@ def test_a_field_that_does_not_tell_its_convention_is_refused(transform, tmp_pat
         Transform.load(tmp_path / "a.nii")
     with pytest.raises(InputError, match="convention is 'elastix'"):
         Transform.load(tmp_path / "a.nii", convention="elastix")
+    nifti(tmp_path / "disp_1_2.nii", np.zeros((5, 5, 5, 3)), transform.grid)
+    with pytest.raises(InputError, match="a field of Learn2Reg, .* the moving image is missing"):
+        Transform.load(tmp_path / "disp_1_2.nii")
+    transform.save(tmp_path / "ours.nii")
+    with pytest.raises(InputError, match="convention is ras, but .*ours.nii tell their own: leave it out"):
+        Transform.load(tmp_path / "ours.nii", convention="ras")
+    nifti(tmp_path / "a.nii", np.zeros((*transform.grid.data.shape, 1, 3)), transform.grid)
+    chain = Transform.load([tmp_path / "a.nii", tmp_path / "ours.nii"], convention="spm")  # of the first file alone
+    y = points_of(transform.grid.data.shape, transform.grid.affine)[10, 10, 8]
+    np.testing.assert_allclose(chain.points(y[None]), transform.points([[0, 0, 0]]), atol=1e-3)
 
 
 def test_matrices_of_greedy_and_of_flirt(transform, tmp_path):
@@ -136,7 +148,7 @@ def test_an_itk_transform_is_read_from_every_kind_of_file(transform, tmp_path, e
         np.testing.assert_allclose(found.points(points), theirs, atol=2e-3)
 
 
-def test_a_spline_of_itk_is_sampled_on_the_fixed_grid(transform, tmp_path):
+def test_a_spline_of_itk_alone_and_after_an_affine(transform, tmp_path):
     lps = np.diag([-1, -1, 1, 1]) @ transform.grid.affine
     image = sitk.Image(transform.grid.data.shape, sitk.sitkFloat32)
     image.SetOrigin(lps[:3, 3].tolist())
@@ -144,14 +156,46 @@ def test_a_spline_of_itk_is_sampled_on_the_fixed_grid(transform, tmp_path):
     image.SetDirection((lps[:3, :3] / transform.grid.spacing).ravel().tolist())
     spline = sitk.BSplineTransformInitializer(image, (4, 4, 4))
     spline.SetParameters(np.random.default_rng(0).normal(0, 2, len(spline.GetParameters())).tolist())
-    sitk.WriteTransform(spline, tmp_path / "spline.tfm")
-    found = Transform.load(tmp_path / "spline.tfm", fixed=transform.grid)
-    voxels = np.random.default_rng(1).integers(1, np.array(transform.grid.data.shape) - 1, (50, 3))
-    points = apply_affine(transform.grid.affine, voxels)
-    theirs = np.array([spline.TransformPoint(p) for p in (points * FLIP).tolist()]) * FLIP
-    np.testing.assert_allclose(points + found.displacement[tuple(voxels.T)], theirs, atol=1e-4)
-    with pytest.raises(InputError, match="is sampled on the grid of the fixed image"):
-        Transform.load(tmp_path / "spline.tfm")
+    shift = sitk.TranslationTransform(3, (60.0, -40.0, 5.0))
+    points = apply_affine(transform.grid.affine, np.random.default_rng(1).uniform(
+        2, np.array(transform.grid.data.shape) - 3, (50, 3)))
+    # ITK applies the shift first, which leads into the domain of the spline from far away.
+    for name, itk, at in (("a.tfm", spline, points * FLIP),
+                          ("b.h5", sitk.CompositeTransform([spline, shift]), points * FLIP - (60, -40, 5))):
+        sitk.WriteTransform(itk, tmp_path / name)
+        found = Transform.load(tmp_path / name, fixed=transform.grid)
+        theirs = np.array([itk.TransformPoint(p) for p in at.tolist()]) * FLIP
+        np.testing.assert_allclose(found.points(at * FLIP), theirs, atol=0.03)
+
+
+def test_files_that_are_cut_short_are_refused(transform, tmp_path):
+    """ITK takes a text that is cut short for the identity, and prints pages of a cut HDF5 file."""
+    for name in ("a.tfm", "a.txt", "a.h5", "a.lta", "a.mgz", "a.nii.gz"):
+        transform.save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        Transform.load(tmp_path / name, fixed=transform.grid)
+        for share in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            (tmp_path / name).write_bytes(whole[:int(share * len(whole))])
+            with pytest.raises(InputError, match=name):
+                Transform.load(tmp_path / name, fixed=transform.grid)
+    for name in ("summary.json", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "summary.json").write_text("{}")
+        with pytest.raises(InputError, match="is no file of a transform|is a folder"):
+            Transform.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 3), (20, 20, 1), (20, 4, 20), (1, 1, 1)])
+def test_the_affine_part_of_a_thin_field(tmp_path, shape):
+    displacement = np.broadcast_to(np.float32([5, -3, 2]), (*shape, 3))
+    found = linear_part(displacement, np.diag([2.0, 1, 3, 1]))
+    np.testing.assert_allclose(found, nib.affines.from_matvec(np.eye(3), (5, -3, 2)), atol=1e-6)
+
+
+def test_a_field_of_a_large_shift_takes_little_memory():
+    field = faded(np.full((20, 20, 20, 3), 500, np.float32), np.diag([3.0, 3, 3, 1]), np.eye(4))
+    assert max(field.near.shape) < 60
+    np.testing.assert_allclose(field([[30, 30, 30], [200, 30, 30]]), [[530, 530, 530], [200, 30, 30]], atol=1e-3)
 
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd"])
@@ -302,7 +346,8 @@ def test_a_chain_goes_from_the_first_file_to_the_last_and_back(transform, tmp_pa
     np.testing.assert_allclose(Transform.load(names, moving=transform.other).inverse.points(there), points, atol=2e-3)
     for arguments, said in (
             (["--transform", names[0], "--transform", names[1]], "is given twice"),
-            (["--transform", names[1]], "give an image with that grid as --reference")):
+            (["--transform", names[1]], "give an image with that grid as --reference"),
+            (["--transform", *names, "--convention", "ras"], "tell their own: leave it out")):
         status, text = run(program, [*arguments, "--moving", transform.other.path, "--out", tmp_path / "o.nii"],
                            monkeypatch, capsys)
         assert status and said in text and not (tmp_path / "o.nii").exists()
@@ -311,6 +356,10 @@ def test_a_chain_goes_from_the_first_file_to_the_last_and_back(transform, tmp_pa
                        monkeypatch, capsys)
     moved = [float(x) for x in (tmp_path / "q.csv").read_text().splitlines()[1].split(",")]
     np.testing.assert_allclose(moved, chain.points([[1, 2, 3]])[0], atol=1e-6)
+    run(program, ["--transform", names[1], "--inverse", "--points", tmp_path / "p.csv", "--out", tmp_path / "q.csv"],
+        monkeypatch, capsys)  # points need no grid
+    moved = [float(x) for x in (tmp_path / "q.csv").read_text().splitlines()[1].split(",")]
+    np.testing.assert_allclose(moved, [1 / 1.1, 2 / 0.9, 3])
 
 
 def test_every_format_that_we_write_is_read_back(transform, tmp_path):

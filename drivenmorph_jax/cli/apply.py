@@ -73,7 +73,8 @@ def main(arguments=None, prog="drivenmorph apply"):
     add(
         "--source",
         metavar="FILE",
-        help="image of the space that the images come from, for transforms of FSL; default: the first of --moving",
+        help="image of the space that the images come from, for transforms of FSL and Learn2Reg; default: "
+        "the first of --moving",
     )
     program.add_geometry(add)
     flags = parser.parse_args(arguments)

@@ -7,8 +7,9 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.geometry import checked
-from drivenmorph_jax.images.reading import load_grid
+from drivenmorph_jax.images.reading import PATHS, load_grid
 from drivenmorph_jax.transforms.points import move_table
+from drivenmorph_jax.transforms.reading import read_chain
 from drivenmorph_jax.transforms.transform import Transform
 
 
@@ -35,14 +36,16 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
     source = source or (images[0] if images else None)  # opened for transforms of FSL only
     reference = None if reference is None else load_grid(reference, geometry)
     fixed, moving = (source, reference) if inverse else (reference, source)
+    if points is not None:
+        names = [transform] if isinstance(transform, PATHS) else transform
+        way = read_chain(names, geometry, convention, fixed, moving).map
+        with replacing(out) as temporary:
+            move_table(points, temporary, way.inverse if inverse else way)
+        yield out
+        return
     found = Transform.load(transform, geometry, convention, fixed, moving)
     if inverse:
         found = (found if found.other or not reference else replace(found, other=reference)).inverse
-    if points is not None:
-        with replacing(out) as temporary:
-            move_table(points, temporary, found)
-        yield out
-        return
     if len(images) > 1:
         names = [Path(path).name for path in images]
         if len(set(names)) < len(names):

@@ -51,6 +51,7 @@ def prepare(planned: Planned) -> Prepared:
         weights = tuple(1.0 - mask[..., None] for mask in masks)
     f, m = (jnp.asarray(normalise(np.asarray(x))) for x in images)
     if not (m > 0).any():
-        raise InputError(f"{planned.moving.path} does not overlap {planned.fixed.path} in world coordinates: "
-                         "leave out --no-affine")
+        remedy = "leave out --no-affine" if planned.request.initial_transform is None else (
+            "check the direction of --initial_transform, from fixed to moving, or leave it out")
+        raise InputError(f"{planned.moving.path} does not overlap {planned.fixed.path} in world coordinates: {remedy}")
     return Prepared(**kept(planned), fixed_on_grid=f, moving_on_grid=m, masks=masks, weights=weights)

@@ -156,8 +156,11 @@ def read_lta(path):
         after = text[re.search(r"^\s*1\s+4\s+4\s*$", text, re.M).end():]
         matrix = np.array(after.split()[:16], float).reshape(4, 4)
         moving, fixed = (_described(after, name, path) for name in ("src", "dst"))
-    except (TypeError, AttributeError, ValueError, IndexError) as error:
-        raise InputError(f"{path} is not an .lta of FreeSurfer; write it again") from error
+        singular = abs(np.linalg.det(matrix[:3, :3])) < 1e-9 or not np.isfinite(matrix).all()
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        raise InputError(f"{path} is not an .lta of FreeSurfer, or is cut short; write it again") from error
+    if singular:
+        raise InputError(f"{path} holds a singular or non-finite affine; compute it again")
     if number != 1 or kind not in (0, 1) or kind == 0 and None in (moving, fixed):
         raise InputError(f"{path} has {number} transforms of type {kind}; give one, from voxels to voxels with both "
                          "geometries (0) or from RAS to RAS (1)")

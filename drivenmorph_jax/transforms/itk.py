@@ -36,6 +36,7 @@ def read_affine(path):
     """
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist; check the path")
+    check_whole(path)
     try:
         itk = sitk.ReadTransform(str(path))
     except RuntimeError as error:
@@ -46,6 +47,29 @@ def read_affine(path):
     if not np.isfinite(transform).all() or abs(np.linalg.det(transform[:3, :3])) < 1e-6:
         raise InputError(f"{path} holds a singular or non-finite affine; compute it again")
     return transform
+
+
+def check_whole(path):
+    """Raises InputError where a text file or HDF5 file of ITK is cut short.
+
+    ITK does not read the last line of a text without a newline, and takes parameters that are missing for those of the
+    identity. From an HDF5 file that is cut short it prints pages.
+    """
+    with open(path, "rb") as file:
+        content = file.read(48)
+        if content[:8] == b"\x89HDF\r\n\x1a\n":
+            place = 40 if content[8] < 2 else 28  # of the address where the file ends, by the version of its superblock
+            whole = int.from_bytes(content[place:place + 8], "little") <= os.path.getsize(path)
+        elif content[:16] == b"#Insight Transfo":
+            lines = (content + file.read()).decode("latin-1").split("\n")
+            given = [line.split(":")[0] for line in lines if line.partition(":")[2].strip()]
+            whole = not lines[-1] and all(given.count("Transform") - composite == given.count(name)
+                                          for composite in [sum("CompositeTransform" in line for line in lines)]
+                                          for name in ("Parameters", "FixedParameters"))
+        else:
+            return
+    if not whole:
+        raise InputError(f"{path} is cut short; copy or write it again")
 
 
 def to_itk(transform):

@@ -15,6 +15,7 @@ from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points, sample
 
 FADE = 4.0  # mm beyond the grid of a field over which a residual of 1 mm at its rim fades to 0
+MARGIN = 40.0  # mm, the widest margin in which it fades
 SMALL = 0.01  # mm; a residual below it need not fade
 BLOCK, SMALL_BLOCK = 2**18, 2**14  # points for which a compiled inverse is computed at once
 
@@ -100,7 +101,7 @@ def faded(displacement, affine, linear):
       n(x) = L^-1 (x + displacement(x)) - x    on the grid
 
     Beyond the grid, n is the one at the nearest point of the rim, times a weight that falls from 1 to 0. It falls over
-    FADE times the longest n at the rim, so slowly that the map stays invertible.
+    FADE times the longest n at the rim, so slowly that the map stays invertible, but not over more than MARGIN.
     """
     back = np.linalg.inv(linear)
     near = by_planes(displacement.shape, affine, lambda i, x: map_points(back, x + displacement[i]) - x)
@@ -109,7 +110,7 @@ def faded(displacement, affine, linear):
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if rim < SMALL:
         return Field(near, affine, linear)
-    reach = max(FADE * rim, 2 * spacing.max())
+    reach = max(min(FADE * rim, MARGIN), 2 * spacing.max())
     pad = np.ceil(reach / spacing).astype(int)
     beyond = [size * np.maximum(0, np.maximum(p - np.arange(n + 2 * p), np.arange(n + 2 * p) - (n - 1 + p)))
               for size, p, n in zip(spacing, pad, near.shape, strict=False)]

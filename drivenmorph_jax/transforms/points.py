@@ -14,8 +14,8 @@ COMMENT = re.compile(r"^#[ \t]*(\w+)[ \t]*=(.*)$", re.MULTILINE)
 SIGNS = {"RAS": (1, 1, 1), "0": (1, 1, 1), "LPS": (-1, -1, 1), "1": (-1, -1, 1)}
 
 
-def move_table(source, out, transform):
-    """Move the points of a table by a `Transform`.
+def move_table(source, out, move):
+    """Move the points of a table by a function of points (N, 3) in RAS mm, such as `Transform.points`.
 
     The table `source` is a CSV file with a header, whose columns x, y, z are in RAS mm; or an .fcsv file, whose
     comments name the columns and the frame, RAS or LPS. In the file `out` the values of x, y, z are replaced. They are
@@ -30,7 +30,7 @@ def move_table(source, out, transform):
     if not table:
         raise InputError(f"{source} holds no points; give a table with a row for each point")
     points = np.array([_point(source, line, cells, columns) for line, cells, _ in table])
-    for (_, cells, _), point in zip(table, transform.points(points * signs) * signs, strict=True):
+    for (_, cells, _), point in zip(table, move(points * signs) * signs, strict=True):
         for k, x in zip(columns, point.tolist(), strict=True):
             cells[k] = cells[k].replace(_bare(cells[k]), repr(x))
     with open(out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -5,7 +5,7 @@ name of its intent, its extensions and its axes. Where it does not, the user has
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from drivenmorph_jax.images.reading import load_grid, open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.transforms import freesurfer, fsl
 from drivenmorph_jax.transforms.files import DISPLACEMENT, VECTOR, read_sidecar
-from drivenmorph_jax.transforms.itk import FLIP, from_itk
+from drivenmorph_jax.transforms.itk import FLIP, check_whole, from_itk
 from drivenmorph_jax.transforms.maps import Affine, Chain, Field, faded
 from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points
 
@@ -33,6 +33,7 @@ MATRICES = ("greedy", "flirt")
 AFNI = 4  # code of AFNI's extension of NIfTI headers
 NIFTYREG = {0: "spm", 1: "ras"}  # intent_p1 of a field of NiftyReg
 BACK = ":inverse"
+SAMPLES, MOST_SAMPLES = 12, 2**24  # of a B-spline, between two knots and in all
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ class Read:
     linear: np.ndarray | None = None  # (4, 4), its affine part
     other: Volume | None = None  # grid of the moving image, where it is known
     names: tuple[str, str] = ("fixed", "moving")
+    by_user: bool = False  # whether the user said what its numbers are
 
     @property
     def is_affine(self):
@@ -70,6 +72,8 @@ def read_transform(path, geometry="sform", convention=None, fixed=None, moving=N
         raise InputError(f"convention is {convention!r}: set it to one of {', '.join(CONVENTIONS)}")
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist; check the path")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; give the file of a transform")
     name = path.lower()
     if name.endswith((".mgz", ".mgh")):
         return _field(path, *freesurfer.read_mgz_warp(path))
@@ -84,8 +88,11 @@ def read_transform(path, geometry="sform", convention=None, fixed=None, moving=N
     if name.endswith((".txt", ".mat", ".tfm", ".h5", ".hdf5", ".hdf", ".xfm", ".aff12.1d")):
         matrix = _matrix_of_text(path)
         if matrix is None:
-            return _itk(path, geometry, fixed)
+            return _itk(path)
         return _matrix(path, matrix, geometry, convention, fixed, moving)
+    if not name.endswith((".nii", ".nii.gz", ".img", ".hdr")):
+        raise InputError(f"{path} is no file of a transform; give a displacement field or an affine, such as "
+                         "displacement.nii.gz")
     return _nifti(path, geometry, convention, fixed, moving)
 
 
@@ -118,14 +125,14 @@ def _matrix_of_text(path):
 
 
 def _matrix(path, matrix, geometry, convention, fixed, moving):
-    if convention not in MATRICES:
+    if convention not in MATRICES:  # a field's, or none
         raise InputError(f"{path} is a matrix that does not say what it maps; give --convention greedy (from the fixed "
                          "to the moving world, RAS mm) or --convention flirt (of FSL)")
     _usable(matrix, path)
     if convention == "flirt":
         fixed, moving = _needed(path, "a matrix of FLIRT", geometry, fixed, moving)
         matrix = fsl.from_flirt(matrix, fixed, moving)
-    return Read(Affine(matrix), linear=matrix)
+    return Read(Affine(matrix), linear=matrix, by_user=True)
 
 
 def _grid(image, geometry):
@@ -137,18 +144,19 @@ def _needed(path, what, geometry, fixed, moving):
     """The grids of both images. Raises InputError where one of the images is not known."""
     missing = " and ".join(role for role, grid in (("fixed", fixed), ("moving", moving)) if grid is None)
     if missing:
-        raise InputError(f"{path} is {what}, whose frame depends on the images; the {missing} image is missing: give "
+        raise InputError(f"{path} is {what}, whose numbers depend on the images; the {missing} image is missing: give "
                          "the fixed one as --reference, and the moving one as --moving or --source")
     return _grid(fixed, geometry), _grid(moving, geometry)
 
 
 # ITK
 
-def _itk(path, geometry, fixed):
+def _itk(path):
     """An ITK transform of any type, or a chain of several, from a .tfm, .txt, .mat or .h5 file."""
     if path.lower().endswith(".txt") and Path(path).read_bytes()[:10] == b"(Transform":
         raise InputError(f"{path} holds parameters of elastix; give the deformation field that transformix -def all "
                          "writes")
+    check_whole(path)
     try:
         itk = sitk.ReadTransform(path)
     except RuntimeError as error:
@@ -157,7 +165,7 @@ def _itk(path, geometry, fixed):
     if itk.GetDimension() != 3:
         raise InputError(f"{path} is not a 3-D transform; give one between 3-D images")
     # ITK applies the last transform of its list first.
-    steps = [_itk_step(path, one, geometry, fixed) for one in reversed(_flat(itk))]
+    steps = [_itk_step(path, one) for one in reversed(_flat(itk))]
     if len(steps) == 1:
         return steps[0]
     grids = [step.grid for step in steps if step.grid is not None]
@@ -174,20 +182,28 @@ def _flat(itk):
     return [one for k in range(itk.GetNumberOfTransforms()) for one in _flat(itk.GetNthTransform(k))]
 
 
-def _itk_step(path, itk, geometry, fixed):
+def _itk_step(path, itk):
     if itk.IsLinear():
         matrix = _usable(from_itk(itk), path)
         return Read(Affine(matrix), linear=matrix)
     if isinstance(itk, sitk.DisplacementFieldTransform):
         return _itk_field(path, itk.GetDisplacementField())
-    if fixed is None:
-        raise InputError(f"{path} holds a {itk.GetName()}, which is sampled on the grid of the fixed image; give that "
-                         "as --reference")
-    fixed = _grid(fixed, geometry)
-    lps = FLIP @ fixed.affine
-    return _itk_field(path, sitk.TransformToDisplacementField(
-        itk, sitk.sitkVectorFloat64, fixed.data.shape, lps[:3, 3].tolist(), fixed.spacing.tolist(),
-        (lps[:3, :3] / fixed.spacing).ravel().tolist()))
+    if not isinstance(itk, sitk.BSplineTransform):
+        raise InputError(f"{path} holds a {itk.GetName()}, which is not read here; convert it to a displacement field, "
+                         "for instance by SimpleITK.TransformToDisplacementField")
+    return _itk_field(path, _sampled_spline(itk))
+
+
+def _sampled_spline(spline):
+    """The displacements of a B-spline of ITK, sampled SAMPLES times between its knots. Beyond its domain it is 0."""
+    size = np.array(spline.GetTransformDomainPhysicalDimensions())
+    knots = np.array(spline.GetTransformDomainMeshSize())
+    samples = knots * max(1, min(SAMPLES, int((MOST_SAMPLES / knots.prod()) ** (1 / 3)))) + 1
+    inside = 1 - 1e-6  # at the border itself rounding decides whether a point belongs to the domain
+    direction = np.reshape(spline.GetTransformDomainDirection(), (3, 3))
+    origin = spline.GetTransformDomainOrigin() + direction @ (size * (1 - inside) / 2)
+    return sitk.TransformToDisplacementField(spline, sitk.sitkVectorFloat64, samples.tolist(), origin.tolist(),
+                                             (size * inside / (samples - 1)).tolist(), direction.ravel().tolist())
 
 
 def _itk_field(path, image):
@@ -214,11 +230,10 @@ def _itk_image(path):
 
 def _nifti(path, geometry, convention, fixed, moving):
     image, path = open_nifti(path, geometry)
-    convention = None if convention in MATRICES else convention
-    if convention is None and int(image.header["intent_code"]) in fsl.COEFFICIENTS:
+    if int(image.header["intent_code"]) in fsl.COEFFICIENTS:
         raise InputError(f"{path} holds coefficients of splines; convert them by fnirtfileutils --in={path} "
                          "--ref=FIXED --out=WARP --withaff")
-    if convention is None and image.ndim == 5 and image.shape[3:] == (3, 2):
+    if image.ndim == 5 and image.shape[3:] == (3, 2):
         return _dipy(path, image)
     if image.shape[3:] not in ((1, 3), (3,)):
         raise InputError(f"{path} is not a displacement field; give one of shape (X, Y, Z, 1, 3), such as ITK's with "
@@ -226,16 +241,19 @@ def _nifti(path, geometry, convention, fixed, moving):
     stored = read_voxels(image, path).astype(np.float32)
     about, vectors = read_sidecar(path, stored), stored.reshape(*stored.shape[:3], 3)
     grid = on_grid(vectors.shape[:3], image.affine, image.header, path)
-    if convention is None:
-        warp = freesurfer.read_nifti_warp(path, image, vectors)
-        if warp is not None:
-            return _field(path, *warp)
-        convention = _told(path, image, about)
-    return _by_convention(path, convention, vectors, grid, about, geometry, moving)
+    warp = freesurfer.read_nifti_warp(path, image, vectors)
+    if warp is not None:
+        return _field(path, *warp)
+    told = _told(path, image, about)
+    if told is None and (convention is None or convention in MATRICES):
+        raise InputError(f"{path} does not tell what its vectors are; give --convention, one of "
+                         + ", ".join(sorted(set(CONVENTIONS) - set(MATRICES))))
+    read = _by_convention(path, told or convention, vectors, grid, about, geometry, moving)
+    return read if told else replace(read, by_user=True)
 
 
 def _told(path, image, about):
-    """The convention that a NIfTI file tells. Raises InputError where it tells none, or one that is no field."""
+    """The convention that a NIfTI file tells, or None. Raises InputError where it tells one that is no field."""
     header, name = image.header, Path(path).name
     code, intent = int(header["intent_code"]), header["intent_name"].item().decode("latin-1")
     if intent == "NREG_TRANS":  # NREG_TRANS_TYPE in NiftyReg's Maths.hpp
@@ -251,10 +269,7 @@ def _told(path, image, about):
         return known[code]
     if AFNI in header.extensions.get_codes() or about.get("Frame") == "LPS":
         return "itk"
-    if image.ndim == 4 and name.startswith("disp_"):
-        return "l2r"
-    raise InputError(f"{path} does not tell what its vectors are; give --convention, one of "
-                     + ", ".join(set(CONVENTIONS) - set(MATRICES)))
+    return "l2r" if image.ndim == 4 and name.startswith("disp_") else None
 
 
 def _by_convention(path, convention, vectors, grid, about, geometry, moving):
@@ -267,7 +282,7 @@ def _by_convention(path, convention, vectors, grid, about, geometry, moving):
     elif convention == "spm":
         displacement = by_planes(vectors.shape, grid.affine, lambda i, x: vectors[i] - x)
     elif convention == "l2r":
-        other = grid if moving is None else _grid(moving, geometry)
+        _, other = _needed(path, "a field of Learn2Reg", geometry, grid, moving)
         to_voxel = np.linalg.inv(grid.affine)
         displacement = by_planes(vectors.shape, grid.affine, lambda i, x: map_points(
             other.affine, vectors[i] + map_points(to_voxel, x)) - x)
@@ -310,6 +325,8 @@ def read_chain(paths, geometry="sform", convention=None, fixed=None, moving=None
         step = read_transform(path.removesuffix(BACK) if back else path, geometry, convention,
                               *(ends[::-1] if back else ends))
         steps.append(_inverted(step) if back else step)
+    if convention is not None and not any(step.by_user for step in steps):
+        raise InputError(f"convention is {convention}, but {', '.join(map(str, paths))} tell their own: leave it out")
     if len(steps) == 1:
         return steps[0]
     linear = np.eye(4)
@@ -320,4 +337,5 @@ def read_chain(paths, geometry="sform", convention=None, fixed=None, moving=None
 
 
 def _inverted(step):
-    return Read(step.map.inverse, step.other, None, np.linalg.inv(step.linear), step.grid, step.names[::-1])
+    return Read(step.map.inverse, step.other, None, np.linalg.inv(step.linear), step.grid, step.names[::-1],
+                step.by_user)

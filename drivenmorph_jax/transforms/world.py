@@ -22,17 +22,20 @@ from drivenmorph_jax.fields.jacobian import determinant
 
 
 def linear_part(displacement, affine):
-    """The affine (4, 4) closest to x -> x + displacement(x), in RAS mm, by least squares over every fourth voxel.
+    """The affine (4, 4) closest to x -> x + displacement(x), in RAS mm, by least squares over some of the voxels.
 
-    `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`. Every fourth voxel is taken along each axis.
+    `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`. Up to every fourth voxel is taken along each
+    axis. Along an axis with one voxel, the affine neither stretches nor shears.
     """
-    some = tuple(slice(None, None, 4) for _ in range(3))
-    index = np.moveaxis(np.indices(displacement.shape[:3]), 0, -1)[some].reshape(-1, 3)
-    x = map_points(affine, index)
-    y = x + displacement[some].reshape(-1, 3)
-    found, *_ = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)
+    some = tuple(slice(None, None, max(1, min(4, n // 8))) for n in displacement.shape[:3])
+    index = np.stack(np.meshgrid(*(np.arange(n)[part] for n, part in zip(displacement.shape, some, strict=False)),
+                                 indexing="ij"), -1).reshape(-1, 3)
+    x, d = map_points(affine, index), displacement[some].reshape(-1, 3).astype(np.float64)
+    middle, mean = x.mean(0), d.mean(0)
+    found, *_ = np.linalg.lstsq(x - middle, d - mean, rcond=None)
     out = np.eye(4)
-    out[:3] = found.T
+    out[:3, :3] += found.T
+    out[:3, 3] = mean - found.T @ middle
     return out
 
 
