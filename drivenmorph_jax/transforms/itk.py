@@ -69,7 +69,7 @@ def check_whole(path):
         else:
             return
     if not whole:
-        raise InputError(f"{path} is cut short; copy or write it again")
+        raise InputError(f"{path} is cut short, or lacks the newline at its end; copy or write it again")
 
 
 def to_itk(transform):
