@@ -392,6 +392,18 @@ def test_beyond_the_grid_the_affine_continues_and_itk_agrees(transform, tmp_path
     np.testing.assert_allclose(theirs, transform.points(points), atol=0.15)  # the weight is not linear in a cell
 
 
+def test_beyond_the_grid_ants_agrees_about_our_composite(tmp_path):
+    ants = pytest.importorskip("ants", reason="needs ANTsPy")
+    pandas = pytest.importorskip("pandas")
+    transform = made(tmp_path, "oblique", "flipped")
+    transform.save(tmp_path / "a.h5")
+    points = apply_affine(transform.grid.affine, np.array(transform.grid.data.shape) + np.random.default_rng(0).uniform(
+        60, 80, (20, 3)))
+    theirs = ants.apply_transforms_to_points(3, pandas.DataFrame(points * FLIP, columns=list("xyz")),
+                                             [str(tmp_path / "a.h5")])
+    np.testing.assert_allclose(theirs[list("xyz")].to_numpy() * FLIP, transform.points(points), atol=1e-3)
+
+
 def test_an_inverse_that_no_file_holds_is_within_a_twentieth_of_a_voxel(transform, tmp_path):
     transform.save(tmp_path / "a.nii.gz")
     found = Transform.load(tmp_path / "a.nii.gz")
