@@ -16,7 +16,8 @@ import pytest
 CACHE = Path(tempfile.gettempdir()) / f"drivenmorph-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-OLDER_CODE = " --xla_cpu_use_fusion_emitters=false"  # compiles in two thirds of the time; jax 0.11 does not know it
+# They compile in two thirds of the time; jax 0.11 does not know the first.
+OLDER_CODE = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0"
                       + OLDER_CODE * version("jax").startswith("0.10."))
 

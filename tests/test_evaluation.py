@@ -123,9 +123,9 @@ def test_what_another_run_left_or_one_that_ended_is_not_taken_over(tmp_path):
 
 def test_pairs_are_shared_by_the_devices(smoke, tmp_path):
     """Two pairs on three devices: the scores of one device."""
-    one = evaluate_checkpoint(smoke[0], tmp_path / "one", refine_steps=2)
+    one = evaluate_checkpoint(smoke[0], tmp_path / "one")
     finish(start(3, "from drivenmorph_jax import evaluate_checkpoint\n"
-                    f"evaluate_checkpoint({str(smoke[0])!r}, {str(tmp_path / 'three')!r}, refine_steps=2)"))
+                    f"evaluate_checkpoint({str(smoke[0])!r}, {str(tmp_path / 'three')!r})"))
     three = json.loads((tmp_path / "three" / "summary.json").read_text())
     assert three["environment"]["devices"] == 3
     for key in ("dice", "hd95", "inverse_mm"):

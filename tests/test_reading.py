@@ -23,9 +23,9 @@ FLIP = np.array([-1, -1, 1])
 PAIRS = [("anisotropic", "flipped"), ("oblique", "isotropic"), ("isotropic", "oblique")]
 
 
-@pytest.fixture(params=PAIRS, ids=" to ".join)
-def transform(request, tmp_path):
-    return made(tmp_path, *request.param)
+@pytest.fixture(params=PAIRS, ids=" to ".join, scope="module")
+def transform(request, tmp_path_factory):
+    return made(tmp_path_factory.mktemp("made"), *request.param)
 
 
 def fsl_frame(volume):
