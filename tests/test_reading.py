@@ -377,7 +377,7 @@ def test_beyond_the_grid_the_affine_continues_and_itk_agrees(transform, tmp_path
     transform.save(tmp_path / name)
     shape, affine = np.array(transform.grid.data.shape), transform.grid.affine
     rng = np.random.default_rng(0)
-    near = apply_affine(affine, rng.uniform(-4, 3, (40, 3)))  # in the margin in which the deformation fades
+    near = apply_affine(affine, rng.uniform(-1.9, 1, (40, 3)))  # in the margin in which the deformation fades
     far = apply_affine(affine, shape + rng.uniform(60, 80, (40, 3)))
     np.testing.assert_allclose(transform.points(far), apply_affine(T, far), atol=1e-6)
     again = Transform.load(tmp_path / name, fixed=transform.grid)

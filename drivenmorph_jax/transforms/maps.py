@@ -14,7 +14,7 @@ import numpy as np
 from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points, sample
 
-FADE = 4.0  # mm beyond the grid of a field over which a residual of 1 mm at its rim fades to 0
+FADE = 2.0  # mm beyond the grid of a field over which a residual of 1 mm at its rim fades to 0
 MARGIN = 40.0  # mm, the widest margin in which it fades
 SMALL = 0.01  # mm; a residual below it need not fade
 BLOCK, SMALL_BLOCK = 2**18, 2**14  # points for which a compiled inverse is computed at once
@@ -100,25 +100,27 @@ def faded(displacement, affine, linear):
 
       n(x) = L^-1 (x + displacement(x)) - x    on the grid
 
-    Beyond the grid, n is the one at the nearest point of the rim, times a weight that falls from 1 to 0. It falls over
-    FADE times the longest n at the rim, so slowly that the map stays invertible, but not over more than MARGIN.
+    Beyond the grid, n is the one at the nearest point of the rim, times a weight that falls from 1 to 0. At each side
+    of the grid it falls over FADE times the longest n of that side, so slowly that the map stays invertible, but not
+    over more than MARGIN.
     """
     back = np.linalg.inv(linear)
     near = by_planes(displacement.shape, affine, lambda i, x: map_points(back, x + displacement[i]) - x)
-    rim = max(float(np.linalg.norm(np.take(near, place, axis), axis=-1).max()) for axis in range(3)
-              for place in (0, -1))
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if rim < SMALL:
+    pads, beyond = [], []
+    for axis, (size, n) in enumerate(zip(spacing, near.shape, strict=False)):
+        rims = (float(np.linalg.norm(np.take(near, place, axis), axis=-1).max()) for place in (0, -1))
+        reach = [0.0 if rim < SMALL else max(min(FADE * rim, MARGIN), 2 * size) for rim in rims]
+        low, high = (int(np.ceil(r / size)) for r in reach)
+        pads.append((low, high))
+        beyond.append(np.concatenate([np.arange(low, 0, -1) * size / (reach[0] or 1), np.zeros(n),
+                                      np.arange(1, high + 1) * size / (reach[1] or 1)]).astype(np.float32))
+    if not np.any(pads):
         return Field(near, affine, linear)
-    reach = max(min(FADE * rim, MARGIN), 2 * spacing.max())
-    pad = np.ceil(reach / spacing).astype(int)
-    beyond = [size * np.maximum(0, np.maximum(p - np.arange(n + 2 * p), np.arange(n + 2 * p) - (n - 1 + p)))
-              for size, p, n in zip(spacing, pad, near.shape, strict=False)]
-    distance = np.sqrt(sum(np.square(x, dtype=np.float32) for x in np.ix_(*beyond)))
-    weight = np.maximum(1 - distance / np.float32(reach), 0)
+    weight = np.maximum(1 - np.sqrt(sum(np.square(x) for x in np.ix_(*beyond))), 0)
     shifted = affine.copy()
-    shifted[:3, 3] -= affine[:3, :3] @ pad
-    return Field(np.pad(near, [(p, p) for p in pad] + [(0, 0)], mode="edge") * weight[..., None], shifted, linear)
+    shifted[:3, 3] -= affine[:3, :3] @ [low for low, _ in pads]
+    return Field(np.pad(near, [*pads, (0, 0)], mode="edge") * weight[..., None], shifted, linear)
 
 
 def rescaled(move, scale):

@@ -26,6 +26,7 @@ from drivenmorph_jax.transforms.maps import Chain, Field, displacement_of, faded
 from drivenmorph_jax.transforms.reading import read_chain
 from drivenmorph_jax.transforms.world import by_planes, map_points, overlaps, pull_back, unfolded_in_world
 
+MARGIN_STEPS = 64  # of the displacement in the margin of a file, in a mm
 FORMS = {"itk": ("LPS", VECTOR), "ras": ("RAS", DISPLACEMENT), "afni": ("LPS", 0)}  # frame, NIfTI intent
 INTERPOLATIONS = ("linear", "nearest", "label", "cubic")
 
@@ -200,6 +201,10 @@ class Transform:
             field, wide, grid = self.field, self.displacement, self.grid
             if form != "afni" and field.near.shape != wide.shape:
                 wide = displacement_of(field, field.near.shape, field.affine)
+                start = np.rint(np.linalg.solve(field.affine, grid.affine[:, 3])[:3]).astype(int)
+                inside = tuple(slice(k, k + n) for k, n in zip(start, grid.data.shape, strict=True))
+                wide = np.rint(wide * MARGIN_STEPS) / MARGIN_STEPS  # rounded, the margin takes a third of the space
+                wide[inside] = self.displacement
                 about |= {"ImageGridShape": list(grid.data.shape), "ImageGridAffineRAS": grid.affine.tolist()}
                 grid = on_grid(wide.shape[:3], field.affine, grid.header, grid.path)
             write_displacement(path, wide, grid, " to ".join(self.names), *FORMS[form], about)
