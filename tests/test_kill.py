@@ -15,7 +15,7 @@ from test_training import latest_bits
 from drivenmorph_jax.runtime import checkpoint, logs
 
 ROOT, KILLS, EVERY = Path(__file__).resolve().parents[1], int(os.environ.get("KILLS", 2)), 3
-STEPS = 20 + 6 * KILLS
+STEPS = 10 + 6 * KILLS
 
 RUN = """
 import sys

@@ -292,6 +292,52 @@ def test_dipy_applies_its_mapping_as_we_do(tmp_path):
     assert np.abs(theirs - ours)[inside].mean() < 0.002 * np.ptp(ours)
 
 
+def test_elastix_applies_its_field_as_we_do(tmp_path):
+    itk = pytest.importorskip("itk", reason="needs itk-elastix")
+    if not hasattr(itk, "elastix_registration_method"):
+        pytest.skip("needs itk-elastix")
+    pair = made(tmp_path, "anisotropic", "flipped")
+    shifted = nib.load(pair.other.path)
+    shifted = nib.Nifti1Image(shifted.get_fdata(dtype=np.float32),
+                              nib.affines.from_matvec(np.eye(3), (3, -2, 1)) @ shifted.affine)
+    nib.save(shifted, tmp_path / "shifted.nii.gz")
+    fixed, moving = (itk.imread(str(path), itk.F) for path in (pair.grid.path, tmp_path / "shifted.nii.gz"))
+    parameters = itk.ParameterObject.New()
+    settings = itk.ParameterObject.New().GetDefaultParameterMap("bspline", 2, 16.0)
+    settings["MaximumNumberOfIterations"], settings["FinalBSplineInterpolationOrder"] = ("40",), ("1",)
+    parameters.AddParameterMap(settings)
+    theirs, found = itk.elastix_registration_method(fixed, moving, parameter_object=parameters, log_to_console=False)
+    itk.imwrite(itk.transformix_deformation_field(moving, found), str(tmp_path / "deformationField.nii.gz"))
+    field = Transform.load(tmp_path / "deformationField.nii.gz")
+    assert np.linalg.norm(field.displacement, axis=-1).max() > 1
+    ours = np.asarray(field.apply(shifted).dataobj)
+    inside = ours > 0.05 * ours.max()
+    assert np.abs(itk.array_from_image(theirs).transpose(2, 1, 0) - ours)[inside].mean() < 0.002 * np.ptp(ours)
+
+
+def test_affines_about_centres_as_unigradicon_writes_them(transform, tmp_path):
+    """SimpleITK's own ReadTransform refuses these. The composite leads to the network's grid, by a field, and back."""
+    from SimpleITK import _SimpleITK
+    points = np.random.default_rng(0).uniform(-8, 8, (30, 3))
+    steps = []
+    for name, matrix in (("to", np.diag([1.1, 0.9, 1.05])), ("from", np.eye(3) + 0.1 * np.arange(9).reshape(3, 3) / 9)):
+        path = tmp_path / f"{name}.tfm"
+        numbers = " ".join(f"{x:.17g}" for x in (*matrix.ravel(), 3, -4, 5, 1, 2, -1))
+        path.write_text("#Insight Transform File V1.0\n#Transform 0\nTransform: CenteredAffineTransform_double_3_3\n"
+                        f"Parameters: {numbers}\nFixedParameters: 3 -4 5\n")
+        moved = ((points * FLIP - (3, -4, 5)) @ matrix.T + (3, -4, 5) + (1, 2, -1)) * FLIP
+        np.testing.assert_allclose(Transform.load(path, fixed=transform.grid).points(points), moved, atol=1e-9)
+        steps.append(_SimpleITK.ReadTransform(str(path)))
+    transform.save(tmp_path / "d.h5")
+    composite = sitk.CompositeTransform(3)  # the last one is applied first
+    for one in (steps[1], sitk.ReadTransform(tmp_path / "d.h5").GetNthTransform(1), steps[0]):
+        composite.AddTransform(one)
+    sitk.WriteTransform(composite, tmp_path / "a.hdf5")
+    theirs = np.array([composite.TransformPoint(p) for p in (points * FLIP).tolist()]) * FLIP
+    np.testing.assert_allclose(Transform.load(tmp_path / "a.hdf5", fixed=transform.grid).points(points), theirs,
+                               atol=2e-3)
+
+
 def test_greedy_applies_its_matrix_as_we_do(tmp_path):
     greedy = pytest.importorskip("picsl_greedy", reason="needs picsl-greedy")
     transform = made(tmp_path, "isotropic", "oblique")

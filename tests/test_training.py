@@ -373,7 +373,7 @@ batch = {key: gaussian_filter(rng.random((8, 16, 16, 16, 1), np.float32), (0, 1,
 gradients = []
 init = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), batch["fixed"], batch["moving"])["params"])()
 large = {key: jax.ShapeDtypeStruct((1, 128, 32, 32, 1), np.float32) for key in batch}
-for data, space in ((1, 1), (8, 1), (4, 2), (1, 8)):
+for data, space in ((1, 1), (4, 2), (1, 8)):  # pairs alone are split by the test of two processes
     mesh = sharding.device_mesh(space, jax.devices()[:data * space])
     params = jax.device_put(jax.tree.map(np.asarray, init), sharding.replicated(mesh))
     state = jax.device_put(optimizer.init(params), sharding.replicated(mesh))
@@ -398,7 +398,7 @@ def test_losses_and_gradients_are_the_same_on_every_mesh_and_a_split_volume_take
     for other in others:
         np.testing.assert_allclose(other, one, rtol=1e-4)
     assert one[-1] != one[0]
-    assert memory[0] > 4 * memory[3] > 0
+    assert memory[0] > 4 * memory[2] > 0
 
 
 PREDICT = """

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import SimpleITK as sitk
+from SimpleITK import _SimpleITK
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import replacing
@@ -38,7 +39,7 @@ def read_affine(path):
         raise InputError(f"{path} does not exist; check the path")
     check_whole(path)
     try:
-        itk = sitk.ReadTransform(str(path))
+        itk = read_itk(path)
     except RuntimeError as error:
         raise InputError(f"{path} is not an ITK transform; give a .tfm, .txt or .mat file") from error
     if itk.GetDimension() != 3 or not itk.IsLinear():
@@ -47,6 +48,28 @@ def read_affine(path):
     if not np.isfinite(transform).all() or abs(np.linalg.det(transform[:3, :3])) < 1e-6:
         raise InputError(f"{path} holds a singular or non-finite affine; compute it again")
     return transform
+
+
+def read_itk(path):
+    """Read an ITK transform as a SimpleITK object. Raises RuntimeError where the file cannot be read."""
+    return _of_its_type(_SimpleITK.ReadTransform(str(path)))
+
+
+def flat(itk):
+    """The transforms of a composite, and of the composites in it, in the order of its list; [itk] of another one."""
+    if not isinstance(itk, sitk.CompositeTransform):
+        return [itk]
+    return [one for k in range(itk.GetNumberOfTransforms())
+            for one in flat(_of_its_type(_SimpleITK.CompositeTransform_GetNthTransform(itk, k)))]
+
+
+def _of_its_type(itk):
+    # SimpleITK's own ReadTransform and GetNthTransform do this, too, and fail with some types: affines of the type
+    # CenteredAffineTransform, which ITK itself writes, are no AffineTransform for it.
+    try:
+        return itk.Downcast()
+    except RuntimeError:
+        return itk
 
 
 def check_whole(path):
@@ -62,7 +85,7 @@ def check_whole(path):
             whole = int.from_bytes(content[place:place + 8], "little") <= os.path.getsize(path)
         elif content[:16] == b"#Insight Transfo":
             lines = (content + file.read()).decode("latin-1").split("\n")
-            given = [line.split(":")[0] for line in lines if line.partition(":")[2].strip()]
+            given = [line.split(":")[0] for line in lines if ":" in line]
             whole = not lines[-1] and all(given.count("Transform") - composite == given.count(name)
                                           for composite in [sum("CompositeTransform" in line for line in lines)]
                                           for name in ("Parameters", "FixedParameters"))

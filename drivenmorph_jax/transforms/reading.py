@@ -16,7 +16,7 @@ from drivenmorph_jax.images.reading import load_grid, open_nifti, read_voxels
 from drivenmorph_jax.images.volume import Volume, on_grid
 from drivenmorph_jax.transforms import freesurfer, fsl
 from drivenmorph_jax.transforms.files import DISPLACEMENT, VECTOR, read_sidecar
-from drivenmorph_jax.transforms.itk import FLIP, check_whole, from_itk
+from drivenmorph_jax.transforms.itk import FLIP, check_whole, flat, from_itk, read_itk
 from drivenmorph_jax.transforms.maps import Affine, Chain, Field, faded
 from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points
 
@@ -158,14 +158,14 @@ def _itk(path):
                          "writes")
     check_whole(path)
     try:
-        itk = sitk.ReadTransform(path)
+        itk = read_itk(path)
     except RuntimeError as error:
         raise InputError(f"{path} is not a transform of ITK, greedy or FSL; give a .tfm, .txt, .mat or .h5 file of one "
                          "of them") from error
     if itk.GetDimension() != 3:
         raise InputError(f"{path} is not a 3-D transform; give one between 3-D images")
     # ITK applies the last transform of its list first.
-    steps = [_itk_step(path, one) for one in reversed(_flat(itk))]
+    steps = [_itk_step(path, one) for one in reversed(flat(itk))]
     if len(steps) == 1:
         return steps[0]
     grids = [step.grid for step in steps if step.grid is not None]
@@ -173,13 +173,6 @@ def _itk(path):
     for step in steps:
         linear = step.linear @ linear
     return Read(Chain(tuple(step.map for step in steps)), steps[0].grid or next(iter(grids), None), linear=linear)
-
-
-def _flat(itk):
-    itk = itk.Downcast()
-    if not isinstance(itk, sitk.CompositeTransform):
-        return [itk]
-    return [one for k in range(itk.GetNumberOfTransforms()) for one in _flat(itk.GetNthTransform(k))]
 
 
 def _itk_step(path, itk):
