@@ -1,5 +1,8 @@
 """Transforms of other tools: read as those tools apply them, or refused in one sentence."""
 
+import subprocess
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -339,11 +342,14 @@ def test_affines_about_centres_as_unigradicon_writes_them(transform, tmp_path):
 
 
 def test_greedy_applies_its_matrix_as_we_do(tmp_path):
-    greedy = pytest.importorskip("picsl_greedy", reason="needs picsl-greedy")
+    pytest.importorskip("picsl_greedy", reason="needs picsl-greedy")
     transform = made(tmp_path, "isotropic", "oblique")
     np.savetxt(tmp_path / "affine.mat", T)
-    greedy.Greedy3D().execute(f"-d 3 -rf {transform.grid.path} -rm {transform.other.path} {tmp_path}/theirs.nii.gz "
-                              f"-r {tmp_path}/affine.mat")
+    command = (f"-d 3 -rf {transform.grid.path} -rm {transform.other.path} {tmp_path}/theirs.nii.gz "
+               f"-r {tmp_path}/affine.mat")
+    # In a process of its own: it reads no file where ITK's Python package has been imported before.
+    subprocess.run([sys.executable, "-c", f"import picsl_greedy; picsl_greedy.Greedy3D().execute({command!r})"],
+                   check=True)
     theirs = nib.load(tmp_path / "theirs.nii.gz").get_fdata()
     found = Transform.load(tmp_path / "affine.mat", convention="greedy", fixed=transform.grid)
     ours = np.asarray(found.apply(transform.other.path).dataobj)
