@@ -1,7 +1,5 @@
 """Move other images, label maps, series or points by a transform of `register` or of another tool."""
 
-import argparse
-
 from drivenmorph_jax.cli import program
 
 EPILOG = """\
@@ -15,15 +13,6 @@ moving space. --inverse does both in the other direction. Examples:
   %(prog)s --transform t1Warp.nii.gz t0GenericAffine.mat --moving t2.nii.gz --out t2_aligned.nii.gz"""
 
 
-class Once(argparse.Action):
-    """A flag whose second use is refused, where argparse would forget the first."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option_string} is given twice; give all files after one {option_string}")
-        setattr(namespace, self.dest, values)
-
-
 def main(arguments=None, prog="drivenmorph apply"):
     """Run the program with `arguments`, by default those of the command line. Raises InputError."""
     parser = program.parser(prog, __doc__, EPILOG)
@@ -32,7 +21,7 @@ def main(arguments=None, prog="drivenmorph apply"):
         "--transform",
         required=True,
         nargs="+",
-        action=Once,
+        action=program.Once,
         metavar="FILE",
         help="displacement field or affine of this package, ITK, ANTs, greedy, FSL, FreeSurfer, SPM, NiftyReg, AFNI, "
         "dipy or Learn2Reg; or several, in the order in which a point passes them from the fixed to the moving space, "

@@ -8,6 +8,15 @@ import warnings
 from drivenmorph_jax.errors import InputError, InputWarning
 
 
+class Once(argparse.Action):
+    """A flag whose second use is refused, where argparse would forget the first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice; give all files after one {option_string}")
+        setattr(namespace, self.dest, values)
+
+
 def run(main):
     """Call `main()`; end an `InputError` as one sentence on stderr and exit status 2, without a traceback.
 

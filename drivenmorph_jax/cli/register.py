@@ -135,6 +135,7 @@ def _method(add):
         "--initial_transform",
         "--initial_affine",
         nargs="+",
+        action=program.Once,
         metavar="FILE",
         help="transform from the fixed to the moving image, or several, as `apply` takes them. It replaces the "
         "affine alignment. A deformable one is where the registration starts, and the result includes it",

@@ -71,6 +71,12 @@ def smoothed(volume, spacing):
     return replace(volume, data=ndimage.gaussian_filter(volume.data, sigma)) if sigma.any() else volume
 
 
+def part_of(affine, shape, inner):
+    """The slices of a grid with `affine` that hold a part of it: a grid of `shape` with the affine `inner`."""
+    start = np.rint(np.linalg.solve(affine, inner[:, 3]))[:3].astype(int)
+    return tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
+
+
 def on_grid(shape, affine, header=None, path=""):
     """A Volume of zeros that stands for a grid alone."""
     return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(affine, float),

@@ -7,7 +7,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.geometry import checked
-from drivenmorph_jax.images.reading import PATHS, load_grid
+from drivenmorph_jax.images.reading import load_grid
 from drivenmorph_jax.transforms.points import move_table
 from drivenmorph_jax.transforms.reading import read_chain
 from drivenmorph_jax.transforms.transform import Transform
@@ -37,8 +37,7 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
     reference = None if reference is None else load_grid(reference, geometry)
     fixed, moving = (source, reference) if inverse else (reference, source)
     if points is not None:
-        names = [transform] if isinstance(transform, PATHS) else transform
-        way = read_chain(names, geometry, convention, fixed, moving).map
+        way = read_chain(transform, geometry, convention, fixed, moving).map
         with replacing(out) as temporary:
             move_table(points, temporary, way.inverse if inverse else way)
         yield out

@@ -12,8 +12,8 @@ from drivenmorph_jax.images.masks import fill
 from drivenmorph_jax.images.volume import resample, smoothed
 from drivenmorph_jax.registration.plan import Planned
 from drivenmorph_jax.registration.read import kept
-from drivenmorph_jax.transforms.maps import displacement_of, rescaled
-from drivenmorph_jax.transforms.world import pull_back
+from drivenmorph_jax.transforms.maps import rescaled
+from drivenmorph_jax.transforms.world import displacement_of, pull_back
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -113,9 +113,8 @@ def read(request: Request) -> Pair:
 
 def _initial(request, images):
     """(the affine part (4, 4) of the transform to start from; the whole of it, or None where it is an affine)."""
-    names = request.initial_transform
-    found = read_chain([names] if isinstance(names, PATHS) else names, request.geometry, request.convention,
-                       images["fixed"], images["moving"])
+    found = read_chain(request.initial_transform, request.geometry, request.convention, images["fixed"],
+                       images["moving"])
     return found.linear, None if found.is_affine else found.map
 
 

@@ -16,8 +16,7 @@ from drivenmorph_jax.network.losses import lncc
 from drivenmorph_jax.registration.read import kept
 from drivenmorph_jax.registration.transfer import Transferred
 from drivenmorph_jax.runtime.provenance import environment
-from drivenmorph_jax.transforms.maps import displacement_of
-from drivenmorph_jax.transforms.world import pull_back
+from drivenmorph_jax.transforms.world import displacement_of, pull_back
 
 WINDOW = 9  # side of the boxes of the reported local correlation, in voxels
 DEFINITIONS = {

@@ -7,9 +7,10 @@ import numpy as np
 from drivenmorph_jax.images.intensity import background
 from drivenmorph_jax.registration.deform import Deformed
 from drivenmorph_jax.registration.read import kept, scaled, scaled_transform
-from drivenmorph_jax.transforms.maps import Chain, Field, displacement_of
+from drivenmorph_jax.transforms.maps import Chain, Field
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import (
+    displacement_of,
     force_on_grid,
     jacobian_determinant_of_displacement,
     pull_back,

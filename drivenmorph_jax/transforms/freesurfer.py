@@ -12,10 +12,11 @@ import numpy as np
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import replacing
 from drivenmorph_jax.images.volume import on_grid
+from drivenmorph_jax.transforms.itk import usable
 from drivenmorph_jax.transforms.world import by_planes, map_points
 
 EXTENSION = 14  # code of FreeSurfer's extension of NIfTI headers
-GEOMETRIES, META, GEOMETRIES_WITH_SHEAR = 10, 13, 15  # tags
+GEOMETRIES, META = 10, 13  # tags
 WARP = 3  # FreeSurfer's intent of a file, in the upper bytes of an .mgz version
 NAME_BYTES = 512
 HEADER = np.dtype([("version", ">i4"), ("shape", ">i4", 4), ("type", ">i4"), ("dof", ">i4"), ("good", ">i2"),
@@ -55,8 +56,7 @@ def read_nifti_warp(path, image, vectors):
     """
     for extension in image.header.extensions:
         if extension.get_code() == EXTENSION:
-            content = extension.get_content()
-            content = content if isinstance(content, bytes) else bytes(content)
+            content = bytes(extension.get_content())
             if int.from_bytes(content[1:3], "big") == WARP:
                 return _displacement(path, vectors, *_geometries(path, content[4:], None), image.affine)
     return None
@@ -156,11 +156,9 @@ def read_lta(path):
         after = text[re.search(r"^\s*1\s+4\s+4\s*$", text, re.M).end():]
         matrix = np.array(after.split()[:16], float).reshape(4, 4)
         moving, fixed = (_described(after, name, path) for name in ("src", "dst"))
-        singular = abs(np.linalg.det(matrix[:3, :3])) < 1e-9 or not np.isfinite(matrix).all()
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise InputError(f"{path} is not an .lta of FreeSurfer, or is cut short; write it again") from error
-    if singular:
-        raise InputError(f"{path} holds a singular or non-finite affine; compute it again")
+    usable(matrix, path)
     if number != 1 or kind not in (0, 1) or kind == 0 and None in (moving, fixed):
         raise InputError(f"{path} has {number} transforms of type {kind}; give one, from voxels to voxels with both "
                          "geometries (0) or from RAS to RAS (1)")

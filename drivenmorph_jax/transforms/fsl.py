@@ -56,4 +56,3 @@ def write_warp(path, displacement, fixed, moving):
     vectors = by_planes(displacement.shape, fixed.affine, lambda i, x: map_points(to_moving, x + displacement[i])
                         - map_points(to_fixed, x))
     writing.save(path, vectors, fixed, DISPLACEMENTS)
-

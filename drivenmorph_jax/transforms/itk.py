@@ -44,10 +44,14 @@ def read_affine(path):
         raise InputError(f"{path} is not an ITK transform; give a .tfm, .txt or .mat file") from error
     if itk.GetDimension() != 3 or not itk.IsLinear():
         raise InputError(f"{path} is not a linear 3-D transform; give an affine or rigid one")
-    transform = from_itk(itk)
-    if not np.isfinite(transform).all() or abs(np.linalg.det(transform[:3, :3])) < 1e-6:
+    return usable(from_itk(itk), path)
+
+
+def usable(matrix, path):
+    """`matrix` (4, 4). Raises InputError, which names the file, where it is singular or not finite."""
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
         raise InputError(f"{path} holds a singular or non-finite affine; compute it again")
-    return transform
+    return matrix
 
 
 def read_itk(path):
@@ -85,10 +89,9 @@ def check_whole(path):
             whole = int.from_bytes(content[place:place + 8], "little") <= os.path.getsize(path)
         elif content[:16] == b"#Insight Transfo":
             lines = (content + file.read()).decode("latin-1").split("\n")
-            given = [line.split(":")[0] for line in lines if ":" in line]
-            whole = not lines[-1] and all(given.count("Transform") - composite == given.count(name)
-                                          for composite in [sum("CompositeTransform" in line for line in lines)]
-                                          for name in ("Parameters", "FixedParameters"))
+            given = [line.split(":")[0] for line in lines if ":" in line and "CompositeTransform" not in line]
+            counts = {given.count(name) for name in ("Transform", "Parameters", "FixedParameters")}
+            whole = not lines[-1] and len(counts) == 1
         else:
             return
     if not whole:

@@ -3,8 +3,6 @@
 Each map is a function of points (..., 3). Its attribute `inverse` is the map back.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from drivenmorph_jax.fields.inverse import inverse_at
-from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points, sample
+from drivenmorph_jax.transforms.world import by_planes, channels_first, linear_part, map_points, sample
 
 FADE = 2.0  # mm beyond the grid of a field over which a residual of 1 mm at its rim fades to 0
 MARGIN = 40.0  # mm, the widest margin in which it fades
 SMALL = 0.01  # mm; a residual below it need not fade
-BLOCK, SMALL_BLOCK = 2**18, 2**14  # points for which a compiled inverse is computed at once
+BLOCK = 2**14  # points for which a compiled inverse is computed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +45,7 @@ class Field:
 
     @cached_property
     def _channels(self):
-        return np.ascontiguousarray(np.moveaxis(self.near, -1, 0))
+        return channels_first(self.near)
 
     def __call__(self, points):
         points = np.asarray(points, np.float64)
@@ -64,19 +62,24 @@ class FieldInverse:
 
     inverse: Field
 
+    @cached_property
+    def _in_voxels(self):
+        """(n, the affine closest to x + n(x), the map from the second world to the start of the iteration), in voxels
+        of the grid of n."""
+        field, to_voxel = self.inverse, np.linalg.inv(self.inverse.affine)
+        return (jnp.asarray(field.near @ to_voxel[:3, :3].T.astype(np.float32)),
+                to_voxel @ linear_part(field.near, field.affine) @ field.affine, to_voxel @ np.linalg.inv(field.linear))
+
     def __call__(self, points):
         points = np.asarray(points, np.float64)
-        field, to_voxel = self.inverse, np.linalg.inv(self.inverse.affine)
-        closest = to_voxel @ linear_part(field.near, field.affine) @ field.affine
-        u = jnp.asarray(field.near @ to_voxel[:3, :3].T.astype(np.float32))
-        target = map_points(to_voxel @ np.linalg.inv(field.linear), points).reshape(-1, 3).astype(np.float32)
-        block = BLOCK if len(target) > BLOCK else SMALL_BLOCK
+        u, closest, to_voxel = self._in_voxels
+        target = map_points(to_voxel, points).reshape(-1, 3).astype(np.float32)
         found = np.empty_like(target)
-        for start in range(0, len(target), block):
-            some = target[start:start + block]
-            filled = np.resize(some, (block, 3)).reshape(-1, 128, 128, 3)
-            found[start:start + block] = np.asarray(inverse_at(u, filled, closest)).reshape(-1, 3)[:len(some)]
-        return map_points(field.affine, found.astype(np.float64)).reshape(points.shape)
+        for start in range(0, len(target), BLOCK):
+            some = target[start:start + BLOCK]
+            filled = np.resize(some, (BLOCK, 3)).reshape(1, 128, -1, 3)
+            found[start:start + BLOCK] = np.asarray(inverse_at(u, filled, closest)).reshape(-1, 3)[:len(some)]
+        return map_points(self.inverse.affine, found.astype(np.float64)).reshape(points.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +131,3 @@ def rescaled(move, scale):
     if scale == 1:
         return move
     return Chain((Affine(np.diag([1 / scale] * 3 + [1])), move, Affine(np.diag([scale] * 3 + [1]))))
-
-
-def displacement_of(move, shape, affine):
-    """The displacement move(x) - x of a map at every voxel of a grid: (X, Y, Z, 3) in RAS mm, float32."""
-    slab = max(1, BLOCK // (shape[1] * shape[2]))  # planes that are computed at once
-    out = np.empty((*shape[:3], 3), np.float32)
-
-    def fill(start):
-        index = np.stack(np.meshgrid(np.arange(start, min(start + slab, shape[0])), *map(np.arange, shape[1:3]),
-                                     indexing="ij"), -1)
-        x = map_points(affine, index)
-        out[start:start + slab] = move(x) - x
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(fill, range(0, shape[0], slab)))
-    return out

@@ -4,6 +4,7 @@ The ending of a file names its format. Of a NIfTI file with vectors, the header 
 name of its intent, its extensions and its axes. Where it does not, the user has to say it, by `convention`.
 """
 
+import functools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,11 @@ import numpy as np
 import SimpleITK as sitk
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.images.reading import load_grid, open_nifti, read_voxels
-from drivenmorph_jax.images.volume import Volume, on_grid
+from drivenmorph_jax.images.reading import PATHS, load_grid, open_nifti, read_voxels
+from drivenmorph_jax.images.volume import Volume, on_grid, part_of
 from drivenmorph_jax.transforms import freesurfer, fsl
 from drivenmorph_jax.transforms.files import DISPLACEMENT, VECTOR, read_sidecar
-from drivenmorph_jax.transforms.itk import FLIP, check_whole, flat, from_itk, read_itk
+from drivenmorph_jax.transforms.itk import FLIP, check_whole, flat, from_itk, read_itk, usable
 from drivenmorph_jax.transforms.maps import Affine, Chain, Field, faded
 from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points
 
@@ -78,8 +79,8 @@ def read_transform(path, geometry="sform", convention=None, fixed=None, moving=N
     if name.endswith((".mgz", ".mgh")):
         return _field(path, *freesurfer.read_mgz_warp(path))
     if name.endswith(".lta"):
-        matrix, grid, other = freesurfer.read_lta(path)
-        return Read(Affine(_usable(matrix, path)), linear=matrix, other=other)
+        matrix, _, other = freesurfer.read_lta(path)
+        return Read(Affine(matrix), linear=matrix, other=other)
     if name.endswith((".m3z", ".x5")):
         command = {"z": "mri_warp_convert --inm3z X --outmgzwarp X.mgz", "5": "nitransforms' to_filename"}[name[-1]]
         raise InputError(f"{path} is not read here; convert it first, for instance by {command}")
@@ -94,12 +95,6 @@ def read_transform(path, geometry="sform", convention=None, fixed=None, moving=N
         raise InputError(f"{path} is no file of a transform; give a displacement field or an affine, such as "
                          "displacement.nii.gz")
     return _nifti(path, geometry, convention, fixed, moving)
-
-
-def _usable(matrix, path):
-    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
-        raise InputError(f"{path} holds a singular or non-finite affine; compute it again")
-    return matrix
 
 
 def _field(path, displacement, grid, other=None, linear=None, outside=None, names=("fixed", "moving")):
@@ -128,14 +123,14 @@ def _matrix(path, matrix, geometry, convention, fixed, moving):
     if convention not in MATRICES:  # a field's, or none
         raise InputError(f"{path} is a matrix that does not say what it maps; give --convention greedy (from the fixed "
                          "to the moving world, RAS mm) or --convention flirt (of FSL)")
-    _usable(matrix, path)
+    usable(matrix, path)
     if convention == "flirt":
         fixed, moving = _needed(path, "a matrix of FLIRT", geometry, fixed, moving)
         matrix = fsl.from_flirt(matrix, fixed, moving)
     return Read(Affine(matrix), linear=matrix, by_user=True)
 
 
-def _grid(image, geometry):
+def grid_of(image, geometry):
     """The grid of an image as a Volume, which it may be already."""
     return image if isinstance(image, Volume) else load_grid(image, geometry)
 
@@ -146,7 +141,7 @@ def _needed(path, what, geometry, fixed, moving):
     if missing:
         raise InputError(f"{path} is {what}, whose numbers depend on the images; the {missing} image is missing: give "
                          "the fixed one as --reference, and the moving one as --moving or --source")
-    return _grid(fixed, geometry), _grid(moving, geometry)
+    return grid_of(fixed, geometry), grid_of(moving, geometry)
 
 
 # ITK
@@ -168,16 +163,12 @@ def _itk(path):
     steps = [_itk_step(path, one) for one in reversed(flat(itk))]
     if len(steps) == 1:
         return steps[0]
-    grids = [step.grid for step in steps if step.grid is not None]
-    linear = np.eye(4)
-    for step in steps:
-        linear = step.linear @ linear
-    return Read(Chain(tuple(step.map for step in steps)), steps[0].grid or next(iter(grids), None), linear=linear)
+    return replace(_chained(steps), grid=next((step.grid for step in steps if step.grid is not None), None))
 
 
 def _itk_step(path, itk):
     if itk.IsLinear():
-        matrix = _usable(from_itk(itk), path)
+        matrix = usable(from_itk(itk), path)
         return Read(Affine(matrix), linear=matrix)
     if isinstance(itk, sitk.DisplacementFieldTransform):
         return _itk_field(path, itk.GetDisplacementField())
@@ -291,9 +282,8 @@ def _of_image(displacement, grid, about):
     if "ImageGridShape" not in about:
         return displacement, grid
     shape, affine = about["ImageGridShape"], np.array(about["ImageGridAffineRAS"])
-    start = np.rint(np.linalg.inv(grid.affine) @ affine[:, 3])[:3].astype(int)
-    inside = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
-    return np.ascontiguousarray(displacement[inside]), on_grid(shape, affine, grid.header, grid.path)
+    inside = np.ascontiguousarray(displacement[part_of(grid.affine, shape, affine)])
+    return inside, on_grid(shape, affine, grid.header, grid.path)
 
 
 def _dipy(path, image):
@@ -308,23 +298,24 @@ def _dipy(path, image):
 def read_chain(paths, geometry="sform", convention=None, fixed=None, moving=None) -> Read:
     """Read a transform that consists of several, in the order in which a point passes them from fixed to moving.
 
-    Each of `paths` is a file, or a file and ":inverse". The other arguments are those of `read_transform`. The fixed
-    image is that of the first file, and the moving image that of the last.
+    `paths` is a file or a sequence of them. ":inverse" after the name of a file takes its inverse. The other arguments
+    are those of `read_transform`. The fixed image is that of the first file, and the moving image that of the last.
     """
-    steps = []
-    for k, path in enumerate(map(str, paths)):
+    paths, steps = [str(path) for path in ([paths] if isinstance(paths, PATHS) else paths)], []
+    for k, path in enumerate(paths):
         back = path.endswith(BACK) and not os.path.exists(path)
         ends = fixed if k == 0 else None, moving if k == len(paths) - 1 else None
         step = read_transform(path.removesuffix(BACK) if back else path, geometry, convention,
                               *(ends[::-1] if back else ends))
         steps.append(_inverted(step) if back else step)
     if convention is not None and not any(step.by_user for step in steps):
-        raise InputError(f"convention is {convention}, but {', '.join(map(str, paths))} tell their own: leave it out")
-    if len(steps) == 1:
-        return steps[0]
-    linear = np.eye(4)
-    for step in steps:
-        linear = step.linear @ linear
+        raise InputError(f"convention is {convention}, but {', '.join(paths)} tell their own: leave it out")
+    return steps[0] if len(steps) == 1 else _chained(steps)
+
+
+def _chained(steps):
+    """The first of `steps`, then the second, and so on."""
+    linear = functools.reduce(lambda before, step: step.linear @ before, steps, np.eye(4))
     return Read(Chain(tuple(step.map for step in steps)), steps[0].grid, linear=linear, other=steps[-1].other,
                 names=(steps[0].names[0], steps[-1].names[1]))
 

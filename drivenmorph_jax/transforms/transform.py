@@ -16,18 +16,25 @@ from numpy.typing import ArrayLike
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.intensity import background
-from drivenmorph_jax.images.reading import PATHS, Source, load_grid, open_nifti, read_voxels
-from drivenmorph_jax.images.volume import Volume, on_grid
+from drivenmorph_jax.images.reading import PATHS, Source, open_nifti, read_voxels
+from drivenmorph_jax.images.volume import Volume, on_grid, part_of
 from drivenmorph_jax.images.writing import ENDINGS, to_nibabel
 from drivenmorph_jax.transforms import freesurfer, fsl
-from drivenmorph_jax.transforms.files import DISPLACEMENT, VECTOR, write_composite, write_displacement
+from drivenmorph_jax.transforms.files import VECTOR, write_composite, write_displacement
 from drivenmorph_jax.transforms.itk import write_affine
-from drivenmorph_jax.transforms.maps import Chain, Field, displacement_of, faded
-from drivenmorph_jax.transforms.reading import read_chain
-from drivenmorph_jax.transforms.world import by_planes, map_points, overlaps, pull_back, unfolded_in_world
+from drivenmorph_jax.transforms.maps import Chain, Field, faded
+from drivenmorph_jax.transforms.reading import grid_of, read_chain
+from drivenmorph_jax.transforms.world import (
+    by_planes,
+    displacement_of,
+    map_points,
+    overlaps,
+    pull_back,
+    unfolded_in_world,
+)
 
 MARGIN_STEPS = 64  # of the displacement in the margin of a file, in a mm
-FORMS = {"itk": ("LPS", VECTOR), "ras": ("RAS", DISPLACEMENT), "afni": ("LPS", 0)}  # frame, NIfTI intent
+FORMS = {"itk": {"frame": "LPS"}, "ras": {"frame": "RAS"}, "afni": {"frame": "LPS", "intent": 0}}
 INTERPOLATIONS = ("linear", "nearest", "label", "cubic")
 
 
@@ -65,10 +72,10 @@ class Transform:
         Raises InputError where a file is not a transform, needs an argument that is missing, or has a sidecar that
         belongs to another field.
         """
-        found = read_chain([path] if isinstance(path, PATHS) else path, geometry, convention, fixed, moving)
+        found = read_chain(path, geometry, convention, fixed, moving)
         if found.displacement is not None:
             return cls(found.displacement, found.grid, found.linear, found.other, names=found.names, exact=found.map)
-        grid = found.grid if fixed is None else fixed if isinstance(fixed, Volume) else load_grid(fixed, geometry)
+        grid = found.grid if fixed is None else grid_of(fixed, geometry)
         if grid is None:
             raise InputError(f"{path if isinstance(path, PATHS) else path[0]} has no grid on which an image could be "
                              "resampled: give an image with that grid as --reference")
@@ -200,14 +207,12 @@ class Transform:
                           "TargetGridAffineRAS": self.other.affine.tolist()}
             field, wide, grid = self.field, self.displacement, self.grid
             if form != "afni" and field.near.shape != wide.shape:
-                wide = displacement_of(field, field.near.shape, field.affine)
-                start = np.rint(np.linalg.solve(field.affine, grid.affine[:, 3])[:3]).astype(int)
-                inside = tuple(slice(k, k + n) for k, n in zip(start, grid.data.shape, strict=True))
+                wide = displacement_of(field, field.near.shape[:3], field.affine)
                 wide = np.rint(wide * MARGIN_STEPS) / MARGIN_STEPS  # rounded, the margin takes a third of the space
-                wide[inside] = self.displacement
+                wide[part_of(field.affine, grid.data.shape, grid.affine)] = self.displacement
                 about |= {"ImageGridShape": list(grid.data.shape), "ImageGridAffineRAS": grid.affine.tolist()}
                 grid = on_grid(wide.shape[:3], field.affine, grid.header, grid.path)
-            write_displacement(path, wide, grid, " to ".join(self.names), *FORMS[form], about)
+            write_displacement(path, wide, grid, " to ".join(self.names), about=about, **FORMS[form])
         else:
             raise InputError(f"form is {form!r}: set it to one of {', '.join((*FORMS, 'spm', 'fsl'))}")
 

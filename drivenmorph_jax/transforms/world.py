@@ -54,7 +54,7 @@ def total_displacement(shape, affine, u, work_affine, transform):
       (X, Y, Z, 3), in RAS mm.
     """
     deform = _deformation(u, work_affine)
-    displacement = _displacement(shape, affine, lambda x: map_points(transform, deform(x)))
+    displacement = displacement_of(lambda x: map_points(transform, deform(x)), shape, affine)
     return unfolded_in_world(displacement, affine, transform)
 
 
@@ -73,7 +73,7 @@ def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform)
       (X, Y, Z, 3), in RAS mm.
     """
     deform, back = _deformation(u_inverse, work_affine), np.linalg.inv(transform)
-    return unfolded_in_world(_displacement(shape, affine, lambda y: deform(map_points(back, y))), affine, back)
+    return unfolded_in_world(displacement_of(lambda y: deform(map_points(back, y)), shape, affine), affine, back)
 
 
 def unfolded_in_world(displacement, affine, transform):
@@ -194,7 +194,8 @@ def _deformation(u, affine):
     return deform
 
 
-def _displacement(shape, affine, move):
+def displacement_of(move, shape, affine):
+    """The displacement move(x) - x of a map of points at every voxel of a grid: (X, Y, Z, 3) in RAS mm, float32."""
     return by_planes((*shape, 3), affine, lambda i, x: move(x) - x)
 
 
