@@ -279,6 +279,52 @@ def test_fslpy_applies_our_warp_and_reads_a_flirt_matrix_as_we_do(transform, tmp
     np.testing.assert_allclose(found.linear, T, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["displacements", "deformations"])
+def test_x5_holds_a_matrix_or_a_field(transform, tmp_path, form):
+    h5py = pytest.importorskip("h5py", reason="needs h5py")
+    x = points_of(transform.grid.data.shape, transform.grid.affine)
+    for name, kind, data in (("a.x5", "linear", T),
+                             ("b.x5", "nonlinear", transform.displacement + x * (form == "deformations"))):
+        with h5py.File(tmp_path / name, "w") as file:
+            file.attrs["Format"] = "X5"
+            node = file.create_group("TransformGroup/0")
+            node.attrs["Type"], node.attrs["Representation"] = kind, form
+            node["Transform"], node["Domain/Mapping"] = data, transform.grid.affine
+    np.testing.assert_allclose(Transform.load(tmp_path / "a.x5", fixed=transform.grid).linear, T)
+    found = Transform.load(tmp_path / "b.x5")
+    np.testing.assert_allclose(found.displacement, transform.displacement, atol=1e-4)
+    np.testing.assert_allclose(found.grid.affine, transform.grid.affine)
+    with h5py.File(tmp_path / "b.x5", "a") as file:
+        file.copy("TransformGroup/0", "TransformGroup/1")
+    with pytest.raises(InputError, match="b.x5 holds 2 transforms"):
+        Transform.load(tmp_path / "b.x5")
+
+
+def test_nitransforms_maps_points_as_we_do(transform, tmp_path):
+    pytest.importorskip("nitransforms", reason="needs nitransforms")
+    from nitransforms.io.x5 import to_filename
+    from nitransforms.linear import Affine as Linear
+    from nitransforms.nonlinear import DenseFieldTransform
+    grid = nib.load(transform.grid.path)
+    some = np.random.default_rng(0).integers(2, np.array(transform.grid.data.shape) - 2, (50, 3))
+    points = apply_affine(transform.grid.affine, some)
+    y = points + transform.displacement[tuple(some.T)]
+    theirs = Linear(T, reference=grid)
+    to_filename(tmp_path / "a.x5", [theirs.to_x5()])
+    np.testing.assert_allclose(Transform.load(tmp_path / "a.x5", fixed=transform.grid).points(points),
+                               theirs.map(points), atol=1e-4)
+    theirs.to_filename(tmp_path / "a.tfm", fmt="itk")
+    np.testing.assert_allclose(Transform.load(tmp_path / "a.tfm", fixed=transform.grid).linear, T, atol=1e-5)
+    write_affine(tmp_path / "ours.tfm", T)
+    np.testing.assert_allclose(Linear.from_filename(tmp_path / "ours.tfm", fmt="itk").matrix, T, atol=1e-5)
+    field = DenseFieldTransform(nib.Nifti1Image(transform.displacement, transform.grid.affine), reference=grid)
+    to_filename(tmp_path / "b.x5", [field.to_x5()])
+    np.testing.assert_allclose(Transform.load(tmp_path / "b.x5").points(points), field.map(points), atol=1e-3)
+    transform.save(tmp_path / "ours.nii.gz")
+    np.testing.assert_allclose(DenseFieldTransform.from_filename(tmp_path / "ours.nii.gz", fmt="itk").map(points), y,
+                               atol=1e-3)
+
+
 def test_dipy_applies_its_mapping_as_we_do(tmp_path):
     align = pytest.importorskip("dipy.align", reason="needs dipy")
     pair = made(tmp_path, "anisotropic", "flipped")
@@ -464,6 +510,17 @@ def test_an_inverse_that_no_file_holds_is_within_a_twentieth_of_a_voxel(transfor
     y = apply_affine(transform.other.affine, np.random.default_rng(0).integers(0, inside, (500, 3)))
     there = transform.points(found.inverse.exact(y))
     assert np.abs(there - y).max() < 0.05 * transform.other.spacing.min()
+
+
+def test_an_inverse_is_exact_where_the_deformation_stretches_eightfold():
+    x = np.moveaxis(np.indices((40, 30, 30)), 0, -1).astype(float)
+    bump = np.exp(-np.square((x[..., 1:] - 14.5) / 6).sum(-1, keepdims=True))
+    displacement = np.float32([1, 0.2, 0]) * 7 * np.tanh(x[..., :1] - 19.6) * bump
+    field = faded(displacement.astype(np.float32), np.eye(4), np.eye(4))
+    y = np.random.default_rng(0).uniform(5, 25, (20000, 3))
+    found = field.inverse(y)
+    assert np.abs(field(found) - y).max() < 0.01
+    assert np.ptp(displacement[..., 0]) > 13 and np.gradient(displacement[..., 0], axis=0).max() > 4  # 7 between voxels
 
 
 def test_the_majority_of_labels_is_that_of_itk(tmp_path):

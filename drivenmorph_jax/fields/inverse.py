@@ -1,12 +1,13 @@
 """The inverse of a transform phi = id + u, from its displacement alone."""
 
+import itertools
 from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.fields.grid import identity_grid, resize_field
+from drivenmorph_jax.fields.grid import resize_field
 from drivenmorph_jax.fields.warp import compose, warp
 
 
@@ -38,43 +39,75 @@ def _inverse(u, iterations, w):
     return jax.lax.fori_loop(0, iterations, lambda _, w: w - 0.5 * compose(u, w), w)
 
 
-@partial(jax.jit, static_argnames="most")
-def inverse_at(u: chex.Array, points: chex.Array, closest: chex.Array, tolerance: float = 1e-3,
-               most: int = 200) -> jax.Array:
-    """The points v that phi = id + u maps to given points p, by a damped fixed-point iteration.
+@jax.jit
+def inverse_at(u: chex.Array, points: chex.Array, start: chex.Array, most: int,
+               tolerance: float = 1e-3) -> tuple[jax.Array, jax.Array]:
+    """The points v that phi = id + u maps to given points p, by Newton's method.
 
-      v <- v - A^-1 (v + u(v) - p) / 2,    v = A^-1 p at the start
+      v <- v - t (Dphi(v))^-1 (phi(v) - p),    t halved where |phi(v) - p| would not fall, else doubled up to 1
 
-    A is an affine map close to phi. The iteration converges where A^-1 phi stretches less than fourfold. It ends when
-    no v + u(v) is further than `tolerance` from its p.
+    Dphi is the derivative of the trilinear samples of u, so the method is exact within a cell of the grid.
 
     Args:
       u: (D, H, W, 3) displacement in voxels. Beyond its grid, the displacement at the edge is used.
-      points: p (..., 3) with four axes, in voxels of the grid of u.
-      closest: A (4, 4), in voxels.
+      points: p (N, 3), in voxels of the grid of u.
+      start: v at the start (N, 3).
+      most: the most iterations; it ends earlier where every point has converged.
       tolerance: in voxels.
-      most: the most iterations.
 
     Returns:
-      v, with the shape of p, in voxels.
+      v (N, 3) in voxels, and whether each |phi(v) - p| is below `tolerance` along every axis (N,).
     """
-    back = jnp.linalg.inv(jnp.asarray(closest, u.dtype))
-    points = points.astype(u.dtype)
-
-    def off(v):
-        return v + warp(u, v - identity_grid(v.shape[:-1])) - points
+    def evaluated(v):
+        value, derivative = _sampled_with_derivative(u, v)
+        error = v + value - points
+        return error, jnp.linalg.norm(error, axis=-1), _solved(jnp.eye(3, dtype=u.dtype) + derivative, error)
 
     def step(state):
-        v, error, number = state
-        v = v - 0.5 * error @ back[:3, :3].T
-        return v, off(v), number + 1
+        v, error, size, direction, t, number = state
+        trial = v - t[:, None] * direction
+        found = evaluated(trial)
+        better = found[1] < size
+        kept = [jnp.where(better[:, None] if new.ndim > 1 else better, new, old)
+                for new, old in zip((trial, *found), (v, error, size, direction), strict=True)]
+        return *kept, jnp.where(better, jnp.minimum(1, 2 * t), t / 2), number + 1
 
     def goes_on(state):
-        _, error, number = state
-        return (number < most) & (jnp.abs(error).max() > tolerance)
+        return (state[-1] < most) & (jnp.abs(state[1]).max() > tolerance)
 
-    start = points @ back[:3, :3].T + back[:3, 3]
-    return jax.lax.while_loop(goes_on, step, (start, off(start), 0))[0]
+    first = (start, *evaluated(start), jnp.ones(len(start), u.dtype), 0)
+    v, error, *_ = jax.lax.while_loop(goes_on, step, first)
+    return v, jnp.abs(error).max(-1) <= tolerance
+
+
+def _sampled_with_derivative(u, v):
+    """Trilinear samples u(v) (N, 3), clamped at the edge, and their derivative by v (N, 3, 3), 0 beyond the edge."""
+    top = jnp.array(u.shape[:3]) - 1
+    low = jnp.clip(jnp.floor(v), 0, top - 1).astype(jnp.int32)
+    t = jnp.clip(v, 0, top) - low
+    index = (low[:, 0] * u.shape[1] + low[:, 1]) * u.shape[2] + low[:, 2]
+    strides = u.shape[1] * u.shape[2], u.shape[2], 1
+    values = {side: u.reshape(-1, 3)[index + sum(a * n for a, n in zip(side, strides, strict=True))]
+              for side in itertools.product((0, 1), repeat=3)}
+    derivative = []
+    for axis in reversed(range(3)):  # the samples lose one axis each time, the derivatives by the axes before it, too
+        def along(corners, axis=axis):
+            return {side: corners[(*side, 0)] + t[:, axis:axis + 1] * (corners[(*side, 1)] - corners[(*side, 0)])
+                    for side in itertools.product((0, 1), repeat=axis)}
+
+        change = {side: values[(*side, 1)] - values[(*side, 0)] for side in itertools.product((0, 1), repeat=axis)}
+        derivative, values = [change, *map(along, derivative)], along(values)
+    inside = (v >= 0) & (v <= top)
+    return values[()], jnp.stack([one[()] for one in derivative], -1) * inside[:, None, :]
+
+
+def _solved(matrices, vectors):
+    """x with A x = b for matrices A (N, 3, 3) and vectors b (N, 3), by Cramer's rule. A singular A gives a long x."""
+    a, b, c = (matrices[..., axis] for axis in range(3))
+    normal = jnp.cross(b, c)
+    determinant = (a * normal).sum(-1, keepdims=True)
+    x = [(vectors * one).sum(-1) for one in (normal, jnp.cross(c, a), jnp.cross(a, b))]
+    return jnp.stack(x, -1) / jnp.where(jnp.abs(determinant) < 1e-3, 1e-3, determinant)
 
 
 @partial(jax.jit, static_argnames=("stride", "steps"))

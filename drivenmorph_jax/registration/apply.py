@@ -44,7 +44,9 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
         return
     found = Transform.load(transform, geometry, convention, fixed, moving)
     if inverse:
-        found = (found if found.other or not reference else replace(found, other=reference)).inverse
+        if reference and not found.other:
+            found, reference = replace(found, other=reference), None  # it need not be sampled there once more
+        found = found.inverse
     if len(images) > 1:
         names = [Path(path).name for path in images]
         if len(set(names)) < len(names):

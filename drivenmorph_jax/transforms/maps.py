@@ -8,6 +8,7 @@ from functools import cached_property
 
 import jax.numpy as jnp
 import numpy as np
+from scipy.spatial import KDTree
 
 from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.transforms.world import by_planes, channels_first, linear_part, map_points, sample
@@ -15,7 +16,9 @@ from drivenmorph_jax.transforms.world import by_planes, channels_first, linear_p
 FADE = 2.0  # mm beyond the grid of a field over which a residual of 1 mm at its rim fades to 0
 MARGIN = 40.0  # mm, the widest margin in which it fades
 SMALL = 0.01  # mm; a residual below it need not fade
-BLOCK = 2**14  # points for which a compiled inverse is computed at once
+BLOCK = 2**12  # points for which a compiled inverse is computed at once
+ITERATIONS = 6, 40  # of an inverse, for all points and for those that have not converged
+NODES, STARTS = 2, 4  # every second voxel is a node; the nodes from which a point starts again, nearest first
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,22 +67,46 @@ class FieldInverse:
 
     @cached_property
     def _in_voxels(self):
-        """(n, the affine closest to x + n(x), the map from the second world to the start of the iteration), in voxels
-        of the grid of n."""
+        """(n, the inverse of the affine closest to x + n(x), the map from the second world to the target of the
+        iteration), in voxels of the grid of n."""
         field, to_voxel = self.inverse, np.linalg.inv(self.inverse.affine)
-        return (jnp.asarray(field.near @ to_voxel[:3, :3].T.astype(np.float32)),
-                to_voxel @ linear_part(field.near, field.affine) @ field.affine, to_voxel @ np.linalg.inv(field.linear))
+        closest = to_voxel @ linear_part(field.near, field.affine) @ field.affine
+        return (jnp.asarray(field.near @ to_voxel[:3, :3].T.astype(np.float32)), np.linalg.inv(closest),
+                to_voxel @ np.linalg.inv(field.linear))
+
+    @cached_property
+    def _nodes(self):
+        """Some voxels x of the grid of n, and a tree of the points x + n(x) to which they are mapped."""
+        u = np.asarray(self._in_voxels[0])[(slice(None, None, NODES),) * 3]
+        nodes = NODES * np.moveaxis(np.indices(u.shape[:3]), 0, -1).reshape(-1, 3).astype(np.float32)
+        return nodes, KDTree(nodes + u.reshape(-1, 3))
 
     def __call__(self, points):
         points = np.asarray(points, np.float64)
         u, closest, to_voxel = self._in_voxels
         target = map_points(to_voxel, points).reshape(-1, 3).astype(np.float32)
-        found = np.empty_like(target)
-        for start in range(0, len(target), BLOCK):
-            some = target[start:start + BLOCK]
-            filled = np.resize(some, (BLOCK, 3)).reshape(1, 128, -1, 3)
-            found[start:start + BLOCK] = np.asarray(inverse_at(u, filled, closest)).reshape(-1, 3)[:len(some)]
+        found = map_points(closest, target).astype(np.float32)
+        left = np.arange(len(target))
+        for most in ITERATIONS:
+            left = left[~self._improve(found, target, left, most)]
+        for k in range(STARTS):  # where the field bends sharply, Newton's method may stand still; begin again close by
+            if len(left):
+                nodes, tree = self._nodes
+                again = nodes[tree.query(target[left], [k + 1])[1][:, 0]]
+                done = self._improve(again, target[left], np.arange(len(left)), ITERATIONS[-1])
+                found[left[done]] = again[done]
+                left = left[~done]
         return map_points(self.inverse.affine, found.astype(np.float64)).reshape(points.shape)
+
+    def _improve(self, found, target, some, most):
+        """Iterate `found` in place at the indices `some`; returns which of them have converged."""
+        done = np.empty(len(some), bool)
+        for start in range(0, len(some), BLOCK):
+            index = some[start:start + BLOCK]
+            filled = np.resize(index, BLOCK)  # one shape is compiled once
+            v, converged = inverse_at(self._in_voxels[0], target[filled], found[filled], most)
+            found[index], done[start:start + BLOCK] = np.asarray(v)[:len(index)], np.asarray(converged)[:len(index)]
+        return done
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from drivenmorph_jax.transforms.files import DISPLACEMENT, VECTOR, read_sidecar
 from drivenmorph_jax.transforms.itk import FLIP, check_whole, flat, from_itk, read_itk, usable
 from drivenmorph_jax.transforms.maps import Affine, Chain, Field, faded
 from drivenmorph_jax.transforms.world import by_planes, linear_part, map_points
+from drivenmorph_jax.transforms.x5 import read_x5
 
 CONVENTIONS = {
     "itk": "displacements in mm, LPS: ITK, ANTs, AFNI",
@@ -81,9 +82,10 @@ def read_transform(path, geometry="sform", convention=None, fixed=None, moving=N
     if name.endswith(".lta"):
         matrix, _, other = freesurfer.read_lta(path)
         return Read(Affine(matrix), linear=matrix, other=other)
-    if name.endswith((".m3z", ".x5")):
-        command = {"z": "mri_warp_convert --inm3z X --outmgzwarp X.mgz", "5": "nitransforms' to_filename"}[name[-1]]
-        raise InputError(f"{path} is not read here; convert it first, for instance by {command}")
+    if name.endswith(".m3z"):
+        raise InputError(f"{path} is not read here; convert it by mri_warp_convert --inm3z {path} --outmgzwarp X.mgz")
+    if name.endswith(".x5"):
+        return _x5(path)
     if name.endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
         return _itk_image(path)
     if name.endswith((".txt", ".mat", ".tfm", ".h5", ".hdf5", ".hdf", ".xfm", ".aff12.1d")):
@@ -142,6 +144,14 @@ def _needed(path, what, geometry, fixed, moving):
         raise InputError(f"{path} is {what}, whose numbers depend on the images; the {missing} image is missing: give "
                          "the fixed one as --reference, and the moving one as --moving or --source")
     return grid_of(fixed, geometry), grid_of(moving, geometry)
+
+
+def _x5(path):
+    found = read_x5(path)
+    if isinstance(found, np.ndarray):
+        return Read(Affine(usable(found, path)), linear=found)
+    displacement, affine = found
+    return _field(path, displacement, on_grid(displacement.shape[:3], affine, path=path))
 
 
 # ITK
