@@ -1,8 +1,8 @@
 """Deformable registration of 3-D brain MRI in JAX: `register` aligns two images; the other names are its parts.
 
-The rooms, from the bottom up: `fields`, `demons`, `images`, `network`, `transforms`, `data`, `evaluation`, `training`,
-`registration`, `cli`. A room imports only what stands before it. `backends` and `runtime` hold what depends on the
-device and on the run.
+The rooms, from the bottom up: `fields`, `demons`, `images`, `brain`, `network`, `transforms`, `data`, `evaluation`,
+`training`, `registration`, `cli`. A room imports only what stands before it. `backends` and `runtime` hold what depends
+on the device and on the run.
 """
 
 from importlib import import_module
@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     from drivenmorph_jax.network.model import DrivenMorph
     from drivenmorph_jax.registration.register import register
     from drivenmorph_jax.registration.result import Result
+    from drivenmorph_jax.registration.strip import brain_mask
     from drivenmorph_jax.training.loop import train_and_evaluate
     from drivenmorph_jax.transforms.transform import Transform
 
-__all__ = ["DrivenMorph", "InputError", "Result", "Transform", "coarse_inverse", "compose", "demons",
+__all__ = ["DrivenMorph", "InputError", "Result", "Transform", "brain_mask", "coarse_inverse", "compose", "demons",
            "evaluate_checkpoint", "exponential", "forces", "gaussian_smooth", "inverse", "jacobian_determinant",
            "load_checkpoint", "load_image", "register", "train_and_evaluate", "warp", "warp_nearest"]
 
 _HOME = {"DrivenMorph": "network.model", "InputError": "errors", "Result": "registration.result",
-         "Transform": "transforms.transform", "coarse_inverse": "fields.inverse", "compose": "fields.warp",
+         "Transform": "transforms.transform", "brain_mask": "registration.strip",
+         "coarse_inverse": "fields.inverse", "compose": "fields.warp",
          "evaluate_checkpoint": "evaluation.evaluate", "exponential": "fields.integrate", "forces": "demons",
          "gaussian_smooth": "fields.smooth", "inverse": "fields.inverse", "jacobian_determinant": "fields.jacobian",
          "load_checkpoint": "network.inference", "load_image": "images.reading",

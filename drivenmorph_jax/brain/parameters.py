@@ -25,6 +25,10 @@ SUMS = {  # SHA-256 of the files of version 1.0.2
 }
 
 
+class Missing(InputError):
+    """The package deepbet is missing."""
+
+
 def _block(name, inputs, outputs, stride):
     """The shapes of a residual block: two 3x3x3 convolutions, and the 1x1x1 of its shortcut where it has a stride."""
     return {f"{name}.0": (outputs, inputs, 3, 3, 3), f"{name}.1": (outputs, outputs, 3, 3, 3),
@@ -64,7 +68,7 @@ def load(name):
     try:
         package = metadata.distribution("deepbet")
     except metadata.PackageNotFoundError as error:
-        raise InputError(f"the package deepbet, which finds the brain in a whole head, is missing: {INSTALL}") from error
+        raise Missing(f"the package deepbet, which finds the brain in a whole head, is missing: {INSTALL}") from error
     if package.version != VERSION:
         raise InputError(f"the package deepbet has version {package.version}, not {VERSION}: {INSTALL}")
     paths = [file for file in package.files or () if file.parts[-3:] == ("data", "models", name)]

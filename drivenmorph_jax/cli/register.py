@@ -5,9 +5,9 @@ import sys
 from drivenmorph_jax.cli import program
 
 EPILOG = """\
-Both images must be skull-stripped. The folder gets warped, displacement, inverse_displacement, jacobian, force
-(and warped_labels) .nii.gz, affine.tfm, overview.png, report.html and summary.json. `apply` moves other images by the
-same transform. Examples:
+Of an image of a whole head, only the brain is registered, and the whole image is warped. The folder gets warped,
+displacement, inverse_displacement, jacobian, force (and warped_labels, fixed_brain, moving_brain) .nii.gz, affine.tfm,
+overview.png, report.html and summary.json. `apply` moves other images by the same transform. Examples:
 
   %(prog)s --fixed a.nii.gz --moving b.nii.gz --out result
   %(prog)s --fixed a.nii.gz --moving b.nii.gz --out result --checkpoint runs/default
@@ -39,6 +39,7 @@ def main(arguments=None, prog="drivenmorph register"):
     result = register(
         flags.fixed,
         flags.moving,
+        strip=flags.strip,
         checkpoint=flags.checkpoint or SHIPPED,
         method=flags.method,
         force=flags.force,
@@ -94,6 +95,13 @@ def _images(add):
         choices=["ignore", "use"],
         help="meaning of the masks. ignore: above 0 where the image is ignored; use: above 0 where it is used, as in "
         "ANTs; default: ignore",
+    )
+    add(
+        "--strip",
+        default="auto",
+        choices=["auto", "yes", "no"],
+        help="find the brain in images of whole heads. auto: in those that show a whole head; yes: in both; no: in "
+        "neither, which then must be skull-stripped; default: auto",
     )
     program.add_geometry(add)
 

@@ -18,11 +18,13 @@ from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.evaluation.tables import write_bytes
 from drivenmorph_jax.evaluation.tiles import BLUE, GREY, HALO, ORANGE, SKY, VIEWS, YELLOW, Sheet, Tile
 from drivenmorph_jax.fields.grid import resize
+from drivenmorph_jax.images.volume import canonical
 
 SQUARE = 16.0  # mm, of a checkerboard
 
 
-def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None, matched=None):
+def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None, matched=None,
+             heads=None):
     """One page for one pair: images, differences, checkerboards, grid, displacement beside driving force, Jacobian.
 
     The three planes pass through the centre of mass of the fixed brain. All have one scale in mm. Grid and arrows show
@@ -39,6 +41,8 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
       labels: (D, H, W) fixed label map; its outlines are drawn over fixed, moving and warped.
       matched: for images of different contrast, (moving, warped) with the values of the fixed image; differences and
         checkerboards show these.
+      heads: {"Fixed", "Moving" or "Warped": (whole head, mask of its brain)}, (D, H, W) each; the panels of these names
+        show the head, and the outline of the mask.
     """
     fixed, moving, warped, *matched = (np.asarray(x, np.float32).reshape(x.shape[:3])
                                        for x in (fixed, moving, warped, *(matched or (moving, warped))))
@@ -51,7 +55,7 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     centre = np.rint(ndimage.center_of_mass(brain)).astype(int)
     box = _box(brain | (moving > 0.05 * white), spacing)
 
-    blocks = [_image_panels(fixed, moving, warped, matched, brain, white, spacing, labels),
+    blocks = [_image_panels(fixed, moving, warped, matched, brain, white, spacing, labels, heads or {}),
               _deformation_panels(fixed, moving, u, force, jac, brain, white)]
     blocks[1]["Checkerboard, after"] = blocks[0].pop("Checkerboard, after")
     folded = (brain & (jac <= 0)).any()
@@ -81,7 +85,27 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     _save(sheet.figure, path)
 
 
-def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels):
+def outline(path, image, mask, title=""):
+    """Draw three planes of a Volume through the middle of its brain, and the outline of the brain's mask, a Volume."""
+    image, mask = canonical(image), canonical(mask)
+    inside, spacing = mask.data > 0, image.spacing
+    centre = np.rint(ndimage.center_of_mass(inside)).astype(int)
+    box = tuple(slice(0, n) for n in inside.shape)
+    width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
+    sheet = Sheet(3, [max(n * size for n, size in zip(inside.shape, spacing, strict=True)) / width], title, blocks=1)
+    white = np.percentile(image.data[inside], 99.5)
+    for column, (view, axes, letters) in enumerate(VIEWS):
+        tile = Tile(sheet.axes(0, 0, column), axes, centre, box, spacing, width)
+        tile.image(image.data, Normalize(0, white), "gray")
+        tile.outlines(inside, SKY, 1.0)
+        tile.ax.set_title(view, fontsize=10.5, pad=5)
+        tile.letters(letters)
+    volume = np.count_nonzero(inside) * spacing.prod() / 1e3
+    sheet.note(0, f"Blue: the outline of the brain, {volume:.0f} ml.")
+    _save(sheet.figure, path)
+
+
+def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels, heads):
     """{name: function that draws it on a tile} of the images, their differences and their checkerboards."""
     before, after = (np.abs(fixed - x) for x in matched)
     intensity = Normalize(0, white)
@@ -89,17 +113,20 @@ def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels)
     squares = sum(np.arange(n).reshape([-1 if a == axis else 1 for a in range(3)]) * spacing[axis] // SQUARE
                   for axis, n in enumerate(fixed.shape)) % 2 == 0
 
-    def anatomy(tile, x):
+    def anatomy(tile, x, name):
+        x, mask = heads.get(name, (x, None))
         tile.image(x, intensity, "gray")
+        if mask is not None:
+            tile.outlines(mask > 0.5, SKY, 1.0)
         if labels is not None:
             tile.outlines(labels)
 
     def checkerboard(tile, x):
         tile.image(np.where(squares, fixed, x), intensity, "gray")
 
-    return {"Fixed": lambda tile: anatomy(tile, fixed),
-            "Moving": lambda tile: anatomy(tile, moving),
-            "Warped": lambda tile: anatomy(tile, warped),
+    return {"Fixed": lambda tile: anatomy(tile, fixed, "Fixed"),
+            "Moving": lambda tile: anatomy(tile, moving, "Moving"),
+            "Warped": lambda tile: anatomy(tile, warped, "Warped"),
             "|Fixed − Moving|": lambda tile: tile.image(before, difference, "inferno"),
             "|Fixed − Warped|": lambda tile: tile.image(after, difference, "inferno"),
             "Checkerboard, before": lambda tile: checkerboard(tile, matched[0]),

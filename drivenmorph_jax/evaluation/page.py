@@ -78,7 +78,7 @@ def figure(caption, path):
     return f'<h3>{html.escape(caption)}</h3><img class="figure" alt="{html.escape(caption)}" src="{_PNG}{picture}">'
 
 
-def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing):
+def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=None):
     """Three planes of one pair to move through, with any of its volumes shown over any other.
 
     Args:
@@ -87,6 +87,7 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing):
       jacobian: (D, H, W), or with 2 voxels cropped at each side as `metrics.jacobian` returns it; its logarithm is
         shown.
       spacing: voxel size in mm, (3,).
+      heads: {name: (D, H, W)}, the whole heads of which `fixed`, `moving` or `warped` are the brains.
     """
     spacing = np.asarray(spacing, float)
     factors = np.maximum(1, np.rint(SPACING / spacing)).astype(int)
@@ -95,6 +96,7 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing):
     logarithm = np.log(np.maximum(uncropped(jacobian, fixed.shape), 1e-3))
     found = {name: (x, "gray", 0.0, white, "") for name, x in (
         ("Fixed", fixed), ("Moving", moving), ("Warped", warped))}
+    found |= {f"{name}, head": (x, "gray", 0.0, 1.0, "") for name, x in (heads or {}).items()}
     found["|Fixed - Warped|"] = np.abs(fixed - warped), "cividis", 0.0, white / 2, ""
     for name, x in (("|Displacement|", u), ("|Driving force|", force)):
         length = np.linalg.norm(x * spacing, axis=-1)

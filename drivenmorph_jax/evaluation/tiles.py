@@ -51,12 +51,12 @@ class Tile:
         self.ax.set(**self.limits)
         return shown
 
-    def outlines(self, labels):
+    def outlines(self, labels, colour=YELLOW, width=0.5):
         """Draw the outline of every label in the plane."""
         plane = self.cut(labels)
         for label in np.unique(plane[plane > 0]):
-            self.ax.contour(*self.points(labels.shape), plane == label, levels=[0.5], colors=[YELLOW],
-                            linewidths=0.5)
+            self.ax.contour(*self.points(labels.shape), plane == label, levels=[0.5], colors=[colour],
+                            linewidths=width)
 
     def arrows(self, vectors, brain, colour):
         """Draw the in-plane part of vectors (D, H, W, 3) in mm as magnified arrows, at sparse voxels of `brain`.

@@ -1,4 +1,4 @@
-"""Stage 8: named checks, each with its value, its limit and one sentence. They find registrations that went wrong.
+"""Stage 9: named checks, each with its value, its limit and one sentence. They find registrations that went wrong.
 
 A similarity that rises proves nothing: it also rises for noise, for a mirrored brain and for half a brain. The checks
 measure what a registration of two brains keeps to. The limits are those of `benchmarks/checks.py`, whose table is in

@@ -1,4 +1,4 @@
-"""Stage 5: the deformation on the working grid."""
+"""Stage 6: the deformation on the working grid."""
 
 from dataclasses import dataclass
 

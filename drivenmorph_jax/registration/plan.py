@@ -1,4 +1,4 @@
-"""Stage 3: the working grid, the method that will run on it, and the memory that this needs."""
+"""Stage 4: the working grid, the method that will run on it, and the memory that this needs."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Stage 4: both images on the working grid, with intensities in [0, 1] and masked voxels filled."""
+"""Stage 5: both images on the working grid, with intensities in [0, 1] and masked voxels filled."""
 
 from dataclasses import dataclass
 

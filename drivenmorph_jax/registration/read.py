@@ -19,8 +19,8 @@ from drivenmorph_jax.transforms.maps import Chain, Field
 from drivenmorph_jax.transforms.reading import read_chain
 
 REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
-CHOICES = {"method": tuple(REFINE_STEPS), "force": tuple(FORCES), "contrast": ("auto", "same", "other"),
-           "mask_sense": ("ignore", "use")}
+CHOICES = {"strip": ("auto", "yes", "no"), "method": tuple(REFINE_STEPS), "force": tuple(FORCES),
+           "contrast": ("auto", "same", "other"), "mask_sense": ("ignore", "use")}
 SIZES = 100, 20_000  # ml; outside, lengths are scaled
 TYPICAL = 1300  # ml
 MOST_MASKED = 0.5  # share of an image's foreground that may be ignored
@@ -35,6 +35,7 @@ class Request:
 
     fixed: Any
     moving: Any
+    strip: str = "auto"
     checkpoint: str | Path = SHIPPED
     method: str = "drivenmorph"
     force: str = "lncc"

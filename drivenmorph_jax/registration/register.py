@@ -15,12 +15,14 @@ from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request, read
 from drivenmorph_jax.registration.result import Result, result_of
 from drivenmorph_jax.registration.score import score
+from drivenmorph_jax.registration.strip import strip as find_brains
 from drivenmorph_jax.registration.transfer import transfer
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 
-def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED, method: str = "drivenmorph",
-             force: str = "lncc", contrast: str = "auto", affine: bool | str | Path | np.ndarray = True,
+def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: str | Path = SHIPPED,
+             method: str = "drivenmorph", force: str = "lncc", contrast: str = "auto",
+             affine: bool | str | Path | np.ndarray = True,
              initial_transform: str | Path | Sequence[str | Path] | None = None, convention: str | None = None,
              refine_steps: int | None = None, fixed_labels: Source | None = None, moving_labels: Source | None = None,
              fixed_mask: Source | None = None, moving_mask: Source | None = None, mask_sense: str = "ignore",
@@ -32,6 +34,8 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
     interpolated once.
 
     Args:
+      strip: "auto": in an image that shows a whole head, the brain is found, see `brain_mask`, and it alone is
+        registered; "yes": both images show heads; "no": neither does. The whole moving image is warped.
       checkpoint: folder of a training, for method "drivenmorph"; by default the weights that come with the package.
       method: "drivenmorph", or "demons", which needs no weights.
       force: for method "demons": "lncc" (local correlation), "intensity" (symmetric Demons force, for images of one
@@ -66,18 +70,21 @@ def register(fixed: Source, moving: Source, *, checkpoint: str | Path = SHIPPED,
         The memory is checked before it is allocated.
     """
     progress = Progress(quiet)
-    state = Request(fixed=fixed, moving=moving, checkpoint=checkpoint, method=method, force=force, contrast=contrast,
-                    affine=affine, initial_transform=initial_transform, convention=convention,
+    state = Request(fixed=fixed, moving=moving, strip=strip, checkpoint=checkpoint, method=method, force=force,
+                    contrast=contrast, affine=affine, initial_transform=initial_transform, convention=convention,
                     refine_steps=refine_steps, fixed_labels=fixed_labels, moving_labels=moving_labels,
                     fixed_mask=fixed_mask, moving_mask=moving_mask, mask_sense=mask_sense, geometry=geometry,
                     memory=memory)
-    stages = {"read": read, "affine": align, "compile" if method == "drivenmorph" else "plan": plan,
-              "resample": prepare, method: deform, "transform": transfer, "score": score, "check": check}
+    stages = {"read": read, "strip": find_brains, "affine": align,
+              "compile" if method == "drivenmorph" else "plan": plan, "resample": prepare, method: deform,
+              "transform": transfer, "score": score, "check": check}
     for name, stage in stages.items():
         with progress(name):
             state = stage(state)
             if stage is read and state.scale != 1:
                 progress.tell(f"lengths times {state.scale:g},", end=" ")
+            if stage is find_brains:
+                progress.tell(*state.heads, sep=", ", end=", " if state.heads else "")
             if stage is plan:
                 progress.tell(f"memory {state.needed / 1e9:.1f} GB,", end=" ")
             if stage is deform and state.correlation is not None and state.contrast == "other":

@@ -5,9 +5,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import nibabel
 import numpy as np
 
@@ -16,8 +17,9 @@ from drivenmorph_jax.evaluation import figures, metrics, page
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.files import json_text, make_folder, replacing, stem
 from drivenmorph_jax.images import writing
-from drivenmorph_jax.images.volume import resample
+from drivenmorph_jax.images.volume import Volume, resample, smoothed
 from drivenmorph_jax.registration.score import Scored
+from drivenmorph_jax.registration.strip import mask_image
 from drivenmorph_jax.transforms.files import learn2reg_name, write_force
 from drivenmorph_jax.transforms.transform import Transform
 
@@ -37,6 +39,7 @@ class Result:
     force: np.ndarray  # (X, Y, Z, 3), RAS mm
     jacobian: np.ndarray  # (X, Y, Z), determinant of the transform
     summary: dict  # the content of summary.json: similarity, Dice, folding, seconds, checks; files once it is saved
+    brains: dict[str, Volume]  # the masks of the images that showed whole heads, by their role
     pictured: dict  # the arguments of `evaluation.figures.overview`, on the working grid
 
     def overview(self, path: str | Path) -> None:
@@ -51,8 +54,9 @@ class Result:
 
     def _page(self, path, picture):
         title, numbers = _title(self.summary).split("\n")
-        volumes = {name: x for name, x in self.pictured.items() if name not in ("labels", "matched")}
+        volumes = {name: x for name, x in self.pictured.items() if name not in ("labels", "matched", "heads")}
         volumes["jacobian"] = volumes.pop("jac")
+        volumes["heads"] = {name: head for name, (head, _) in self.pictured["heads"].items()}
         page.write(path, title, [page.paragraph(numbers), *_told(self.summary["checks"]),
                                  page.viewer("Slices", **volumes), page.figure("Overview", picture),
                                  page.definitions(self.summary["definitions"])])
@@ -105,6 +109,8 @@ class Result:
         for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
             if image is not None:
                 writing.write(out / f"{name}.nii.gz", image)
+        for role, brain in self.brains.items():
+            writing.write(out / f"{role}_brain.nii.gz", mask_image(brain))
         writing.save(out / "jacobian.nii.gz", self.jacobian, self.transform.grid)
         write_force(out / "force.nii.gz", self.force, self.transform.grid, FORCE_IS[self.summary["method"]])
 
@@ -156,8 +162,9 @@ def result_of(scored: Scored, seconds=None) -> Result:
     labels = scored.warped_labels
     if labels is not None:
         labels = writing.to_nibabel(labels, scored.fixed, dtype=scored.moving_labels.header.get_data_dtype())
+    brains = {role: getattr(scored, f"{role}_brain") for role in summary["stripped"]}
     return Result(writing.to_nibabel(scored.warped, scored.fixed), labels, scored.transform, scored.vectors,
-                  scored.jacobian, summary, _pictured(scored))
+                  scored.jacobian, summary, brains, _pictured(scored))
 
 
 def _pictured(scored):
@@ -169,7 +176,23 @@ def _pictured(scored):
         outlines = resample(scored.fixed_labels, scored.shape, scored.grid, order=0)
     return {"fixed": np.asarray(scored.fixed_on_grid), "moving": np.asarray(scored.moving_on_grid),
             "warped": scored.moved, "u": scored.u, "force": scored.force, "jac": metrics.jacobian(scored.u),
-            "spacing": (scored.spacing,) * 3, "labels": outlines, "matched": alike}
+            "spacing": (scored.spacing,) * 3, "labels": outlines, "matched": alike, "heads": _heads(scored)}
+
+
+def _heads(scored):
+    """{name of a panel: (the whole head, its brain's mask)} on the working grid, intensities as those of the brains."""
+    shape, grid, found = scored.shape, scored.grid, {}
+    for role, through in (("fixed", None), ("moving", scored.affine)):
+        brain = getattr(scored, f"{role}_brain")
+        if brain is None:
+            continue
+        images = (replace(x, data=x.data.astype(np.float32)) for x in (getattr(scored, f"{role}_head"), brain))
+        head, mask = (resample(smoothed(x, scored.spacing), shape, grid, through) for x in images)
+        head = np.clip(head / max(np.percentile(head[mask > 0.5], 99.5), 1e-6), 0, 1) if (mask > 0.5).any() else head
+        found[role.capitalize()] = head, mask
+    if "Moving" in found:
+        found["Warped"] = tuple(np.asarray(warp(jnp.asarray(x)[..., None], scored.u)[..., 0]) for x in found["Moving"])
+    return found
 
 
 def _told(checks):

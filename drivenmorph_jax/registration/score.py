@@ -1,4 +1,4 @@
-"""Stage 7: similarity, Dice, folding and further numbers, each with its definition."""
+"""Stage 8: similarity, Dice, folding and further numbers, each with its definition."""
 
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ WINDOW = 9  # side of the boxes of the reported local correlation, in voxels
 DEFINITIONS = {
     "scale": "All lengths were multiplied by it while registering; not 1 for the brains of small animals. Every number "
              "here is in the lengths of the files.",
+    "stripped": "The images that showed a whole head, of which only the brain was registered.",
     "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, without "
                   "what masks leave out; before: after the affine, or after the transform to start from.",
     "memory_gb": "Estimated before the work: the compiled network's own account, and the arrays around it.",
@@ -58,6 +59,7 @@ def score(transferred: Transferred) -> Scored:
     summary = {
         "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
+        "stripped": [role for role in ("fixed", "moving") if getattr(pair, f"{role}_brain") is not None],
         "contrast": pair.contrast, "refine_steps": pair.refine_steps, "scale": pair.scale,
         "affine": pair.given_affine if isinstance(pair.given_affine, bool) else pair.affine.tolist(),
         "initial_transform": None if names is None else [

@@ -1,4 +1,4 @@
-"""Stage 6: the transform in millimetres, and its results on the images' own grids."""
+"""Stage 7: the transform in millimetres, and its results on the images' own grids."""
 
 from dataclasses import dataclass, replace
 
@@ -68,6 +68,7 @@ def _unscaled(deformed):
         return deformed
     back = 1 / deformed.scale
     volumes = {name: getattr(deformed, name) and scaled(getattr(deformed, name), back) for name in (
-        "fixed", "moving", "source", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask")}
+        "fixed", "moving", "source", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask", "fixed_head",
+        "moving_head", "fixed_brain", "moving_brain")}
     return replace(deformed, **volumes, affine=scaled_transform(deformed.affine, back),
                    grid=np.diag([back, back, back, 1]) @ deformed.grid, spacing=deformed.spacing * back)

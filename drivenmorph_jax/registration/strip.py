@@ -1,0 +1,103 @@
+"""Stage 2: the brain of each image that shows a whole head."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from drivenmorph_jax.brain.extraction import extract
+from drivenmorph_jax.brain.parameters import Missing
+from drivenmorph_jax.brain.recognition import is_head
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import figures
+from drivenmorph_jax.files import make_folder, stem
+from drivenmorph_jax.images import writing
+from drivenmorph_jax.images.intensity import anchored
+from drivenmorph_jax.images.reading import Source, load_image
+from drivenmorph_jax.images.volume import Volume
+from drivenmorph_jax.registration.read import Pair, kept, millilitres
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stripped(Pair):
+    """A pair of brains: in an image that showed a whole head, what is not brain is 0."""
+
+    fixed_head: Volume | None  # the whole head; None where the image showed a brain
+    moving_head: Volume | None
+    fixed_brain: Volume | None  # its mask, uint8, 1 in the brain
+    moving_brain: Volume | None
+
+    @property
+    def heads(self):
+        """What was done, in words, for each image that showed a whole head."""
+        return [f"{role}: a whole head, brain of {millilitres(brain.data > 0, brain.affine) / self.scale ** 3:.0f} ml"
+                for role, brain in (("fixed", self.fixed_brain), ("moving", self.moving_brain)) if brain is not None]
+
+
+def strip(pair: Pair) -> Stripped:
+    """Find the brain of each image, as `strip` of the request says: in whole heads, in both images, or in none.
+
+    Raises InputError where an image shows no brain, or where the package that finds it is missing.
+    """
+    found, images = {}, {}
+    for role in ("fixed", "moving"):
+        image, brain = getattr(pair, role), None
+        if pair.request.strip == "yes" or pair.request.strip == "auto" and is_head(image):
+            try:
+                brain = _brain(image)
+            except Missing as error:
+                raise InputError(f"{image.path} shows a whole head, and {error}; or give a skull-stripped image and "
+                                 "--strip no") from error
+            images[role] = replace(image, data=np.where(brain.data > 0, image.data, 0))
+        found |= {f"{role}_head": brain and image, f"{role}_brain": brain}
+    return Stripped(**kept(pair) | images, **found)
+
+
+def brain_mask(image: Source, geometry: str = "sform") -> nibabel.Nifti1Image:
+    """The brain in an image of a whole head: uint8 on the grid of the image, 1 in the brain.
+
+    The networks of deepbet find it, see `brain.extraction`. They were trained with T1 images of people.
+
+    Args:
+      image: a file, a nibabel image, or an array with voxels of 1 mm.
+      geometry: as in `images.geometry.placed`.
+
+    Raises InputError where the image cannot be used or shows no brain, or where the package deepbet is missing.
+    """
+    volume = load_image(image, geometry)
+    return mask_image(_brain(replace(volume, data=anchored(volume.data))))
+
+
+def strip_files(images, out, geometry="sform"):
+    """Strip files, as `drivenmorph strip` does. Yields the path of each stripped image.
+
+    For an image NAME.nii.gz, the folder `out` gets NAME_stripped.nii.gz, which is 0 outside the brain, the mask
+    NAME_brain.nii.gz, and the picture NAME_brain.png.
+
+    Raises InputError where an image cannot be used, two have one name, or a file cannot be written.
+    """
+    names = [stem(path) for path in images]
+    if len(set(names)) < len(names):
+        raise InputError(f"{', '.join(map(str, images))}: two images have one name, and would overwrite each other in "
+                         f"{out}")
+    out = make_folder(out)
+    for name, path in zip(names, images, strict=True):
+        volume = load_image(path, geometry)
+        image = replace(volume, data=anchored(volume.data))
+        brain = _brain(image)
+        figures.outline(out / f"{name}_brain.png", image, brain, title=Path(path).name)
+        stripped = np.where(brain.data > 0, volume.data, 0)
+        writing.write(out / f"{name}_brain.nii.gz", mask_image(brain))
+        writing.write(out / f"{name}_stripped.nii.gz",
+                      writing.to_nibabel(stripped, volume, dtype=volume.header.get_data_dtype()))
+        yield out / f"{name}_stripped.nii.gz"
+
+
+def mask_image(brain):
+    """The nibabel image of a mask, a Volume of uint8."""
+    return writing.to_nibabel(brain.data, brain, dtype=np.dtype(np.uint8))
+
+
+def _brain(image):
+    return replace(image, data=extract(image).astype(np.uint8))
