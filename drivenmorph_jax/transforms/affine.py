@@ -27,6 +27,7 @@ SMALL_TURNS = -25.0, 0.0, 25.0  # about each axis, degrees
 ALL_TURNS = 600  # rotations, evenly over all
 APART = 25.0  # mm between two starts that are both optimised, root mean square over the image
 TRIED, DECIDED = 6, 3  # starts that are optimised, and those of them that the next level decides between
+PRIOR = 20.0  # mutual information that a squared spread of the scales' logarithms must bring in a thin image
 LEAST = 0.25  # share of the tissue in one image that has to be known in the other
 
 
@@ -71,15 +72,38 @@ def _tissue(level):
 
 
 def _optimise(fixed, moving, kind):
+    """T (4, 4) of two lists of levels. Every decision is by the mutual information at one level."""
     first = "similarity" if kind == "affine" else kind
     starts = _starts(fixed[0], moving[0], kind != "rigid")
     tried = [_run(fixed[0], moving[0], start, first) for start in _different(fixed[0], moving[0], starts)]
-    tried = _ranked(fixed[0], moving[0], tried)[:DECIDED]
-    best = _ranked(fixed[1], moving[1], tried)[0]
-    found = [best]
+    best = _ranked(fixed[1], moving[1], _ranked(fixed[0], moving[0], tried)[:DECIDED])[0]
+    found = best
     for f, m in zip(fixed[1:], moving[1:], strict=True):
-        found.append(_run(f, m, found[-1], kind))
-    return _ranked(fixed[2], moving[2], [*found, *starts[:2]])[0]
+        found = _run(f, m, found, kind)
+    found = _ranked(fixed[-1], moving[-1], [found, best, *starts[:2]])[0]
+    thin = _thinness(fixed[-1]) if kind == "affine" else 0
+    return _shrunk(found, _run(fixed[-1], moving[-1], best, first), thin, fixed[-1], moving[-1]) if thin else found
+
+
+def _thinness(level):
+    """How much less than a whole brain a cut image determines the scales: 0 (as much) to 1. Its tissue has the
+    standard deviations s along its principal axes: 1 - min s / (.65 max s)."""
+    if level.used is None:
+        return 0.0
+    spread = np.linalg.eigvalsh(np.cov(np.argwhere((level.data > 0.1) & (level.counts > 0.5)).T))
+    return 1 - min(1.0, np.sqrt(spread[0] / spread[-1]) / 0.65)
+
+
+def _shrunk(affine, similarity, thin, fixed, moving):
+    """The transform between a similarity and an affine that the images support.
+
+      similarity + w (affine - similarity),    w = g / (g + PRIOR thin a^2)
+
+    g is the gain of mutual information by the affine, a the standard deviation of the logarithms of its scales.
+    """
+    less, more = _information(fixed, moving, [similarity, affine])
+    gain, spread = max(more - less, 0.0), np.std(np.log(np.linalg.svd(affine[:3, :3], compute_uv=False)))
+    return similarity + gain / (gain + PRIOR * thin * spread**2 + 1e-12) * (affine - similarity)
 
 
 def _starts(fixed, moving, scaled):
