@@ -1,8 +1,8 @@
 """The field of view: where an image says what is there.
 
-The grid of a file ends at six faces. Where the outermost slice holds no tissue, the background goes on beyond the face.
-Where it does, the tissue is cut there, and nothing is known beyond. A voxel is known if it lies on the inner side of
-every cut face.
+The grid of a file ends at six faces. Where the outermost slice holds hardly any tissue, the background goes on beyond
+the face. Elsewhere the tissue is cut there, and nothing is known beyond. A point is known if it lies on the inner side
+of every cut face. The images are as `intensity.anchored` returns them.
 """
 
 import numpy as np
@@ -11,53 +11,53 @@ from scipy import ndimage
 from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.volume import resample
 
-CUT = 0.05  # share of tissue in the outermost slice, of that in the fullest slice along the axis, from which it is cut
+CUT = 0.05  # a face is cut from this share of tissue in its slice, of that in the fullest slice along the axis
 
 
-def bounds(volume):
-    """The lowest and the highest voxel coordinate (2, 3) at which a Volume is known: infinite at faces without cut."""
-    tissue, ends = foreground(volume.data), np.array([3 * [-np.inf], 3 * [np.inf]])
-    for axis, last in enumerate(np.array(tissue.shape) - 1):
+def cut_faces(volume):
+    """The voxel coordinates (2, 3) of the lower and upper faces at which a Volume is cut; infinite at other faces."""
+    tissue, faces = foreground(volume.data), np.array([3 * [-np.inf], 3 * [np.inf]])
+    for axis, n in enumerate(tissue.shape):
         full = np.count_nonzero(tissue, axis=tuple(a for a in range(3) if a != axis))
-        for end, place in ((0, 0), (1, last)):
+        for end, place in enumerate((0, n - 1)):
             if full[place] > CUT * full.max():
-                ends[end, axis] = place
-    return ends
+                faces[end, axis] = place
+    return faces
 
 
-def known(volume, shape, affine, transform=None, rim=0.0):
-    """The voxels of a grid (shape, affine) at which a Volume is known, bool, or None where it is known everywhere.
+def beyond(volume, shape, affine, transform=None, rim=0.0):
+    """The distance in mm of the voxels of a grid from what is known of a Volume; 0 where it is known.
 
     Args:
-      volume: the Volume, an image as `intensity.anchored` returns it.
+      volume: the Volume.
       shape, affine: the grid; the affine maps voxels to RAS mm.
       transform: T (4, 4), from the world of the grid to the world of the volume, in RAS mm. None is the identity.
-      rim: mm along a cut face that do not count as known either.
+      rim: mm along the cut faces that do not count as known either.
+
+    Returns:
+      An array (float32) of `shape`, or None where no face is cut.
     """
-    ends = bounds(volume)
-    if np.isinf(ends).all():
+    faces = cut_faces(volume)
+    if np.isinf(faces).all():
         return None
-    transform = np.eye(4) if transform is None else transform
-    return _between(np.linalg.inv(volume.affine) @ transform @ affine, shape,
-                    ends + np.outer((1, -1), rim / volume.spacing))
-
-
-def _between(matrix, shape, ends):
-    """The voxels x of a grid of `shape` with ends[0] <= matrix x <= ends[1] along every axis: bool."""
-    inside = np.ones(shape, bool)
-    for row, low, high in zip(matrix, *ends, strict=False):
+    matrix = np.linalg.inv(volume.affine) @ (np.eye(4) if transform is None else transform) @ affine
+    squares = np.zeros(shape, np.float32)
+    for row, size, low, high in zip(matrix, volume.spacing, *faces, strict=False):
         if np.isfinite((low, high)).any():
-            x = sum(np.expand_dims(row[a] * np.arange(n), [b for b in range(3) if b != a])
-                    for a, n in enumerate(shape)) + row[3]
-            inside &= (x >= low - 1e-6) & (x <= high + 1e-6)
-    return inside
+            x = row[3] + sum(np.ix_(*(step * np.arange(n) for step, n in zip(row, shape, strict=False))))
+            out = size * np.maximum(low - x, x - high) + rim
+            squares += np.where(out > 1e-3 * size, out, 0) ** 2
+    return np.sqrt(squares)
 
 
 def resample_known(volume, shape, affine):
-    """(the Volume on a grid as `volume.resample` samples it, `known` there). Beyond a cut face its rim is repeated."""
-    data, there = resample(volume, shape, affine), known(volume, shape, affine)
-    if there is not None:
-        repeated = ndimage.affine_transform(volume.data, np.linalg.inv(volume.affine) @ affine, output_shape=shape,
-                                            order=1, mode="nearest", prefilter=False)
-        data = np.where(there, data, repeated)
-    return data, there
+    """A Volume on a grid as `volume.resample` samples it, and where it is known there (bool, or None if everywhere).
+
+    Beyond a cut face the values of the face are repeated.
+    """
+    data, distance = resample(volume, shape, affine), beyond(volume, shape, affine)
+    if distance is None:
+        return data, None
+    repeated = ndimage.affine_transform(volume.data, np.linalg.inv(volume.affine) @ affine, output_shape=tuple(shape),
+                                        order=1, mode="nearest", prefilter=False)
+    return np.where(distance > 0, repeated, data), distance == 0

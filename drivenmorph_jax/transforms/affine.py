@@ -1,7 +1,6 @@
 """Rigid, similarity and affine alignment of two volumes by mutual information, with SimpleITK."""
 
 import itertools
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,43 +15,49 @@ from drivenmorph_jax.images.volume import resample, smoothed
 from drivenmorph_jax.images.working_grid import working_grid
 from drivenmorph_jax.transforms.itk import FLIP, from_itk, to_itk
 
-KINDS = {"rigid": sitk.VersorRigid3DTransform, "similarity": sitk.Similarity3DTransform, "affine": partial(sitk.AffineTransform, 3)}
+KINDS = {"affine": partial(sitk.AffineTransform, 3), "similarity": sitk.Similarity3DTransform,
+         "rigid": sitk.VersorRigid3DTransform}
 SPACING = 2.0  # mm; twelve parameters need no finer images
 FACTORS = 4, 2, 1  # of the levels: voxels of 8, 4 and 2 mm
 BINS = 32  # with 50, the few voxels at 8 mm mislead the optimiser
-SAMPLES = 50_000  # voxels that one evaluation of the metric uses
-FEWER = 2_000  # for each of the many starts
+TISSUE = 0.1  # from this intensity on
+SAMPLES, FEWER = 50_000, 2_000  # voxels that one evaluation of the metric uses; for each of the many starts
 AIR = 40.0  # mm of background around the moving image that the optimiser sees
 SMALL_TURNS = -25.0, 0.0, 25.0  # about each axis, degrees
-ALL_TURNS = 600  # rotations, evenly over all
-APART = 25.0  # mm between two starts that are both optimised, root mean square over the image
+ALL_TURNS = 600  # rotations, spread evenly over all
+APART = 50.0  # mm between two starts that are both optimised, root mean square over the corners of the image
 TRIED, DECIDED = 6, 3  # starts that are optimised, and those of them that the next level decides between
-PRIOR = 20.0  # mutual information that a squared spread of the scales' logarithms must bring in a thin image
-LEAST = 0.25  # share of the tissue in one image that has to be known in the other
-
-
-@dataclass(frozen=True, eq=False)
-class _Level:
-    """An image with voxels of one size."""
-
-    image: sitk.Image  # in [0, 1]
-    used: sitk.Image | None  # 1 at the voxels that count; None: all count
-
-    def __post_init__(self):
-        affine = np.eye(4)
-        affine[:3, :3] = np.reshape(self.image.GetDirection(), (3, 3)) * self.image.GetSpacing()
-        affine[:3, 3] = self.image.GetOrigin()
-        put = object.__setattr__
-        put(self, "affine", FLIP @ affine)  # voxel to RAS mm
-        put(self, "data", sitk.GetArrayViewFromImage(self.image).T)
-        put(self, "counts", None if self.used is None else sitk.GetArrayViewFromImage(self.used).T)
+LEAST = 0.25  # share of an image's tissue that the other image must know
+THIN = 0.65  # ratio of the least to the largest extent from which tissue determines all scales; a brain's is larger
+PRIOR = 20.0  # mutual information that a squared spread of the logarithms of the scales must bring in a thin image
 
 
 def register_affine(fixed, moving, fixed_mask=None, moving_mask=None, kind="affine"):
-    """The transform T (4, 4) from the world of the fixed to the world of the moving Volume, in RAS mm.
+    """The affine T (4, 4) from the world of the fixed to the world of the moving Volume, in RAS mm.
+
+      moving(T x) ~ fixed(x)
+
+    T maximises mutual information at 2 mm. Starts are the world coordinates of the files and the centres of mass, each
+    turned by 25 degrees about the axes, and the centres of mass with 600 rotations. The six best at 8 mm that are far
+    from each other are optimised as similarities. The best of these at 4 mm is optimised at 4 and 2 mm as an affine.
+    It is never worse than the world coordinates of the files or the centres of mass.
+
+    Voxels that one of the images does not know, see `images.field_of_view`, do not count. The metric is sampled in the
+    image that knows less, so that its voxels are the same for all transforms. In a slab, anisotropic scales need the
+    more mutual information, see `_shrunk`. The same input gives the same T on any number of cores.
+
+    Args:
+      fixed, moving: the Volumes.
+      fixed_mask, moving_mask: Volumes on the grids of their images, or None. Voxels where a mask is above 0 are left
+        out.
+      kind: "affine", "similarity" (rotation, translation and one scale) or "rigid" (rotation and translation).
+
+    Raises InputError where no overlap of the volumes is found.
+
+    Reference: Mattes et al., PET-CT image registration in the chest using free-form deformations, 2003.
     """
     f, m = _levels(fixed, fixed_mask), _levels(moving, moving_mask)
-    swapped = _volume_cut(m) and (not _volume_cut(f) or _tissue(m[-1]) < _tissue(f[-1]))
+    swapped = m[-1].used is not None and (f[-1].used is None or m[-1].tissue().sum() < f[-1].tissue().sum())
     try:
         result = np.linalg.inv(_optimise(m, f, kind)) if swapped else _optimise(f, m, kind)
     except RuntimeError as error:  # ITK raises this where the images do not overlap
@@ -63,16 +68,32 @@ def register_affine(fixed, moving, fixed_mask=None, moving_mask=None, kind="affi
     return result
 
 
-def _volume_cut(levels):
-    return levels[-1].used is not None
+class _Level:
+    """An image at one voxel size.
 
+    Attributes:
+      image: for SimpleITK, in [0, 1].
+      used: 1 at the voxels that count; None where all do.
+      data, counts: the same as arrays (X, Y, Z); `counts` is bool or None.
+      affine: (4, 4), voxel to RAS mm.
+    """
 
-def _tissue(level):
-    return np.count_nonzero(level.data > 0.1)
+    def __init__(self, image, used):
+        self.image, self.used = image, used if used is None else sitk.Cast(used > 0.5, sitk.sitkUInt8)
+        self.data, self.counts = (None if x is None else sitk.GetArrayFromImage(x).T for x in (self.image, self.used))
+        lps = np.eye(4)
+        lps[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+        lps[:3, 3] = image.GetOrigin()
+        self.affine = FLIP @ lps
+
+    def tissue(self):
+        """The voxels of tissue that count: (X, Y, Z) bool."""
+        tissue = self.data > TISSUE
+        return tissue if self.counts is None else tissue & (self.counts > 0)
 
 
 def _optimise(fixed, moving, kind):
-    """T (4, 4) of two lists of levels. Every decision is by the mutual information at one level."""
+    """T (4, 4) between the levels of two images. Every decision is by mutual information at one level."""
     first = "similarity" if kind == "affine" else kind
     starts = _starts(fixed[0], moving[0], kind != "rigid")
     tried = [_run(fixed[0], moving[0], start, first) for start in _different(fixed[0], moving[0], starts)]
@@ -80,26 +101,31 @@ def _optimise(fixed, moving, kind):
     found = best
     for f, m in zip(fixed[1:], moving[1:], strict=True):
         found = _run(f, m, found, kind)
-    found = _ranked(fixed[-1], moving[-1], [found, best, *starts[:2]])[0]
-    thin = _thinness(fixed[-1]) if kind == "affine" else 0
-    return _shrunk(found, _run(fixed[-1], moving[-1], best, first), thin, fixed[-1], moving[-1]) if thin else found
+    f, m = fixed[-1], moving[-1]
+    thin = _thinness(f) if kind == "affine" else 0.0
+    if thin:
+        found = _shrunk(_run(f, m, best, first), found, thin, f, m)
+    return _ranked(f, m, [found, best, *starts[:2]])[0]
 
 
 def _thinness(level):
-    """How much less than a whole brain a cut image determines the scales: 0 (as much) to 1. Its tissue has the
-    standard deviations s along its principal axes: 1 - min s / (.65 max s)."""
+    """How much less than a whole brain a cut image says about the scales, from 0 (as much) to 1.
+
+      max(0, 1 - least / largest / THIN)    of the standard deviations of its tissue along the principal axes
+    """
     if level.used is None:
         return 0.0
-    spread = np.linalg.eigvalsh(np.cov(np.argwhere((level.data > 0.1) & (level.counts > 0.5)).T))
-    return 1 - min(1.0, np.sqrt(spread[0] / spread[-1]) / 0.65)
+    spread = np.sqrt(np.linalg.eigvalsh(np.cov(np.argwhere(level.tissue()).T)))
+    return max(0.0, 1 - spread[0] / spread[-1] / THIN)
 
 
-def _shrunk(affine, similarity, thin, fixed, moving):
-    """The transform between a similarity and an affine that the images support.
+def _shrunk(similarity, affine, thin, fixed, moving):
+    """The transform between a similarity and an affine that a thin image supports.
 
-      similarity + w (affine - similarity),    w = g / (g + PRIOR thin a^2)
+      similarity + g / (g + PRIOR thin a^2) (affine - similarity)
 
-    g is the gain of mutual information by the affine, a the standard deviation of the logarithms of its scales.
+    g is the gain of mutual information by the affine, a the standard deviation of the logarithms of its scales. This
+    maximises g (1 - (1 - w)^2) - PRIOR thin (w a)^2 over the weight w of the affine.
     """
     less, more = _information(fixed, moving, [similarity, affine])
     gain, spread = max(more - less, 0.0), np.std(np.log(np.linalg.svd(affine[:3, :3], compute_uv=False)))
@@ -137,92 +163,88 @@ def _rotations(n):
 
 
 def _moments(level):
-    """The centre of mass in RAS mm and the cube root of the mass."""
-    data = np.clip(level.data, 0, None) * (1 if level.counts is None else level.counts > 0.5)
-    centre = level.affine @ [*ndimage.center_of_mass(data), 1.0]
-    return centre[:3], np.cbrt(data.sum())
+    """The centre of mass in RAS mm, and the cube root of the mass."""
+    mass = level.data * level.tissue()
+    return (level.affine @ [*ndimage.center_of_mass(mass), 1.0])[:3], np.cbrt(mass.sum())
 
 
 def _different(fixed, moving, starts):
-    """The best starts that are far from each other."""
-    corners = np.array(list(itertools.product(*((0, n) for n in fixed.data.shape), (1,)))) @ fixed.affine.T
-    kept = []
-    for place in np.argsort(-_information(fixed, moving, starts, FEWER), kind="stable"):
-        moved = corners @ starts[place].T
-        if all(np.sqrt(np.mean(np.sum((moved - corners @ other.T) ** 2, 1))) > 2 * APART for other in kept):
+    """The best starts, at most TRIED, that are APART from each other. Raises RuntimeError where no start overlaps."""
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in fixed.data.shape), (1,)))) @ fixed.affine.T
+    information, kept = _information(fixed, moving, starts, FEWER), []
+    for place in np.argsort(-information, kind="stable")[:np.count_nonzero(information)]:
+        apart = [np.sqrt(np.mean(np.sum((corners @ (starts[place] - other).T) ** 2, 1))) for other in kept]
+        if min(apart, default=np.inf) > APART and len(kept) < TRIED:
             kept.append(starts[place])
-        if len(kept) == TRIED:
-            break
+    if not kept:
+        raise RuntimeError("no start overlaps")
     return kept
 
 
 def _ranked(fixed, moving, transforms):
-    order = np.argsort(-_information(fixed, moving, transforms), kind="stable")
-    return [transforms[k] for k in order]
+    """The transforms, the best first."""
+    return [transforms[k] for k in np.argsort(-_information(fixed, moving, transforms), kind="stable")]
 
 
 def _information(fixed, moving, transforms, samples=SAMPLES):
-    """The mutual information of two levels under transforms (N, 4, 4): (N,)."""
-    count = np.ones(fixed.data.shape, bool) if fixed.counts is None else fixed.counts > 0.5
-    places = np.argwhere(count)
-    places = places[:: max(1, len(places) // samples)]
+    """The mutual information of two levels under transforms (N, 4, 4): (N,). It is 0 where tissue of the fixed image
+    hardly overlaps what is known of the moving one."""
+    places = np.argwhere(np.ones(fixed.data.shape, bool) if fixed.counts is None else fixed.counts)
+    places = places[::max(1, len(places) // samples)]
     values = fixed.data[tuple(places.T)]
-    points = (np.concatenate([places, np.ones((len(places), 1))], 1) @ fixed.affine.T).T
+    points = fixed.affine @ np.concatenate([places.T, np.ones((1, len(places)))])
     to_moving = np.linalg.inv(moving.affine)
-    return np.array([_of_values(values, *_sampled(moving, to_moving @ transform @ points)) for transform in transforms])
 
+    def information(transform):
+        x = (to_moving @ transform @ points)[:3]
+        f, m = values, ndimage.map_coordinates(moving.data, x, order=1, prefilter=False)
+        if moving.counts is not None:
+            known = ndimage.map_coordinates(moving.counts, x, order=0, mode="nearest", prefilter=False) > 0
+            f, m = f[known], m[known]
+        if np.count_nonzero(f > TISSUE) < LEAST * np.count_nonzero(values > TISSUE):
+            return 0.0
+        of_fixed, of_moving = (np.clip(x * BINS, 0, BINS - 1).astype(int) for x in (f, m))
+        joint = np.bincount(of_fixed * BINS + of_moving, minlength=BINS**2).reshape(BINS, BINS) / len(f)
+        there, alone = joint > 0, joint.sum(1, keepdims=True) * joint.sum(0)
+        return float(np.sum(joint[there] * np.log(joint[there] / alone[there])))
 
-def _sampled(level, x):
-    """(values, whether they are known) at voxel coordinates x (4, N)."""
-    values = ndimage.map_coordinates(level.data, x[:3], order=1, prefilter=False)
-    if level.counts is None:
-        return values, np.ones(len(values), bool)
-    return values, ndimage.map_coordinates(level.counts, x[:3], order=0, mode="nearest", prefilter=False) > 0.5
-
-
-def _of_values(f, m, known):
-    seen = np.count_nonzero(known & (f > 0.1))
-    if seen < LEAST * np.count_nonzero(f > 0.1):
-        return 0.0
-    a, b = (np.clip(v[known] * BINS, 0, BINS - 1).astype(int) for v in (f, m))
-    joint = np.bincount(a * BINS + b, minlength=BINS * BINS).reshape(BINS, BINS) / len(a)
-    apart = joint.sum(1, keepdims=True) * joint.sum(0)
-    return np.sum(joint[joint > 0] * np.log(joint[joint > 0] / apart[joint > 0]))
+    return np.array([information(transform) for transform in transforms])
 
 
 def _run(fixed, moving, start, kind):
-    """Optimise over a regular sample of the voxels. On coarse images the sample is every voxel."""
-    method = sitk.ImageRegistrationMethod()
+    """The transform of a kind, optimised from `start` (4, 4) by Mattes mutual information; `start` where that fails.
+
+    It uses a regular sample of the voxels. On coarse images the sample is every voxel.
+    """
+    method, spacing = sitk.ImageRegistrationMethod(), fixed.image.GetSpacing()[0]
     method.SetNumberOfWorkUnits(1)  # with more, the order of the sums varies, and with it the result
     method.SetMetricAsMattesMutualInformation(BINS)
     method.SetInterpolator(sitk.sitkLinear)
-    method.MetricUseFixedImageGradientFilterOff()
+    method.MetricUseFixedImageGradientFilterOff()  # the gradient is that of the interpolated image
     method.MetricUseMovingImageGradientFilterOff()
-    spacing, share = fixed.image.GetSpacing()[0], SAMPLES / fixed.image.GetNumberOfPixels()
+    share = SAMPLES / fixed.image.GetNumberOfPixels()
     if share < 1:
         method.SetMetricSamplingStrategy(method.REGULAR)
         method.SetMetricSamplingPercentage(share, 1)
+    pad = [round(AIR / spacing)] * 3
+    if fixed.used is not None:
+        method.SetMetricFixedMask(fixed.used)
+    if moving.used is not None:
+        method.SetMetricMovingMask(sitk.ZeroFluxNeumannPad(moving.used, pad, pad))
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=spacing / 2, minStep=spacing / 200, numberOfIterations=100, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()
-    pad = [round(AIR / spacing)] * 3
-    if fixed.used is not None:
-        method.SetMetricFixedMask(sitk.Cast(fixed.used > 0.5, sitk.sitkUInt8))
-    if moving.used is not None:
-        method.SetMetricMovingMask(sitk.ZeroFluxNeumannPad(sitk.Cast(moving.used > 0.5, sitk.sitkUInt8), pad, pad))
-    transform = _as_kind(start, kind, fixed)
-    method.SetInitialTransform(transform, inPlace=True)
-    method.Execute(fixed.image, sitk.ConstantPad(moving.image, pad, pad))
-    return from_itk(transform)
-
-
-def _as_kind(start, kind, fixed):
-    itk, given = KINDS[kind](), to_itk(start)
+    transform, given = KINDS[kind](), to_itk(start)
     centre = fixed.image.TransformContinuousIndexToPhysicalPoint([n / 2 for n in fixed.image.GetSize()])
-    itk.SetCenter(centre)
-    itk.SetMatrix(given.GetMatrix())
-    itk.SetTranslation(np.subtract(given.TransformPoint(centre), centre).tolist())
-    return itk
+    transform.SetCenter(centre)
+    transform.SetMatrix(given.GetMatrix())
+    transform.SetTranslation(np.subtract(given.TransformPoint(centre), centre).tolist())
+    method.SetInitialTransform(transform, inPlace=True)
+    try:
+        method.Execute(fixed.image, sitk.ConstantPad(moving.image, pad, pad))
+    except RuntimeError:  # the images came to overlap no more
+        return start
+    return from_itk(transform)
 
 
 def metric_between(fixed, moving, transforms):
