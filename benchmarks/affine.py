@@ -3,8 +3,8 @@
 python -m benchmarks.affine FIXED MOVING [--starts 100] [--degrees 45] [--shift 100] [--size 1.25] [--kind affine]
 
 A cut takes slices off one of the images. "Distance" is the mean distance in mm between the affine of the cut images and
-that of the whole ones, over the voxels of the fixed brain that are still there in both. "Scale" is the largest change of
-a scale of the affine in %. "Turned" headers lead to one place if the affine is right: the distances are those to the
+that of the whole ones, over the voxels of the fixed brain that are still there in both. "Scale" is the largest change
+of a scale of the affine in %. "Turned" headers lead to one place if the affine is right: the distances are those to the
 affine of the untouched header, over the fixed brain.
 """
 

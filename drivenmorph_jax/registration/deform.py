@@ -14,7 +14,6 @@ from drivenmorph_jax.images.masks import fill
 from drivenmorph_jax.registration.prepare import Prepared
 from drivenmorph_jax.registration.read import kept
 
-
 FADE = 10.0  # mm, standard deviation of the Gaussian by which the deformation fades beyond a cut face
 
 
