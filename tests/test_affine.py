@@ -91,7 +91,8 @@ def test_a_cut_image_is_aligned_by_what_it_shows(template, side, axis, shares):
 def test_a_header_that_is_turned_and_far_away_changes_nothing(template, degrees, axis, size):
     moving, true = moved(template, *SMALL)
     change = np.eye(4)
-    change[:3, :3] = size * Rotation.from_rotvec(np.deg2rad(degrees) * np.divide(axis, np.linalg.norm(axis))).as_matrix()
+    turn = np.deg2rad(degrees) * np.divide(axis, np.linalg.norm(axis))
+    change[:3, :3] = size * Rotation.from_rotvec(turn).as_matrix()
     change[:3, 3] = 400, -300, 330
     found = affine.register_affine(template, replace(moving, affine=change @ moving.affine))
     assert error(template, np.linalg.inv(change) @ found, true) < 1
