@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import nibabel
 import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 from nilearn.datasets import load_mni152_template
+from scipy.spatial.transform import Rotation
 
+from benchmarks.affine import cut, inside
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.volume import Volume, resample
@@ -29,9 +33,10 @@ def moved(template, angles, shift, scales=(1.0, 1.0, 1.0)):
     return Volume(data, grid, template.header, "moved"), transform
 
 
-def error(template, found, true):
-    """Mean distance in mm over the brain."""
+def error(template, found, true, there=lambda x: slice(None)):
+    """Mean distance in mm over the brain, at the points x (N, 3) that are `there`."""
     x = apply_affine(template.affine, np.argwhere(foreground(template.data)))
+    x = x[there(x)]
     return np.linalg.norm(apply_affine(found, x) - apply_affine(true, x), axis=1).mean()
 
 
@@ -60,5 +65,58 @@ def test_failure_names_both_files_and_the_remedy(template, monkeypatch):
         raise RuntimeError("All samples map outside moving image buffer")
 
     monkeypatch.setattr(affine, "_optimise", fail)
-    with pytest.raises(InputError, match="mni could not be aligned to mni .*--no-affine"):
+    with pytest.raises(InputError, match="mni could not be aligned to mni .*--affine none"):
         affine.register_affine(template, template)
+
+
+SMALL = (5, -8, 6), (5, -7, 3), (1.08, 0.95, 1.03)
+
+
+@pytest.mark.parametrize("side, axis, shares", [("moving", 2, (0.5, 0)), ("fixed", 0, (0.25, 0)),
+                                                ("fixed", 2, (0.35, 0.3))])
+def test_a_cut_image_is_aligned_by_what_it_shows(template, side, axis, shares):
+    moving, true = moved(template, *SMALL)
+    if side == "fixed":
+        part = cut(template, axis, *shares)
+        found, there = affine.register_affine(part, moving), lambda x: inside(part, x)
+    else:
+        part = cut(moving, axis, *shares)
+        found, there = affine.register_affine(template, part), lambda x: inside(part, apply_affine(true, x))
+    assert error(template, found, true, there) < 1
+    scales = (np.linalg.svd(x[:3, :3], compute_uv=False) for x in (found, true))
+    np.testing.assert_allclose(*scales, rtol=0.05)
+
+
+@pytest.mark.parametrize("degrees, axis, size", [(180, (0, 1, 0), 0.6), (170, (0, 0, 1), 1.6), (75, (1, -2, 0.5), 1)])
+def test_a_header_that_is_turned_and_far_away_changes_nothing(template, degrees, axis, size):
+    moving, true = moved(template, *SMALL)
+    change = np.eye(4)
+    turn = np.deg2rad(degrees) * np.divide(axis, np.linalg.norm(axis))
+    change[:3, :3] = size * Rotation.from_rotvec(turn).as_matrix()
+    change[:3, 3] = 400, -300, 330
+    found = affine.register_affine(template, replace(moving, affine=change @ moving.affine))
+    assert error(template, np.linalg.inv(change) @ found, true) < 1
+
+
+def test_rigid_is_rigid_and_a_similarity_has_one_scale(template):
+    moving, _ = moved(template, (12, -9, 15), (8, 3, -6), (1.1, 1.1, 1.1))
+    grown = moving.affine.copy()
+    grown[:3] /= 1.1
+    for kind, other, scale in (("rigid", replace(moving, affine=grown), 1.0), ("similarity", moving, 1.1)):
+        linear = affine.register_affine(template, other, kind=kind)[:3, :3]
+        np.testing.assert_allclose(linear.T @ linear, np.linalg.det(linear) ** (2 / 3) * np.eye(3), atol=1e-6)
+        np.testing.assert_allclose(np.linalg.det(linear), scale**3, atol=1e-6 if kind == "rigid" else 0.03)
+
+
+def test_the_result_is_no_worse_than_the_world_coordinates(template):
+    noise = np.random.default_rng(0).normal(size=template.data.shape).astype(np.float32)
+    other = replace(template, data=np.maximum(template.data[::-1] + 0.1 * noise * (template.data > 0), 0))
+    found, world = affine.metric_between(template, other, [affine.register_affine(template, other), np.eye(4)])
+    assert found > world - 1e-3
+
+
+def test_metric_leaves_out_what_is_beyond_a_cut_face(template):
+    part = cut(template, 2, 0.5)
+    whole, half, far = affine.metric_between(template, part, [np.eye(4), np.diag([1, 1, 0.5, 1]),
+                                                             np.array([[1, 0, 0, 500], *np.eye(4)[1:]])])
+    assert whole > half > 0.0 and far == 0.0

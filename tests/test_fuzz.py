@@ -162,7 +162,7 @@ def test_register_with_a_damaged_file_ends_in_a_whole_result_or_one_sentence(tmp
 
     def register(affine, **files):
         arguments = [x for name, path in ({"fixed": good, "moving": good} | files).items() for x in (f"--{name}", path)]
-        arguments += ["--out", out, "--method", "demons", "--memory", "4GB", *([] if affine else ["--no-affine"])]
+        arguments += ["--out", out, "--method", "demons", "--memory", "4GB", *([] if affine else ["--affine", "none"])]
         return run(register_program, arguments, monkeypatch, capsys)
 
     assert register(affine=False)[0] == 0  # compiles, which may take longer than any damaged file may

@@ -78,7 +78,7 @@ def test_the_program_registers_with_the_shipped_weights(installed):
     brain(elsewhere / "fixed.nii.gz", 1.1)
     brain(elsewhere / "moving.nii.gz", 0.9)
     run(sys.executable, "-m", "drivenmorph_jax.cli.main", "register", "--fixed", "fixed.nii.gz", "--moving",
-        "moving.nii.gz", "--out", "out", "--no-affine", "--refine_steps", "0")
+        "moving.nii.gz", "--out", "out", "--affine", "none", "--refine_steps", "0")
     summary = json.loads((elsewhere / "out" / "summary.json").read_text())
     assert summary["checkpoint"] == str(folder / "drivenmorph_jax" / "weights" / "brain-t1")
     assert summary["similarity_after"] > summary["similarity_before"]

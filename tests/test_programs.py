@@ -167,13 +167,21 @@ def test_register_refuses_what_does_not_belong(flags, words, tmp_path, monkeypat
     assert not Path("out").exists() or not list(Path("out").iterdir())
 
 
-def test_register_refuses_images_that_do_not_overlap(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags", [["--affine", "rigid"], ["--affine", "none"], ["--no-affine"]])
+def test_an_affine_and_a_transform_to_start_from_exclude_each_other(flags, tmp_path, monkeypatch, capsys):
+    status, said = run(register_program, ["--fixed", "a.nii", "--moving", "b.nii", "--out", tmp_path / "out",
+                                          "--initial_transform", "c.tfm", *flags], monkeypatch, capsys)
+    assert status == 2 and "--affine and --initial_transform exclude each other" in said
+
+
+@pytest.mark.parametrize("flags", [["--affine", "none"], ["--no-affine"]])
+def test_register_refuses_images_that_do_not_overlap(flags, tmp_path, monkeypatch, capsys):
     far = np.diag([2.0, 2, 2, 1])
     far[:3, 3] = 5000
     a, b = write(tmp_path / "a.nii.gz", blob(0)), write(tmp_path / "b.nii.gz", blob(1), far)
     status, said = run(register_program, ["--fixed", a, "--moving", b, "--out", tmp_path / "out", "--method", "demons",
-                                          "--no-affine"], monkeypatch, capsys)
-    refused(status, said, b, "overlap")
+                                          *flags], monkeypatch, capsys)
+    refused(status, said, b, "overlap", "--affine none")
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path, monkeypatch, capsys):

@@ -287,3 +287,40 @@ def test_stages_can_be_called_one_by_one(brains):
     whole = register(request.fixed, request.moving, method="demons", affine=False, quiet=True)
     np.testing.assert_array_equal(result.transform.displacement, whole.transform.displacement)
     assert result.summary["similarity_after"] == whole.summary["similarity_after"]
+
+
+def test_beyond_a_cut_the_deformation_has_no_force_and_fades(brains, tmp_path):
+    from drivenmorph_jax import registration as r
+    names = [str(brains / f"sub-00{i}_{kind}.nii.gz") for kind in ("t1", "seg") for i in (0, 1)]
+    whole = register(*names[:2], method="demons", affine=False, quiet=True)
+    fixed, image = nib.load(names[0]), nib.load(names[1])
+    first = np.flatnonzero((np.asarray(image.dataobj) > 100).any((0, 1)))[0]
+    gone = first + 8  # slices below
+    for path in names[1::2]:
+        part = nib.load(path).slicer[:, :, gone:]
+        nib.save(part, tmp_path / path.rsplit("/", 1)[-1])
+    moving = tmp_path / "sub-001_t1.nii.gz"
+    request = r.Request(fixed=names[0], moving=str(moving), method="demons", affine=False)
+    assert r.align(r.read(request)).masked
+    assert not r.align(r.read(r.Request(fixed=names[0], moving=names[1], method="demons", affine=False))).masked
+    found = register(names[0], moving, method="demons", affine=False, quiet=True)
+    z = nib.affines.apply_affine(fixed.affine, np.moveaxis(np.indices(fixed.shape), 0, -1))[..., 2]
+    face = part.affine[2, 3]
+    lengths = np.linalg.norm(found.transform.displacement, axis=-1)
+    assert not found.force[z < face].any() and found.force[z > face + 10].any()
+    assert lengths[z < face - 30].max() < 0.1 < lengths[z > face].max()
+    apart = np.linalg.norm(found.transform.displacement - whole.transform.displacement, axis=-1)
+    brain = np.asarray(fixed.dataobj) > 100
+    assert apart[brain & (z > face + 20)].mean() < 0.25 * lengths[brain & (z > face + 20)].mean()
+    assert found.summary["fold_pct"] == 0
+
+
+def test_the_affine_has_names(brains):
+    from drivenmorph_jax import registration as r
+    pair = r.read(r.Request(fixed=str(brains / "sub-000_t1.nii.gz"), moving=str(brains / "sub-001_t1.nii.gz"),
+                            method="demons", affine="rigid"))
+    linear = r.align(pair).affine[:3, :3]
+    np.testing.assert_allclose(linear.T @ linear, np.eye(3), atol=1e-6)
+    assert not np.allclose(linear, np.eye(3), atol=1e-4)
+    none = r.read(r.Request(fixed=pair.request.fixed, moving=pair.request.moving, method="demons", affine="none"))
+    np.testing.assert_array_equal(r.align(none).affine, np.eye(4))

@@ -23,8 +23,8 @@ def main(arguments=None, prog="drivenmorph register"):
     flags = parser.parse_args(arguments)
     if flags.refine_steps is not None and flags.refine_steps < 0:
         parser.error("--refine_steps must be 0 or more")
-    if flags.no_affine and flags.initial_transform:
-        parser.error("--no-affine and --initial_transform exclude each other")
+    if flags.affine and flags.initial_transform:
+        parser.error("--affine and --initial_transform exclude each other")
 
     # Imported late, so that --help answers at once.
     from drivenmorph_jax.files import check_folder
@@ -44,7 +44,7 @@ def main(arguments=None, prog="drivenmorph register"):
         method=flags.method,
         force=flags.force,
         contrast=flags.contrast,
-        affine=not flags.no_affine,
+        affine=flags.affine or True,
         initial_transform=flags.initial_transform,
         convention=flags.convention,
         refine_steps=flags.refine_steps,
@@ -135,10 +135,12 @@ def _method(add):
         "their intensities; default: auto",
     )
     add(
-        "--no-affine",
-        action="store_true",
-        help="skip the affine alignment; the world coordinates of the two files must agree already",
+        "--affine",
+        choices=["affine", "similarity", "rigid", "none"],
+        help="alignment before the deformation. affine; similarity: turns, shifts and one scale; rigid: turns and "
+        "shifts; none: the world coordinates of the two files agree already; default: affine",
     )
+    add("--no-affine", dest="affine", action="store_const", const="none", help="the same as --affine none")
     add(
         "--initial_transform",
         "--initial_affine",

@@ -1,12 +1,16 @@
-"""Stage 3: the affine alignment."""
+"""Stage 3: the affine alignment, and whether the images are cut where they should overlap."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from drivenmorph_jax.images.field_of_view import beyond
+from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.registration.read import kept
 from drivenmorph_jax.registration.strip import Stripped
 from drivenmorph_jax.transforms.affine import register_affine
+
+RIM = 2.0  # mm along a cut face whose tissue gives no force
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -14,6 +18,12 @@ class Aligned(Stripped):
     """A pair and its affine T (4, 4) from the fixed to the moving world, RAS mm: moving(T x) ~ fixed(x)."""
 
     affine: np.ndarray
+    cut: bool  # whether tissue of the fixed image lies where one of the images is not known, see `images.field_of_view`
+
+    @property
+    def masked(self):
+        """Whether voxels of one of the images do not count."""
+        return super().masked or self.cut
 
 
 def align(pair: Stripped) -> Aligned:
@@ -22,8 +32,10 @@ def align(pair: Stripped) -> Aligned:
     Raises InputError where the images cannot be aligned.
     """
     affine = pair.given_affine
-    if affine is True:
-        affine = register_affine(pair.fixed, pair.moving, pair.fixed_mask, pair.moving_mask)
-    elif affine is False:
-        affine = np.eye(4)
-    return Aligned(**kept(pair), affine=affine)
+    if isinstance(affine, str):
+        affine = np.eye(4) if affine == "none" else register_affine(
+            pair.fixed, pair.moving, pair.fixed_mask, pair.moving_mask, affine)
+    grid = pair.fixed.data.shape, pair.fixed.affine
+    distances = beyond(pair.fixed, *grid, rim=RIM), beyond(pair.moving, *grid, affine, RIM)
+    cut = any(x is not None and (x[foreground(pair.fixed.data)] > 0).any() for x in distances)
+    return Aligned(**kept(pair), affine=affine, cut=cut)

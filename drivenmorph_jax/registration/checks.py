@@ -122,7 +122,7 @@ def _affine(scored):
     logs = np.log(np.maximum(linalg.eigvalsh(stretch), 1e-6))
     values = {"affine scale": np.abs(logs).max(), "affine shape": np.ptp(logs),
               "affine rotation": np.rad2deg(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1)))}
-    if scored.given_affine is True and scored.scale == 1:
+    if isinstance(scored.given_affine, str) and scored.given_affine != "none" and scored.scale == 1:
         found, start = metric_between(scored.fixed, scored.moving, (scored.affine, np.eye(4)))
         values["affine gain"] = found - start
     return values

@@ -14,6 +14,8 @@ from drivenmorph_jax.images.masks import fill
 from drivenmorph_jax.registration.prepare import Prepared
 from drivenmorph_jax.registration.read import kept
 
+FADE = 10.0  # mm, standard deviation of the Gaussian by which the deformation fades beyond a cut face
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Deformed(Prepared):
@@ -41,7 +43,10 @@ def deform(prepared: Prepared) -> Deformed:
     if prepared.masks is not None:
         of_fixed, of_moving = prepared.masks
         out = of_fixed | (warp(of_moving[..., None].astype(jnp.float32), u)[..., 0] > 0)
-        u, force, counted = unfolded(fill(u, out[..., None])), force * ~out[..., None], ~out
+        u, force, counted = fill(u, out[..., None]), force * ~out[..., None], ~out
+        if prepared.distance is not None:
+            u *= jnp.exp(-0.5 * (prepared.distance[..., None] / FADE) ** 2)
+        u = unfolded(u)
     if u_inverse is None or prepared.masks is not None:
         u_inverse = coarse_inverse(u)
     return Deformed(**kept(prepared), contrast=contrast, correlation=r, seen=seen, counted=counted,

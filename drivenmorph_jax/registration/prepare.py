@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.field_of_view import beyond
 from drivenmorph_jax.images.intensity import normalise
 from drivenmorph_jax.images.masks import fill
 from drivenmorph_jax.images.volume import resample, smoothed
+from drivenmorph_jax.registration.align import RIM
 from drivenmorph_jax.registration.plan import Planned
 from drivenmorph_jax.registration.read import kept
 from drivenmorph_jax.transforms.maps import rescaled
@@ -23,12 +25,14 @@ class Prepared(Planned):
 
     fixed_on_grid: jax.Array
     moving_on_grid: jax.Array
-    masks: tuple[jax.Array, jax.Array] | None  # (D, H, W) bool, True inside the masks of the fixed and the moving image
+    masks: tuple[jax.Array, jax.Array] | None  # (D, H, W) bool, True where the fixed and the moving image do not count
     weights: tuple[jax.Array, jax.Array] | None  # (D, H, W, 1), 0 there
+    distance: np.ndarray | None  # (D, H, W), mm from where both images are known; None where none is cut
 
 
 def prepare(planned: Planned) -> Prepared:
-    """Resample both images to the working grid and normalise them. Masked voxels are interpolated from around.
+    """Resample both images to the working grid and normalise them. Masked voxels, and those beyond a cut face of one
+    of the images, are interpolated from around.
 
     Raises InputError where the moving image does not overlap the fixed one.
     """
@@ -43,15 +47,21 @@ def prepare(planned: Planned) -> Prepared:
         return jnp.asarray(pull_back(volume, way, grid, "linear" if order else "nearest"))
 
     images = [on_working_grid(smoothed(volume, planned.spacing), through) for volume, _, through in sides]
-    masks = weights = None
+    masks = weights = distance = None
     if planned.masked:
         masks = tuple(jnp.zeros(shape, bool) if mask is None else
                       on_working_grid(mask, through, order=0) > 0 for _, mask, through in sides)
+    if planned.cut:
+        distances = [beyond(volume, shape, grid, through, RIM) for volume, _, through in sides]
+        masks = tuple(mask if x is None else mask | (x > 0) for mask, x in zip(masks, distances, strict=True))
+        distance = np.maximum(*(np.zeros(shape, np.float32) if x is None else x for x in distances))
+    if masks is not None:
         images = [fill(x[..., None], mask[..., None])[..., 0] for x, mask in zip(images, masks, strict=True)]
         weights = tuple(1.0 - mask[..., None] for mask in masks)
     f, m = (jnp.asarray(normalise(np.asarray(x))) for x in images)
     if not (m > 0).any():
-        remedy = "leave out --no-affine" if planned.request.initial_transform is None else (
+        remedy = "leave out --affine none" if planned.request.initial_transform is None else (
             "check the direction of --initial_transform, from fixed to moving, or leave it out")
         raise InputError(f"{planned.moving.path} does not overlap {planned.fixed.path} in world coordinates: {remedy}")
-    return Prepared(**kept(planned), fixed_on_grid=f, moving_on_grid=m, masks=masks, weights=weights)
+    return Prepared(**kept(planned), fixed_on_grid=f, moving_on_grid=m, masks=masks, weights=weights,
+                    distance=distance)

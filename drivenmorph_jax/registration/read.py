@@ -14,6 +14,7 @@ from drivenmorph_jax.images.reading import PATHS, load_image, load_labels, load_
 from drivenmorph_jax.images.volume import Volume
 from drivenmorph_jax.network.inference import load_checkpoint
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
+from drivenmorph_jax.transforms.affine import KINDS
 from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.maps import Chain, Field
 from drivenmorph_jax.transforms.reading import read_chain
@@ -21,6 +22,7 @@ from drivenmorph_jax.transforms.reading import read_chain
 REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
 CHOICES = {"strip": ("auto", "yes", "no"), "method": tuple(REFINE_STEPS), "force": tuple(FORCES),
            "contrast": ("auto", "same", "other"), "mask_sense": ("ignore", "use")}
+AFFINES = *KINDS, "none"  # none: the world coordinates agree
 SIZES = 100, 20_000  # ml; outside, lengths are scaled
 TYPICAL = 1300  # ml
 MOST_MASKED = 0.5  # share of an image's foreground that may be ignored
@@ -77,7 +79,7 @@ class Pair:
     moving_labels: Volume | None
     fixed_mask: Volume | None
     moving_mask: Volume | None
-    given_affine: bool | np.ndarray  # True: find it; False: world coordinates agree; else (4, 4), RAS mm
+    given_affine: str | np.ndarray  # what to find, of AFFINES; or (4, 4), RAS mm
     start: Chain | Field | None  # a deformable transform to start from, in the lengths of the files
     refine_steps: int
     network: tuple[Any, Any, dict] | None  # (config, params, about) of `network.inference.load_checkpoint`
@@ -100,14 +102,16 @@ def read(request: Request) -> Pair:
     maps |= {f"{role}_mask": None if (mask := getattr(request, f"{role}_mask")) is None
              else _ignored(mask, image, request) for role, image in images.items()}
     affine, start = _initial(request, images) if request.initial_transform is not None else (request.affine, None)
-    if isinstance(affine, PATHS):
-        affine = read_affine(affine)
-    elif not isinstance(affine, bool):
+    if isinstance(affine, bool):
+        affine = "affine" if affine else "none"
+    elif isinstance(affine, PATHS):
+        affine = affine if affine in AFFINES else read_affine(affine)
+    else:
         affine = np.asarray(affine, float)
     scale, steps = _scale(images["fixed"]), request.refine_steps
     volumes = {name: volume and scaled(volume, scale) for name, volume in (images | maps).items()}
     return Pair(request=request, **volumes, source=scaled(sources["moving"], scale), scale=scale,
-                given_affine=affine if isinstance(affine, bool) else scaled_transform(affine, scale), start=start,
+                given_affine=affine if isinstance(affine, str) else scaled_transform(affine, scale), start=start,
                 refine_steps=REFINE_STEPS[request.method] if steps is None else steps,
                 network=load_checkpoint(request.checkpoint) if request.method == "drivenmorph" else None)
 

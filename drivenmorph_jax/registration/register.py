@@ -43,8 +43,9 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
       contrast: "same"; "other", such as T1 and T2: the moving image takes the values of the fixed one, see
         `images.contrast`; or "auto": "other" where the values of the affinely aligned images correlate by less than
         `SAME`.
-      affine: True to find one first; False where world coordinates agree already; else the file of an ITK affine, or a
-        (4, 4) from the fixed to the moving world in RAS mm, which is used as it is.
+      affine: what is found first: True or "affine", "similarity" (rotation, translation and one scale) or "rigid";
+        False or "none" where world coordinates agree already; else the file of an ITK affine, or a (4, 4) from the
+        fixed to the moving world in RAS mm, which is used as it is.
       initial_transform: file of a transform from the fixed to the moving image, or several, as `Transform.load` takes
         them. It replaces the affine. A deformable one is where the registration starts, and the result and its inverse
         include it.

@@ -61,7 +61,8 @@ def score(transferred: Transferred) -> Scored:
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
         "stripped": [role for role in ("fixed", "moving") if getattr(pair, f"{role}_brain") is not None],
         "contrast": pair.contrast, "refine_steps": pair.refine_steps, "scale": pair.scale,
-        "affine": pair.given_affine if isinstance(pair.given_affine, bool) else pair.affine.tolist(),
+        "affine": {"affine": True, "none": False}.get(pair.given_affine, pair.given_affine) if isinstance(
+            pair.given_affine, str) else pair.affine.tolist(),
         "initial_transform": None if names is None else [
             str(name) for name in ([names] if isinstance(names, PATHS) else names)],
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),

@@ -1,0 +1,63 @@
+"""The field of view: where an image says what is there.
+
+The grid of a file ends at six faces. Where the outermost slice holds hardly any tissue, the background goes on beyond
+the face. Elsewhere the tissue is cut there, and nothing is known beyond. A point is known if it lies on the inner side
+of every cut face. The images are as `intensity.anchored` returns them.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+from drivenmorph_jax.images.intensity import foreground
+from drivenmorph_jax.images.volume import resample
+
+CUT = 0.05  # a face is cut from this share of tissue in its slice, of that in the fullest slice along the axis
+
+
+def cut_faces(volume):
+    """The voxel coordinates (2, 3) of the lower and upper faces at which a Volume is cut; infinite at other faces."""
+    tissue, faces = foreground(volume.data), np.array([3 * [-np.inf], 3 * [np.inf]])
+    for axis, n in enumerate(tissue.shape):
+        full = np.count_nonzero(tissue, axis=tuple(a for a in range(3) if a != axis))
+        for end, place in enumerate((0, n - 1)):
+            if full[place] > CUT * full.max():
+                faces[end, axis] = place
+    return faces
+
+
+def beyond(volume, shape, affine, transform=None, rim=0.0):
+    """The distance in mm of the voxels of a grid from what is known of a Volume; 0 where it is known.
+
+    Args:
+      volume: the Volume.
+      shape, affine: the grid; the affine maps voxels to RAS mm.
+      transform: T (4, 4), from the world of the grid to the world of the volume, in RAS mm. None is the identity.
+      rim: mm along the cut faces that do not count as known either.
+
+    Returns:
+      An array (float32) of `shape`, or None where no face is cut.
+    """
+    faces = cut_faces(volume)
+    if np.isinf(faces).all():
+        return None
+    matrix = np.linalg.inv(volume.affine) @ (np.eye(4) if transform is None else transform) @ affine
+    squares = np.zeros(shape, np.float32)
+    for row, size, low, high in zip(matrix, volume.spacing, *faces, strict=False):
+        if np.isfinite((low, high)).any():
+            x = row[3] + sum(np.ix_(*(step * np.arange(n) for step, n in zip(row, shape, strict=False))))
+            out = size * np.maximum(low - x, x - high) + rim
+            squares += np.where(out > 1e-3 * size, out, 0) ** 2
+    return np.sqrt(squares)
+
+
+def resample_known(volume, shape, affine):
+    """A Volume on a grid as `volume.resample` samples it, and where it is known there (bool, or None if everywhere).
+
+    Beyond a cut face the values of the face are repeated.
+    """
+    data, distance = resample(volume, shape, affine), beyond(volume, shape, affine)
+    if distance is None:
+        return data, None
+    repeated = ndimage.affine_transform(volume.data, np.linalg.inv(volume.affine) @ affine, output_shape=tuple(shape),
+                                        order=1, mode="nearest", prefilter=False)
+    return np.where(distance > 0, repeated, data), distance == 0
