@@ -20,7 +20,7 @@ SHAPE = (40, 48, 44)
 
 
 def head(path, turn=0.0, seed=0):
-    """A head of 4 mm voxels: an ellipsoid of folded tissue, a dark skull and a bright scalp. Returns the brain's mask."""
+    """A head of 4 mm voxels: an ellipsoid of tissue, a dark skull and a bright scalp. Returns the brain's mask."""
     x = np.moveaxis(np.indices(SHAPE), 0, -1) - (np.array(SHAPE) - 1) / 2
     c, s = np.cos(turn), np.sin(turn)
     x = x @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
