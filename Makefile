@@ -42,6 +42,7 @@ $(INSTALLED): requirements.txt requirements-test.txt
 	.venv/bin/python -m pip install --quiet --upgrade pip
 	.venv/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt \
 		$(if $(filter-out cpu,$(JAX)),"jax[$(JAX)]") $(if $(findstring cuda,$(JAX)),-c constraints-gpu.txt)
+	.venv/bin/python -m pip install --quiet --no-deps deepbet==1.0.2  # two files of weights; its torch is not needed
 	rm -f .venv/installed-*
 	touch $@
 

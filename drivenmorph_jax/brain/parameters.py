@@ -1,8 +1,8 @@
 """The parameters of deepbet's two networks, read from the installed package without importing it.
 
 A file of parameters is a zip archive. Its members `data/0` to `data/37` are the tensors as little-endian float32, in
-the order in which the network applies them; the rest of the archive is not read. The sums of the two files are compared,
-so that a file of this size, order and content is the only one that is accepted.
+the order in which the network applies them. The rest of the archive is not read, and nothing is unpickled. Only the two
+files of version 1.0.2 are accepted: their sums are compared.
 
 Reference: Fisch et al., "deepbet: Fast brain extraction of T1-weighted MRI using convolutional neural networks",
   Computers in Biology and Medicine, 2024; https://github.com/wwu-mmll/deepbet (MIT).
@@ -68,7 +68,7 @@ def load(name):
     try:
         package = metadata.distribution("deepbet")
     except metadata.PackageNotFoundError as error:
-        raise Missing(f"the package deepbet, which finds the brain in a whole head, is missing: {INSTALL}") from error
+        raise Missing(f"the package deepbet, which finds the brain in a head, is missing: {INSTALL}") from error
     if package.version != VERSION:
         raise InputError(f"the package deepbet has version {package.version}, not {VERSION}: {INSTALL}")
     paths = [file for file in package.files or () if file.parts[-3:] == ("data", "models", name)]

@@ -14,7 +14,7 @@ from drivenmorph_jax.images.intensity import anchored, foreground
 SPACING = 2.0  # mm, about: finer images are averaged
 SMOOTH = 6.0  # mm, the Gaussian that smooths the surface before its normals are taken
 DEPTH = 30  # mm, to which the image is followed inwards
-RAYS = 3000
+RAYS, FEWEST = 3000, 300
 DARK = 0.4  # of the darker of the two layers around it: a layer below counts as dark
 # The share of the surface from which a dark layer is found. See `tests/test_brain.py` for the images it was set with.
 SHARE = 0.15
@@ -52,6 +52,8 @@ def surface(volume):
     factors = np.maximum(1, np.floor(SPACING / volume.spacing * 1.005).astype(int))
     spacing = volume.spacing * factors
     x = _averaged(np.nan_to_num(volume.data, posinf=0, neginf=0), factors)
+    if min(x.shape) < 4:
+        return Surface(0.0, 0.0, 0.0)
     x = anchored(x)
     x = np.maximum(x - np.percentile(x, 1), 0)
     inside = _inside(x)
@@ -64,7 +66,7 @@ def surface(volume):
                         for step, mm in zip(np.eye(3, dtype=int), spacing, strict=True)], axis=-1)
     steep = np.linalg.norm(normals, axis=-1)
     usable = steep > 0.2 / SMOOTH  # half of what a plane has: not the surface of noise
-    if np.count_nonzero(usable) < RAYS // 10:
+    if np.count_nonzero(usable) < FEWEST:
         return Surface(0.0, size, float(faces.mean()))
     places, normals = places[usable], (normals / steep[:, None])[usable]
     ways = places[:, None] + np.arange(DEPTH + 1.0)[:, None] * (normals / spacing)[:, None]
