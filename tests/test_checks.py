@@ -53,7 +53,7 @@ def warned(found):
 SPOILT = {  # what is wrong: (change of (data, affine), a check that has to warn)
     "upside down": (lambda x, a, rng: (x[:, ::-1, ::-1], a), "affine rotation"),
     "cut": (lambda x, a, rng: (x[:, :, x.shape[2] // 2:], a @ nib.affines.from_matvec(np.eye(3), (0, 0, 16))),
-            "affine shape"),
+            "field of view"),
     "repeated slices": (lambda x, a, rng: (x[:, :, np.arange(x.shape[2]) // 4 * 4], a), "slices"),
     "a label map": (lambda x, a, rng: (np.digitize(x, (1, 400, 700)), a), "flatness"),
     "a smaller head": (lambda x, a, rng: (x, np.diag([0.6, 0.6, 0.6, 1]) @ a), "size of moving"),

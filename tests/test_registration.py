@@ -311,7 +311,7 @@ def test_beyond_a_cut_the_deformation_has_no_force_and_fades(brains, tmp_path):
     assert lengths[z < face - 30].max() < 0.1 < lengths[z > face].max()
     apart = np.linalg.norm(found.transform.displacement - whole.transform.displacement, axis=-1)
     brain = np.asarray(fixed.dataobj) > 100
-    assert apart[brain & (z > face + 20)].mean() < 0.25 * lengths[brain & (z > face + 20)].mean()
+    assert apart[brain & (z > face + 20)].mean() < 0.4 * lengths[brain & (z > face + 20)].mean()
     assert found.summary["fold_pct"] == 0
 
 

@@ -132,7 +132,9 @@ def _images(scored, brains):
     """Checks of how the two images fit after the affine; `brains` are their foregrounds."""
     there = _share_outside(brains[0], scored.fixed, scored.moving, scored.affine)
     back = _share_outside(brains[1], scored.moving, scored.fixed, np.linalg.inv(scored.affine))
-    fixed, moving = (metrics.brain(foreground(np.asarray(x))) for x in (scored.fixed_on_grid, scored.moving_on_grid))
+    counted = True if scored.counted is None else np.asarray(scored.counted)
+    fixed, moving = (metrics.brain(foreground(np.asarray(x))) & counted
+                     for x in (scored.fixed_on_grid, scored.moving_on_grid))
     return {"field of view": max(there, back), "overlap": 2 * (fixed & moving).sum() / (fixed.sum() + moving.sum()),
             "sides": alike(scored.fixed_on_grid, scored.seen)}
 
@@ -157,7 +159,10 @@ def _deformation(scored):
               "gain": after - before}
     again = _registered(f, m)
     apart = np.linalg.norm(np.asarray(_coarse(scored.u, factor) / factor - again), axis=-1)  # in coarse voxels
-    distance = apart[np.asarray(f[..., 0]) > 0].mean() * factor * scored.spacing * scored.scale
+    brain = np.asarray(f[..., 0]) > 0
+    if scored.counted is not None:
+        brain &= np.asarray(_coarse(scored.counted.astype(np.float32), factor)[..., 0]) > 0.99
+    distance = apart[brain].mean() * factor * scored.spacing * scored.scale
     return values | {"agreement": distance, "brightness": _brightness(np.asarray(f[..., 0]), np.asarray(w[..., 0]))}
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 import SimpleITK as sitk
-from scipy import ndimage
+from scipy import linalg, ndimage
 from scipy.spatial.transform import Rotation
 
 from drivenmorph_jax.errors import InputError
@@ -21,13 +21,13 @@ SPACING = 2.0  # mm; twelve parameters need no finer images
 FACTORS = 4, 2, 1  # of the levels: voxels of 8, 4 and 2 mm
 BINS = 32  # with 50, the few voxels at 8 mm mislead the optimiser
 TISSUE = 0.1  # from this intensity on
-SAMPLES, FEWER = 50_000, 2_000  # voxels that one evaluation of the metric uses; for each of the many starts
+SAMPLES, FEWER = 30_000, 2_000  # voxels that one evaluation of the metric uses; for each of the many starts
 AIR = 40.0  # mm of background around the moving image that the optimiser sees
 SMALL_TURNS = -25.0, 0.0, 25.0  # about each axis, degrees
 ALL_TURNS = 600  # rotations, spread evenly over all
 APART = 50.0  # mm between two starts that are both optimised, root mean square over the corners of the image
 TRIED, DECIDED = 6, 3  # starts that are optimised, and those of them that the next level decides between
-LEAST = 0.25  # share of an image's tissue that the other image must know
+LEAST = 0.25  # share of the smaller image's tissue that both images must know
 THIN = 0.65  # ratio of the least to the largest extent from which tissue determines all scales; a brain's is larger
 PRIOR = 20.0  # mutual information that a squared spread of the logarithms of the scales must bring in a thin image
 
@@ -39,12 +39,12 @@ def register_affine(fixed, moving, fixed_mask=None, moving_mask=None, kind="affi
 
     T maximises mutual information at 2 mm. Starts are the world coordinates of the files and the centres of mass, each
     turned by 25 degrees about the axes, and the centres of mass with 600 rotations. The six best at 8 mm that are far
-    from each other are optimised as similarities. The best of these at 4 mm is optimised at 4 and 2 mm as an affine.
-    It is never worse than the world coordinates of the files or the centres of mass.
+    from each other are optimised as similarities. The best of these at 4 mm is optimised as an affine at 4 mm and, in
+    both directions, at 2 mm. The result is the mean of the two directions, unless a start is better.
 
-    Voxels that one of the images does not know, see `images.field_of_view`, do not count. The metric is sampled in the
-    image that knows less, so that its voxels are the same for all transforms. In a slab, anisotropic scales need the
-    more mutual information, see `_shrunk`. The same input gives the same T on any number of cores.
+    Voxels that one of the images does not know, see `images.field_of_view`, do not count. Starts are compared by voxels
+    of the image that knows less, so that these are the same for all. In a slab, anisotropic scales need the more mutual
+    information, see `_shrunk`. The same input gives the same T on any number of cores.
 
     Args:
       fixed, moving: the Volumes.
@@ -98,14 +98,31 @@ def _optimise(fixed, moving, kind):
     starts = _starts(fixed[0], moving[0], kind != "rigid")
     tried = [_run(fixed[0], moving[0], start, first) for start in _different(fixed[0], moving[0], starts)]
     best = _ranked(fixed[1], moving[1], _ranked(fixed[0], moving[0], tried)[:DECIDED])[0]
-    found = best
-    for f, m in zip(fixed[1:], moving[1:], strict=True):
-        found = _run(f, m, found, kind)
     f, m = fixed[-1], moving[-1]
+    found = _both_ways(f, m, _run(fixed[1], moving[1], best, kind), kind)
     thin = _thinness(f) if kind == "affine" else 0.0
     if thin:
-        found = _shrunk(_run(f, m, best, first), found, thin, f, m)
-    return _ranked(f, m, [found, best, *starts[:2]])[0]
+        found = _shrunk(_both_ways(f, m, best, first), found, thin, f, m)
+    last = np.stack([found, best, *starts[:2]])
+    return last[np.argmax(_symmetric(f, m, last))]
+
+
+def _both_ways(fixed, moving, start, kind):
+    """The mean of the transforms that are optimised from fixed to moving and from moving to fixed.
+
+      A exp(log(A^-1 B) / 2)
+
+    Mutual information grows with the tissue that the sampled region shows, so that either of them is off by 1 to 2 % in
+    its scale. The mean is of the same kind as both.
+    """
+    there = _run(fixed, moving, start, kind)
+    back = np.linalg.inv(_run(moving, fixed, np.linalg.inv(start), kind))
+    return there @ linalg.expm(np.real(linalg.logm(np.linalg.inv(there) @ back)) / 2)
+
+
+def _symmetric(fixed, moving, transforms):
+    """The mean of the mutual information sampled in either image: (N,)."""
+    return (_information(fixed, moving, transforms) + _information(moving, fixed, np.linalg.inv(transforms))) / 2
 
 
 def _thinness(level):
@@ -127,7 +144,7 @@ def _shrunk(similarity, affine, thin, fixed, moving):
     g is the gain of mutual information by the affine, a the standard deviation of the logarithms of its scales. This
     maximises g (1 - (1 - w)^2) - PRIOR thin (w a)^2 over the weight w of the affine.
     """
-    less, more = _information(fixed, moving, [similarity, affine])
+    less, more = _symmetric(fixed, moving, np.stack([similarity, affine]))
     gain, spread = max(more - less, 0.0), np.std(np.log(np.linalg.svd(affine[:3, :3], compute_uv=False)))
     return similarity + gain / (gain + PRIOR * thin * spread**2 + 1e-12) * (affine - similarity)
 
@@ -194,6 +211,8 @@ def _information(fixed, moving, transforms, samples=SAMPLES):
     values = fixed.data[tuple(places.T)]
     points = fixed.affine @ np.concatenate([places.T, np.ones((1, len(places)))])
     to_moving = np.linalg.inv(moving.affine)
+    sizes = [np.count_nonzero(x.tissue()) * abs(np.linalg.det(x.affine)) for x in (fixed, moving)]
+    least = LEAST * min(1.0, sizes[1] / sizes[0]) * np.count_nonzero(values > TISSUE)
 
     def information(transform):
         x = (to_moving @ transform @ points)[:3]
@@ -201,7 +220,7 @@ def _information(fixed, moving, transforms, samples=SAMPLES):
         if moving.counts is not None:
             known = ndimage.map_coordinates(moving.counts, x, order=0, mode="nearest", prefilter=False) > 0
             f, m = f[known], m[known]
-        if np.count_nonzero(f > TISSUE) < LEAST * np.count_nonzero(values > TISSUE):
+        if np.count_nonzero(f > TISSUE) < least:
             return 0.0
         of_fixed, of_moving = (np.clip(x * BINS, 0, BINS - 1).astype(int) for x in (f, m))
         joint = np.bincount(of_fixed * BINS + of_moving, minlength=BINS**2).reshape(BINS, BINS) / len(f)
