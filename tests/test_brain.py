@@ -15,7 +15,7 @@ import pytest
 from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 
-from drivenmorph_jax.brain import extraction, linknet, parameters, recognition
+from drivenmorph_jax.brain import extraction, linknet, parameters
 from drivenmorph_jax.brain.extraction import extract
 from drivenmorph_jax.brain.recognition import is_head, surface
 from drivenmorph_jax.errors import InputError
@@ -227,7 +227,3 @@ def test_what_is_no_brain_is_not_taken_for_a_head(kind, spacing):
 def rician(x, level):
     noise = level * np.percentile(x[x > 0], 98) * np.random.default_rng(0).standard_normal((2, *x.shape))
     return np.hypot(x + noise[0], noise[1])
-
-
-def test_the_limit_lies_between_heads_and_brains():
-    assert 0.05 < recognition.SHARE < 0.4
