@@ -22,9 +22,9 @@ from drivenmorph_jax.images.volume import canonical
 COARSE, FINE = 128, 256  # voxels along each axis of what the networks see
 MARGIN = 0.1  # of the box, added at each of its ends
 PRESENT = 0.02  # of the voxels of a plane: planes with more brain belong to the box
-# Dice of the two networks: below SURE the contrast may be another one than T1. It is .98 on T1 heads, .96 on a T2 head
-# and a PD head that are found well, and .95 and less on heads with a changed contrast that are found badly.
-SURE, DOUBTFUL = 0.95, 0.9
+# Dice of the two networks. Below SURE the contrast may be another than T1. It is .98 and more on T1 heads, also with
+# noise, bias, thick slices or a cut neck, and .97 and less where a T2 or an inverted contrast is found badly.
+SURE, DOUBTFUL = 0.97, 0.9
 SIZES = 600, 2300  # ml, with the fluid around the brain
 MEAN, DEVIATION = 0.449, 0.226  # of the images that the networks were trained with
 

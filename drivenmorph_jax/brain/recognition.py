@@ -51,7 +51,7 @@ def surface(volume):
     """
     factors = np.maximum(1, np.floor(SPACING / volume.spacing * 1.005).astype(int))
     spacing = volume.spacing * factors
-    x = _averaged(np.nan_to_num(volume.data, posinf=0, neginf=0), factors)
+    x = np.nan_to_num(_averaged(volume.data, factors), posinf=0, neginf=0)
     if min(x.shape) < 4:
         return Surface(0.0, 0.0, 0.0)
     x = anchored(x)
@@ -79,8 +79,11 @@ def surface(volume):
 
 def _averaged(x, factors):
     """Means over blocks of `factors` voxels. What is left over at the ends is left out."""
-    x = x[tuple(slice(n // k * k) for n, k in zip(x.shape, factors, strict=True))]
-    return x.reshape([m for n, k in zip(x.shape, factors, strict=True) for m in (n // k, k)]).mean((1, 3, 5))
+    for axis, k in enumerate(factors):
+        if k > 1:
+            before, n, after = x.shape[:axis], x.shape[axis] // k, x.shape[axis + 1:]
+            x = x[(slice(None),) * axis + (slice(n * k),)].reshape(*before, n, k, *after).mean(axis + 1)
+    return x
 
 
 def _inside(x):
