@@ -189,7 +189,7 @@ def _different(fixed, moving, starts):
     """The best starts, at most TRIED, that are APART from each other. Raises RuntimeError where no start overlaps."""
     corners = np.array(list(itertools.product(*((0, n - 1) for n in fixed.data.shape), (1,)))) @ fixed.affine.T
     information, kept = _information(fixed, moving, starts, FEWER), []
-    for place in np.argsort(-information, kind="stable")[:np.count_nonzero(information)]:
+    for place in np.argsort(-information, kind="stable")[:np.count_nonzero(information > 0)]:
         apart = [np.sqrt(np.mean(np.sum((corners @ (starts[place] - other).T) ** 2, 1))) for other in kept]
         if min(apart, default=np.inf) > APART and len(kept) < TRIED:
             kept.append(starts[place])
@@ -225,7 +225,7 @@ def _information(fixed, moving, transforms, samples=SAMPLES):
         of_fixed, of_moving = (np.clip(x * BINS, 0, BINS - 1).astype(int) for x in (f, m))
         joint = np.bincount(of_fixed * BINS + of_moving, minlength=BINS**2).reshape(BINS, BINS) / len(f)
         there, alone = joint > 0, joint.sum(1, keepdims=True) * joint.sum(0)
-        return float(np.sum(joint[there] * np.log(joint[there] / alone[there])))
+        return max(0.0, round(float(np.sum(joint[there] * np.log(joint[there] / alone[there]))), 9))  # 0 without tissue
 
     return np.array([information(transform) for transform in transforms])
 
