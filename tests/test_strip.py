@@ -37,6 +37,7 @@ def heads(tmp_path, monkeypatch):
     found = {str(tmp_path / f"{name}.nii.gz"): head(tmp_path / f"{name}.nii.gz", turn) for name, turn in (
         ("a", 0.0), ("b", 0.1))}
     monkeypatch.setattr(stage, "extract", lambda image: found[image.path])
+    monkeypatch.setattr(stage, "tightened", lambda mask, image: mask)
     monkeypatch.setattr(stage, "is_head", lambda image: image.path in found)
     return found
 
@@ -82,6 +83,21 @@ def test_each_image_is_looked_at_by_itself(heads, tmp_path):
         assert len(stage.strip(replace(pair, request=request, fixed=replace(pair.fixed, path=fixed))).heads) == roles
     with pytest.raises(InputError, match="strip is 'perhaps': set it to 'auto', 'yes' or 'no'"):
         replace(pair.request, strip="perhaps")
+
+
+@pytest.mark.parametrize("rim", [False, True])
+def test_the_brain_of_a_head_ends_as_the_other_stripped_brain_does(heads, tmp_path, monkeypatch, rim):
+    (fixed, mask), (moving, other) = heads.items()
+    ended = []
+    monkeypatch.setattr(stage, "tightened", lambda mask, image: ended.append(image.path) or mask)
+    shape = np.where(mask, 1000, 0)
+    if rim:
+        shape[mask & ~ndimage.binary_erosion(mask)] = 300
+    nib.save(nib.Nifti1Image(shape.astype(np.int16), np.diag([4.0, 4, 4, 1])), tmp_path / "brain.nii.gz")
+    stage.strip(read(Request(fixed=tmp_path / "brain.nii.gz", moving=moving, method="demons")))
+    assert ended == ([] if rim else [moving])
+    stage.strip(read(Request(fixed=fixed, moving=moving, method="demons")))
+    assert ended == ([] if rim else [moving])  # two heads are stripped alike already
 
 
 def test_strip_writes_mask_stripped_image_and_picture(heads, tmp_path, capsys):

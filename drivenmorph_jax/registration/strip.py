@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from drivenmorph_jax.brain.extraction import extract
+from drivenmorph_jax.brain.extraction import extract, has_rim, tightened
 from drivenmorph_jax.brain.parameters import Missing
 from drivenmorph_jax.brain.recognition import is_head
 from drivenmorph_jax.errors import InputError
@@ -38,26 +38,26 @@ class Stripped(Pair):
 def strip(pair: Pair) -> Stripped:
     """Find the brain of each image, as `strip` of the request says: in whole heads, in both images, or in none.
 
+    Where one image shows a head and the other a stripped brain, both brains end alike: if the stripped brain has no rim
+    of fluid, that of the head is taken off, see `brain.extraction.tightened`.
+
     Raises InputError where an image shows no brain, or where the package that finds it is missing.
     """
-    found, images = {}, {}
-    for role in ("fixed", "moving"):
-        image, brain = getattr(pair, role), None
-        if pair.request.strip == "yes" or pair.request.strip == "auto" and is_head(image):
-            try:
-                brain = _brain(image)
-            except Missing as error:
-                raise InputError(f"{image.path} shows a whole head, and {error}; or give a skull-stripped image and "
-                                 "--strip no") from error
-            images[role] = replace(image, data=np.where(brain.data > 0, image.data, 0))
-        found |= {f"{role}_head": brain and image, f"{role}_brain": brain}
-    return Stripped(**kept(pair) | images, **found)
+    images, choice = {role: getattr(pair, role) for role in ("fixed", "moving")}, pair.request.strip
+    heads = {role: image for role, image in images.items() if choice == "yes" or choice == "auto" and is_head(image)}
+    stripped = [image for role, image in images.items() if role not in heads]
+    tight = len(heads) == 1 and not has_rim(stripped[0])
+    brains = {role: _brain(image, tight) for role, image in heads.items()}
+    found = {role: replace(image, data=np.where(brains[role].data > 0, image.data, 0)) for role, image in heads.items()}
+    return Stripped(**kept(pair) | found, **{f"{role}_head": heads.get(role) for role in images},
+                    **{f"{role}_brain": brains.get(role) for role in images})
 
 
 def brain_mask(image: Source, geometry: str = "sform") -> nibabel.Nifti1Image:
     """The brain in an image of a whole head: uint8 on the grid of the image, 1 in the brain.
 
-    The networks of deepbet find it, see `brain.extraction`. They were trained with T1 images of people.
+    The networks of deepbet find it, and a rim of fluid is taken off, see `brain.extraction`. They were trained with T1
+    images of people, and find the brain in most images of other contrast.
 
     Args:
       image: a file, a nibabel image, or an array with voxels of 1 mm.
@@ -99,5 +99,10 @@ def mask_image(brain):
     return writing.to_nibabel(brain.data, brain, dtype=np.dtype(np.uint8))
 
 
-def _brain(image):
-    return replace(image, data=extract(image).astype(np.uint8))
+def _brain(image, tight=True):
+    try:
+        mask = extract(image)
+    except Missing as error:
+        raise InputError(f"{image.path} shows a whole head, and {error}; or give a skull-stripped image and --strip "
+                         "no") from error
+    return replace(image, data=(tightened(mask, image) if tight else mask).astype(np.uint8))
