@@ -120,3 +120,15 @@ def test_metric_leaves_out_what_is_beyond_a_cut_face(template):
     whole, half, far = affine.metric_between(template, part, [np.eye(4), np.diag([1, 1, 0.5, 1]),
                                                              np.array([[1, 0, 0, 500], *np.eye(4)[1:]])])
     assert whole > half > 0.0 and far == 0.0
+
+
+@pytest.mark.parametrize("size", [24, 25])
+def test_a_coarser_image_stays_where_it_is(size):
+    import SimpleITK as sitk
+    ramp = sitk.GetImageFromArray(np.broadcast_to(np.arange(size, dtype=np.float32) * affine.SPACING, (24, 24, size)))
+    ramp.SetSpacing([affine.SPACING] * 3)
+    for factor in (2, 4):
+        small = affine._coarser(ramp, factor)
+        middle = small.GetSize()[0] // 2
+        place = small.TransformIndexToPhysicalPoint((middle, 3, 3))[0]
+        assert small.GetPixel(middle, 3, 3) == pytest.approx(place, abs=0.05)

@@ -281,7 +281,7 @@ def test_stages_can_be_called_one_by_one(brains):
     from drivenmorph_jax import registration as r
     request = r.Request(fixed=str(brains / "sub-000_t1.nii.gz"), moving=str(brains / "sub-001_t1.nii.gz"),
                         method="demons", affine=False)
-    prepared = r.prepare(r.plan(r.align(r.read(request))))
+    prepared = r.prepare(r.plan(r.align(r.strip(r.read(request)))))
     assert prepared.fixed_on_grid.shape == prepared.moving_on_grid.shape == prepared.shape
     result = r.result_of(r.score(r.transfer(r.deform(prepared))))
     whole = register(request.fixed, request.moving, method="demons", affine=False, quiet=True)
@@ -301,8 +301,9 @@ def test_beyond_a_cut_the_deformation_has_no_force_and_fades(brains, tmp_path):
         nib.save(part, tmp_path / path.rsplit("/", 1)[-1])
     moving = tmp_path / "sub-001_t1.nii.gz"
     request = r.Request(fixed=names[0], moving=str(moving), method="demons", affine=False)
-    assert r.align(r.read(request)).masked
-    assert not r.align(r.read(r.Request(fixed=names[0], moving=names[1], method="demons", affine=False))).masked
+    assert r.align(r.strip(r.read(request))).masked
+    request = r.Request(fixed=names[0], moving=names[1], method="demons", affine=False)
+    assert not r.align(r.strip(r.read(request))).masked
     found = register(names[0], moving, method="demons", affine=False, quiet=True)
     z = nib.affines.apply_affine(fixed.affine, np.moveaxis(np.indices(fixed.shape), 0, -1))[..., 2]
     face = part.affine[2, 3]
@@ -319,8 +320,8 @@ def test_the_affine_has_names(brains):
     from drivenmorph_jax import registration as r
     pair = r.read(r.Request(fixed=str(brains / "sub-000_t1.nii.gz"), moving=str(brains / "sub-001_t1.nii.gz"),
                             method="demons", affine="rigid"))
-    linear = r.align(pair).affine[:3, :3]
+    linear = r.align(r.strip(pair)).affine[:3, :3]
     np.testing.assert_allclose(linear.T @ linear, np.eye(3), atol=1e-6)
     assert not np.allclose(linear, np.eye(3), atol=1e-4)
     none = r.read(r.Request(fixed=pair.request.fixed, moving=pair.request.moving, method="demons", affine="none"))
-    np.testing.assert_array_equal(r.align(none).affine, np.eye(4))
+    np.testing.assert_array_equal(r.align(r.strip(none)).affine, np.eye(4))

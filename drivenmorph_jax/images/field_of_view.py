@@ -1,8 +1,8 @@
 """The field of view: where an image says what is there.
 
 The grid of a file ends at six faces. Where the outermost slice holds hardly any tissue, the background goes on beyond
-the face. Elsewhere the tissue is cut there, and nothing is known beyond. A point is known if it lies on the inner side
-of every cut face. The images are as `intensity.anchored` returns them.
+the face. Elsewhere the tissue is cut there. Straight beyond the tissue of a cut face, and `AROUND` it, nothing is
+known. Beyond the rest of the face the background goes on. The images are as `intensity.anchored` returns them.
 """
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy import ndimage
 from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.volume import resample
 
+AROUND = 10.0  # mm
 CUT = 0.05  # a face is cut from this share of tissue in its slice, of that in the fullest slice along the axis
 
 
@@ -47,7 +48,10 @@ def beyond(volume, shape, affine, transform=None, rim=0.0):
             x = row[3] + sum(np.ix_(*(step * np.arange(n) for step, n in zip(row, shape, strict=False))))
             out = size * np.maximum(low - x, x - high) + rim
             squares += np.where(out > 1e-3 * size, out, 0) ** 2
-    return np.sqrt(squares)
+    tissue = ndimage.affine_transform(foreground(volume.data).astype(np.float32), matrix, output_shape=tuple(shape),
+                                      order=1, mode="nearest", prefilter=False) > 0.5  # of the nearest voxel
+    reach = 2 * np.rint(AROUND / np.linalg.norm(affine[:3, :3], axis=0)).astype(int) + 1
+    return np.sqrt(squares) * ndimage.maximum_filter(tissue, reach.tolist(), mode="nearest")
 
 
 def resample_known(volume, shape, affine):

@@ -31,8 +31,8 @@ class Prepared(Planned):
 
 
 def prepare(planned: Planned) -> Prepared:
-    """Resample both images to the working grid and normalise them. Masked voxels, and those beyond a cut face of one
-    of the images, are interpolated from around.
+    """Resample both images to the working grid and normalise them. Masked voxels are interpolated from around. Those
+    beyond a cut face of one of the images are 0 and do not count.
 
     Raises InputError where the moving image does not overlap the fixed one.
     """
@@ -51,12 +51,12 @@ def prepare(planned: Planned) -> Prepared:
     if planned.masked:
         masks = tuple(jnp.zeros(shape, bool) if mask is None else
                       on_working_grid(mask, through, order=0) > 0 for _, mask, through in sides)
+        images = [fill(x[..., None], mask[..., None])[..., 0] for x, mask in zip(images, masks, strict=True)]
     if planned.cut:
         distances = [beyond(volume, shape, grid, through, RIM) for volume, _, through in sides]
         masks = tuple(mask if x is None else mask | (x > 0) for mask, x in zip(masks, distances, strict=True))
         distance = np.maximum(*(np.zeros(shape, np.float32) if x is None else x for x in distances))
     if masks is not None:
-        images = [fill(x[..., None], mask[..., None])[..., 0] for x, mask in zip(images, masks, strict=True)]
         weights = tuple(1.0 - mask[..., None] for mask in masks)
     f, m = (jnp.asarray(normalise(np.asarray(x))) for x in images)
     if not (m > 0).any():

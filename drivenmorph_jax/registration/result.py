@@ -207,10 +207,14 @@ def _told(checks):
     return page.heading("Checks"), page.paragraph(head), page.table("\n".join(rows))
 
 
+def _number(x):
+    return "none" if x is None else f"{x:.3f}"
+
+
 def _title(summary):
     lines = [f"{Path(summary['moving']).name} to {Path(summary['fixed']).name} ({summary['method']})",
-             f"similarity {summary['similarity_before']:.3f} before, {summary['similarity_after']:.3f} after; "
-             f"J ≤ 0 in {summary['fold_pct']:.4f} %"]
+             f"similarity {_number(summary['similarity_before'])} before, {_number(summary['similarity_after'])} "
+             f"after; J ≤ 0 in {summary['fold_pct']:.4f} %"]
     if summary["contrast"] == "other":
         lines[1] += "; differences and checkerboards with the values of the fixed image"
     if summary.get("dice_after") is not None:
