@@ -27,7 +27,7 @@ def cut_faces(volume):
 
 
 def beyond(volume, shape, affine, transform=None, rim=0.0):
-    """The distance in mm of the voxels of a grid from what is known of a Volume; 0 where it is known.
+    """How far the voxels of a grid lie beyond the cut faces of a Volume, and which of them are unknown.
 
     Args:
       volume: the Volume.
@@ -36,7 +36,8 @@ def beyond(volume, shape, affine, transform=None, rim=0.0):
       rim: mm along the cut faces that do not count as known either.
 
     Returns:
-      An array (float32) of `shape`, or None where no face is cut.
+      (the distance in mm beyond the cut faces, float32, 0 on their inner side; bool, True where nothing is known), of
+      `shape`. None where no face is cut.
     """
     faces = cut_faces(volume)
     if np.isinf(faces).all():
@@ -51,7 +52,7 @@ def beyond(volume, shape, affine, transform=None, rim=0.0):
     tissue = ndimage.affine_transform(foreground(volume.data).astype(np.float32), matrix, output_shape=tuple(shape),
                                       order=1, mode="nearest", prefilter=False) > 0.5  # of the nearest voxel
     reach = 2 * np.rint(AROUND / np.linalg.norm(affine[:3, :3], axis=0)).astype(int) + 1
-    return np.sqrt(squares) * ndimage.maximum_filter(tissue, reach.tolist(), mode="nearest")
+    return np.sqrt(squares), (squares > 0) & ndimage.maximum_filter(tissue, reach.tolist(), mode="nearest")
 
 
 def resample_known(volume, shape, affine):
@@ -59,9 +60,9 @@ def resample_known(volume, shape, affine):
 
     Beyond a cut face the values of the face are repeated.
     """
-    data, distance = resample(volume, shape, affine), beyond(volume, shape, affine)
-    if distance is None:
+    data, out = resample(volume, shape, affine), beyond(volume, shape, affine)
+    if out is None:
         return data, None
     repeated = ndimage.affine_transform(volume.data, np.linalg.inv(volume.affine) @ affine, output_shape=tuple(shape),
                                         order=1, mode="nearest", prefilter=False)
-    return np.where(distance > 0, repeated, data), distance == 0
+    return np.where(out[1], repeated, data), ~out[1]

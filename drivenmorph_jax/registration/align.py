@@ -36,6 +36,6 @@ def align(pair: Stripped) -> Aligned:
         affine = np.eye(4) if affine == "none" else register_affine(
             pair.fixed, pair.moving, pair.fixed_mask, pair.moving_mask, affine)
     grid = pair.fixed.data.shape, pair.fixed.affine
-    distances = beyond(pair.fixed, *grid, rim=RIM), beyond(pair.moving, *grid, affine, RIM)
-    cut = any(x is not None and (x[foreground(pair.fixed.data)] > 0).any() for x in distances)
+    found = beyond(pair.fixed, *grid, rim=RIM), beyond(pair.moving, *grid, affine, RIM)
+    cut = any(out is not None and out[1][foreground(pair.fixed.data)].any() for out in found)
     return Aligned(**kept(pair), affine=affine, cut=cut)

@@ -53,9 +53,9 @@ def prepare(planned: Planned) -> Prepared:
                       on_working_grid(mask, through, order=0) > 0 for _, mask, through in sides)
         images = [fill(x[..., None], mask[..., None])[..., 0] for x, mask in zip(images, masks, strict=True)]
     if planned.cut:
-        distances = [beyond(volume, shape, grid, through, RIM) for volume, _, through in sides]
-        masks = tuple(mask if x is None else mask | (x > 0) for mask, x in zip(masks, distances, strict=True))
-        distance = np.maximum(*(np.zeros(shape, np.float32) if x is None else x for x in distances))
+        found = [beyond(volume, shape, grid, through, RIM) for volume, _, through in sides]
+        masks = tuple(mask if out is None else mask | out[1] for mask, out in zip(masks, found, strict=True))
+        distance = np.max([out[0] for out in found if out is not None], axis=0)
     if masks is not None:
         weights = tuple(1.0 - mask[..., None] for mask in masks)
     f, m = (jnp.asarray(normalise(np.asarray(x))) for x in images)
