@@ -16,6 +16,7 @@ patient's brain. "affine" are the labels by the affine alone. A registration who
 import argparse
 import itertools
 import json
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -34,16 +35,14 @@ from drivenmorph_jax.transforms.world import jacobian_determinant_of_displacemen
 FIRST = "t1"
 
 
-def ours(fixed, atlas, labels, method):
+def ours(fixed, atlas, method):
     """(Transform, seconds) by this package."""
     result = register(fixed, atlas, method=method, quiet=True)
     return result.transform, result.summary["seconds"]["total"]
 
 
-def syn(fixed, atlas, labels, method):
+def syn(fixed, atlas, method):
     """(Transform, seconds) by ANTsPy: affine, then SyN with mutual information."""
-    import time
-
     import ants
     start = time.perf_counter()
     found = ants.registration(ants.image_read(str(fixed)), ants.image_read(str(atlas)), "SyN")
@@ -55,7 +54,7 @@ def carried(fixed, name, atlas, labels, out, tool, method):
     """The results of a registration as a dict of arrays, from its file where there is one."""
     file = out / f"{name}.npz"
     if not file.exists():
-        transform, seconds = tool(fixed, atlas, labels, method)
+        transform, seconds = tool(fixed, atlas, method)
         image, moving = load_image(fixed), load_labels(labels)
         move = transform.displacement
         linear = resample(moving, image.data.shape, image.affine, transform.linear, order=0)

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from drivenmorph_jax.brain import linknet, parameters
 from drivenmorph_jax.errors import InputError, InputWarning
-from drivenmorph_jax.images.volume import canonical
+from drivenmorph_jax.images.volume import block_means, canonical
 
 COARSE, FINE = 128, 256  # voxels along each axis of what the networks see
 MARGIN = 0.1  # of the box, added at each of its ends
@@ -72,7 +72,8 @@ def tightened(mask, volume):
         return mask
     tissue = inside & (x > np.median(deep) / 2)
     factors = np.maximum(1, np.rint(AROUND / 4 / spacing)).astype(int)
-    sums = [ndimage.gaussian_filter(_averaged(np.where(tissue, image, np.float32(0)), factors),
+    ends = [(0, -n % k) for n, k in zip(x.shape, factors, strict=True)]
+    sums = [ndimage.gaussian_filter(block_means(np.pad(np.where(tissue, image, np.float32(0)), ends), factors),
                                     AROUND / spacing / factors) for image in (x, np.float32(1))]
     mean = sums[0] / np.maximum(sums[1], 1e-3)
     mean = mean[np.ix_(*(np.minimum(np.arange(n) // k, m - 1) for n, k, m in zip(x.shape, factors, mean.shape,
@@ -90,12 +91,6 @@ def has_rim(image):
     """Whether a stripped brain, an image as `intensity.anchored` returns it, has the rim that `tightened` takes off."""
     inside = filled(largest(image.data > 0))
     return tightened(inside, image).sum() < (1 - RIM) * inside.sum()
-
-
-def _averaged(x, factors):
-    """Means over blocks of `factors` voxels; the last blocks may be smaller, and are filled by 0."""
-    x = np.pad(x, [(0, -n % k) for n, k in zip(x.shape, factors, strict=True)])
-    return x.reshape([m for n, k in zip(x.shape, factors, strict=True) for m in (n // k, k)]).mean((1, 3, 5))
 
 
 def _found(image):

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from drivenmorph_jax.brain.extraction import filled
 from drivenmorph_jax.images.intensity import anchored, foreground
+from drivenmorph_jax.images.volume import block_means
 
 SPACING = 2.0  # mm, about: finer images are averaged
 SMOOTH = 6.0  # mm, the Gaussian that smooths the surface before its normals are taken
@@ -51,7 +53,7 @@ def surface(volume):
     """
     factors = np.maximum(1, np.floor(SPACING / volume.spacing * 1.005).astype(int))
     spacing = volume.spacing * factors
-    x = np.nan_to_num(_averaged(volume.data, factors), posinf=0, neginf=0)
+    x = np.nan_to_num(block_means(volume.data, factors), posinf=0, neginf=0)
     if min(x.shape) < 4:
         return Surface(0.0, 0.0, 0.0)
     x = anchored(x)
@@ -77,21 +79,10 @@ def surface(volume):
     return Surface(float(share), size, float(faces.mean()))
 
 
-def _averaged(x, factors):
-    """Means over blocks of `factors` voxels. What is left over at the ends is left out."""
-    for axis, k in enumerate(factors):
-        if k > 1:
-            before, n, after = x.shape[:axis], x.shape[axis] // k, x.shape[axis + 1:]
-            x = x[(slice(None),) * axis + (slice(n * k),)].reshape(*before, n, k, *after).mean(axis + 1)
-    return x
-
-
 def _inside(x):
     """The foreground without specks, and what it encloses: what no path outside joins with the faces of the volume."""
     parts, count = ndimage.label(foreground(x))
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
     sizes[0] = 0
     tissue = (sizes > 0.03 * sizes.max())[parts]
-    parts, _ = ndimage.label(~tissue)
-    outside = np.unique(np.concatenate([np.take(parts, place, axis).ravel() for axis in range(3) for place in (0, -1)]))
-    return ~np.isin(parts, outside[outside > 0])
+    return filled(tissue)

@@ -18,6 +18,7 @@ from drivenmorph_jax.evaluation.figures import uncropped
 from drivenmorph_jax.evaluation.metrics import DEFINITIONS
 from drivenmorph_jax.evaluation.tables import ABOUT_FORCE, LABELS, OF_FORCE, OF_PAIRS, markdown_table, pairs_table
 from drivenmorph_jax.files import replacing
+from drivenmorph_jax.images.volume import block_means
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SPACING = 2.0  # mm, about the smallest voxels in the page
@@ -91,7 +92,7 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=No
     """
     spacing = np.asarray(spacing, float)
     factors = np.maximum(1, np.rint(SPACING / spacing)).astype(int)
-    inside = _pooled((fixed > 0).astype(np.float32), factors) >= 0.5
+    inside = block_means((fixed > 0).astype(np.float32), factors) >= 0.5
     white = float(np.percentile(fixed[fixed > 0], 99.5)) if (fixed > 0).any() else 1.0
     logarithm = np.log(np.maximum(uncropped(jacobian, fixed.shape), 1e-3))
     found = {name: (x, "gray", 0.0, white, "") for name, x in (
@@ -106,7 +107,7 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=No
 
     volumes = {}
     for name, (x, colours, low, high, unit) in found.items():
-        small = np.clip((_pooled(x, factors) - low) / (high - low), 0, 1)
+        small = np.clip((block_means(x, factors) - low) / (high - low), 0, 1)
         volumes[name] = {"png": _PNG + _mosaic(np.rint(255 * small).astype(np.uint8)), "map": colours, "low": low,
                          "high": high, "unit": unit}
     bits = np.packbits(inside.transpose(2, 1, 0).ravel(), bitorder="little").tobytes()
@@ -116,13 +117,6 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=No
 
 
 _PNG = "data:image/png;base64,"
-
-
-def _pooled(x, factors):
-    """Means over blocks of `factors` voxels. Voxels at the far ends that fill no block are cut off."""
-    whole = x[tuple(slice(n // f * f) for n, f in zip(x.shape, factors, strict=True))]
-    blocks = [side for n, f in zip(whole.shape, factors, strict=True) for side in (n // f, f)]
-    return whole.reshape(blocks).mean((1, 3, 5))
 
 
 def _mosaic(voxels):

@@ -71,6 +71,13 @@ def smoothed(volume, spacing):
     return replace(volume, data=ndimage.gaussian_filter(volume.data, sigma)) if sigma.any() else volume
 
 
+def block_means(x, factors):
+    """Means of x (X, Y, Z) over blocks of `factors` voxels. Voxels at the far ends that fill no block are cut off."""
+    whole = x[tuple(slice(n // k * k) for n, k in zip(x.shape, factors, strict=True))]
+    blocks = [side for n, k in zip(whole.shape, factors, strict=True) for side in (n // k, k)]
+    return whole.reshape(blocks).mean((1, 3, 5))
+
+
 def part_of(affine, shape, inner):
     """The slices of a grid with `affine` that hold a part of it: a grid of `shape` with the affine `inner`."""
     start = np.rint(np.linalg.solve(affine, inner[:, 3]))[:3].astype(int)

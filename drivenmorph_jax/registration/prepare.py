@@ -51,7 +51,8 @@ def prepare(planned: Planned) -> Prepared:
     if planned.masked:
         masks = tuple(jnp.zeros(shape, bool) if mask is None else
                       on_working_grid(mask, through, order=0) > 0 for _, mask, through in sides)
-        images = [fill(x[..., None], mask[..., None])[..., 0] for x, mask in zip(images, masks, strict=True)]
+        images = [x if own is None else fill(x[..., None], mask[..., None])[..., 0]
+                  for x, mask, (_, own, _) in zip(images, masks, sides, strict=True)]
     if planned.cut:
         found = [beyond(volume, shape, grid, through, RIM) for volume, _, through in sides]
         masks = tuple(mask if out is None else mask | out[1] for mask, out in zip(masks, found, strict=True))

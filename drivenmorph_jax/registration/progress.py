@@ -22,7 +22,7 @@ class Progress:
         self.seconds[name] = time.perf_counter() - start
         self.tell(f"{self.seconds[name]:.1f} s")
 
-    def tell(self, *words, sep=" ", end="\n"):
+    def tell(self, *words, end="\n"):
         """Print at once, unless the registration is quiet."""
         if not self.quiet:
-            print(*words, sep=sep, end=end, flush=True)
+            print(*words, end=end, flush=True)

@@ -85,7 +85,7 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
             if stage is read and state.scale != 1:
                 progress.tell(f"lengths times {state.scale:g},", end=" ")
             if stage is find_brains:
-                progress.tell(*state.heads, sep=", ", end=", " if state.heads else "")
+                progress.tell("".join(f"{head}, " for head in state.heads), end="")
             if stage is plan:
                 progress.tell(f"memory {state.needed / 1e9:.1f} GB,", end=" ")
             if stage is deform and state.correlation is not None and state.contrast == "other":

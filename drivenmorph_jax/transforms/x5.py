@@ -7,6 +7,7 @@ affine is its domain's mapping. Source: nitransforms 25.1, nitransforms.io.x5.
 import numpy as np
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.transforms.world import by_planes
 
 
 def read_x5(path):
@@ -39,8 +40,7 @@ def _one(path, node):
     if kind == "nonlinear" and form in ("displacements", "deformations") and data.ndim == 4 and data.shape[3] == 3:
         affine = np.asarray(node["Domain"]["Mapping"], float)
         if form == "deformations":
-            voxels = np.moveaxis(np.indices(data.shape[:3]), 0, -1)
-            data = data - (voxels @ affine[:3, :3].T + affine[:3, 3])
+            return by_planes(data.shape, affine, lambda i, x: data[i] - x), affine
         return data.astype(np.float32), affine
     raise InputError(f"{path} holds a {kind} transform ({form}, {'x'.join(map(str, data.shape))}), which is not read "
                      "here; convert it to a dense field")
