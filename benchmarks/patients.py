@@ -3,8 +3,9 @@
 python -m benchmarks.patients FOLDER --atlases BRAINS --out runs/patients [--subjects ID ID] [--method demons] [--ants]
 
 FOLDER holds one patient as NAME_t1.nii.gz, NAME_t2.nii.gz and so on: images of several contrasts that are aligned with
-each other. BRAINS holds ID_t1.nii.gz, ID_seg.nii.gz and a splits.json; the atlases are the subjects that are named, or
-the first two of its test split. Each atlas is registered to each contrast, and so carries its labels to the patient.
+each other. BRAINS holds ID_t1.nii.gz and ID_seg.nii.gz, and a splits.json lies there or in its parent. The atlases are the
+subjects that are named, or the first two of its test split. Each atlas is registered to each contrast, and so carries
+its labels to the patient.
 
 "Atlases agree" is the mean Dice between the labels that the two atlases carry: high where registration finds the
 patient's anatomy. "As by T1" is the mean Dice between the labels that one atlas carries by a contrast and by the first:
@@ -23,6 +24,7 @@ import nibabel as nib
 import numpy as np
 
 from drivenmorph_jax.cli.program import run
+from drivenmorph_jax.data.folder import beside
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.images.intensity import anchored, foreground
@@ -77,7 +79,7 @@ def main():
     if FIRST not in images:
         raise InputError(f"{flags.folder} has no image that ends in _{FIRST}.nii.gz")
     images = {FIRST: images.pop(FIRST), **images}
-    subjects = flags.subjects or json.loads((flags.atlases / "splits.json").read_text())["test"][:2]
+    subjects = flags.subjects or json.loads(beside(flags.atlases, "splits.json").read_text())["test"][:2]
     out = flags.out / ("ants" if flags.ants else flags.method)
     out.mkdir(parents=True, exist_ok=True)
     found = {}

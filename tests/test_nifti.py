@@ -287,6 +287,18 @@ def test_save_returns_to_the_grid_and_codes_of_like(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["like.nii", "out.nii.gz"]
 
 
+def test_compressed_files_are_those_of_nibabel_and_the_same_every_time(tmp_path):
+    like = load_image(write(tmp_path / "like.nii.gz"))
+    field = np.random.default_rng(1).normal(size=(*SHAPE, 1, 3)).astype(np.float32)
+    for name in ("a", "b"):
+        writing.save(tmp_path / f"{name}.nii.gz", field, like, 1007)
+    written = (tmp_path / "a.nii.gz").read_bytes()
+    assert written == (tmp_path / "b.nii.gz").read_bytes()
+    assert written[3:8] == bytes(5)  # no name and no time
+    nibabel.save(writing.to_nibabel(field, like, 1007), tmp_path / "plain.nii")
+    assert gzip.decompress(written) == (tmp_path / "plain.nii").read_bytes()
+
+
 @pytest.mark.parametrize("source, largest, stored", [
     (np.uint8, 207, np.uint8), (np.uint8, 1000, np.int16), (np.float32, 207, np.int16), (np.uint16, 50000, np.uint16),
     (np.float32, 70000, np.int32), (np.int32, 207, np.int32)])

@@ -69,7 +69,7 @@ def folder_dataset(config, splits=SPLITS):
         raise InputError(f"{root} holds no image that can be read: look at the files named above")
     spacing = _common_spacing(root, list(subjects.values()))
 
-    table = _beside(root, "labels.csv")
+    table = beside(root, "labels.csv")
     read = {split: tuple(subjects[id] for id in ids[split] if id in subjects) if split in splits else ()
             for split in SPLITS}
     return Dataset(root.resolve().name, **read,
@@ -77,14 +77,14 @@ def folder_dataset(config, splits=SPLITS):
                    exclude=tuple(sorted({0, *config.get("exclude", ())})), atlas=subjects.get(atlas))
 
 
-def _beside(root, name):
+def beside(root, name):
     """The file of that name in the folder or, failing that, in its parent; None if neither has one."""
     return next((path for path in (root / name, root.parent / name) if path.is_file()), None)
 
 
 def _splits_file(root, given):
     if given is None:
-        return _beside(root, "splits.json")
+        return beside(root, "splits.json")
     if not Path(given).is_file():
         raise InputError(f"{given} does not exist: set data.splits to a splits.json, or leave it out")
     return Path(given)

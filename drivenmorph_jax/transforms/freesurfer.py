@@ -12,6 +12,7 @@ import numpy as np
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import replacing
 from drivenmorph_jax.images.volume import on_grid
+from drivenmorph_jax.images.writing import compressed
 from drivenmorph_jax.transforms.itk import usable
 from drivenmorph_jax.transforms.world import by_planes, map_points
 
@@ -138,7 +139,7 @@ def write_mgz_warp(path, displacement, fixed, moving):
     content = [header.tobytes(), displacement.astype(">f4").tobytes(order="F"), np.zeros(5, ">f4").tobytes(),
                GEOMETRIES.to_bytes(4, "big"), geometry(moving).tobytes(), names, place.tobytes(), names,
                META.to_bytes(4, "big"), len(meta).to_bytes(8, "big"), meta]
-    with replacing(path) as temporary, gzip.open(temporary, "wb", 6) as file:
+    with replacing(path) as temporary, compressed(temporary) as file:
         file.write(b"".join(content))
 
 
