@@ -5,6 +5,8 @@ the face. Elsewhere the tissue is cut there. Straight beyond the tissue of a cut
 known. Beyond the rest of the face the background goes on. The images are as `intensity.anchored` returns them.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from scipy import ndimage
 
@@ -49,8 +51,8 @@ def beyond(volume, shape, affine, transform=None, rim=0.0):
             x = row[3] + sum(np.ix_(*(step * np.arange(n) for step, n in zip(row, shape, strict=False))))
             out = size * np.maximum(low - x, x - high) + rim
             squares += np.where(out > 1e-3 * size, out, 0) ** 2
-    tissue = ndimage.affine_transform(foreground(volume.data).astype(np.float32), matrix, output_shape=tuple(shape),
-                                      order=1, mode="nearest", prefilter=False) > 0.5  # of the nearest voxel
+    bright = replace(volume, data=foreground(volume.data).astype(np.float32))
+    tissue = resample(bright, shape, affine, transform, repeated=True) > 0.5  # of the nearest voxel
     reach = 2 * np.rint(AROUND / np.linalg.norm(affine[:3, :3], axis=0)).astype(int) + 1
     return np.sqrt(squares), (squares > 0) & ndimage.maximum_filter(tissue, reach.tolist(), mode="nearest")
 
@@ -63,6 +65,4 @@ def resample_known(volume, shape, affine):
     data, out = resample(volume, shape, affine), beyond(volume, shape, affine)
     if out is None:
         return data, None
-    repeated = ndimage.affine_transform(volume.data, np.linalg.inv(volume.affine) @ affine, output_shape=tuple(shape),
-                                        order=1, mode="nearest", prefilter=False)
-    return np.where(out[1], repeated, data), ~out[1]
+    return np.where(out[1], resample(volume, shape, affine, repeated=True), data), ~out[1]

@@ -41,7 +41,7 @@ def canonical(volume):
     return replace(volume, data=data, affine=affine)
 
 
-def resample(volume, shape, affine, transform=None, order=1):
+def resample(volume, shape, affine, transform=None, order=1, repeated=False):
     """Sample a Volume on the grid (shape, affine).
 
       out(o) = volume(A_volume^-1 T affine o)    at voxel o of the grid
@@ -50,15 +50,17 @@ def resample(volume, shape, affine, transform=None, order=1):
       volume: the Volume.
       shape, affine: the grid; the affine maps voxels to RAS mm.
       transform: T (4, 4), from the world of the grid to the world of the volume, in RAS mm. None is the identity.
-      order: 1 is linear, 0 nearest. Outside the volume the value is 0.
+      order: 1 is linear, 0 nearest.
+      repeated: outside the volume the value is that of the nearest voxel at its border, else 0.
 
     Returns:
       An array of `shape` with the type of the volume.
     """
     transform = np.eye(4) if transform is None else transform
     matrix = np.linalg.inv(volume.affine) @ transform @ affine
-    return ndimage.affine_transform(volume.data, matrix, output_shape=tuple(shape), order=order,
-                                    mode="grid-constant", prefilter=False)
+    # Given whole, the matrix would be refused where rounding changed its last row.
+    return ndimage.affine_transform(volume.data, matrix[:3, :3], matrix[:3, 3], tuple(shape), order=order,
+                                    mode="nearest" if repeated else "grid-constant", prefilter=False)
 
 
 def smoothed(volume, spacing):

@@ -117,7 +117,9 @@ def _both_ways(fixed, moving, start, kind):
     """
     there = _run(fixed, moving, start, kind)
     back = np.linalg.inv(_run(moving, fixed, np.linalg.inv(start), kind))
-    return there @ linalg.expm(np.real(linalg.logm(np.linalg.inv(there) @ back)) / 2)
+    middle = there @ linalg.expm(np.real(linalg.logm(np.linalg.inv(there) @ back)) / 2)
+    middle[3] = 0, 0, 0, 1  # up to rounding it was
+    return middle
 
 
 def _symmetric(fixed, moving, transforms):
