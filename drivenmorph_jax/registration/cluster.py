@@ -27,7 +27,7 @@ def run_on(scheduler, jobs, told, time_limit):
     for job in jobs:
         job.forget()
     try:
-        client = Client(scheduler, timeout=PATIENCE, set_as_default=False)
+        client = Client(scheduler, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         raise InputError(f"no scheduler answers at {scheduler}: start one by `dask scheduler` and give the address "
                          "that it prints, such as tcp://host:8786") from error

@@ -19,7 +19,6 @@ from drivenmorph_jax.registration.cohort_report import write_report
 from drivenmorph_jax.registration.job import DONE, FAILED, MISSING, NOTES, Job, made_from
 from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request
-from drivenmorph_jax.registration.register import finished
 from drivenmorph_jax.runtime.checkpoint import digest, read_about
 
 SETTINGS = ("strip", "checkpoint", "method", "force", "contrast", "affine", "refine_steps", "mask_sense", "geometry",
@@ -83,9 +82,9 @@ def _run(jobs, told):
     """
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         writing = None
-        for job, locked, progress, reading in _read_ahead(jobs, reader):
+        for job, locked, progress, reading in _read_ahead(jobs, reader, told):
             try:
-                result = finished(reading.result(), progress)
+                result = job.compute(reading.result(), progress)
             except Exception as error:
                 job.fail(error)
                 locked.close()
@@ -99,7 +98,7 @@ def _run(jobs, told):
             writing.result()
 
 
-def _read_ahead(jobs, reader):
+def _read_ahead(jobs, reader, told):
     """Yields (job, its lock, progress, future of its images); the images of the next job are being read then."""
     ahead = deque()
     for job in jobs:
@@ -107,6 +106,10 @@ def _read_ahead(jobs, reader):
         try:
             locked.enter_context(job.alone())
         except InputError:
+            continue
+        if (state := job.state())["status"] == DONE:  # by another process, since this one looked
+            locked.close()
+            told(job, state)
             continue
         job.forget()  # an earlier run failed, and may have had less memory
         ahead.append((job, locked, progress, reader.submit(job.begin, progress)))
