@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from concurrent.futures import CancelledError
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.registration.job import MISSING
@@ -17,7 +18,8 @@ def run_on(scheduler, jobs, told, time_limit):
 
     A pair whose worker died is registered by another one. After the fourth worker it counts as failed.
 
-    Raises InputError where the package distributed is missing, no scheduler answers, or `time_limit` cannot be kept.
+    Raises InputError where the package distributed is missing, where no scheduler answers or it ends, or where
+    `time_limit` cannot be kept.
     """
     try:
         from distributed import Client, as_completed
@@ -39,10 +41,13 @@ def run_on(scheduler, jobs, told, time_limit):
         job_of = {future.key: job for future, job in zip(futures, jobs, strict=True)}
         for future in as_completed(futures):
             job = job_of[future.key]
-            if future.status == "finished":
+            try:
                 told(job, future.result())
-            else:
-                job.fail(_reason(future.exception()))
+            except CancelledError as error:
+                raise InputError(f"the scheduler at {scheduler} has gone: start it and give the same command again, "
+                                 "which continues") from error
+            except Exception as error:
+                job.fail(_reason(error))
                 told(job, job.state())
 
 

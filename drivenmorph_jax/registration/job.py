@@ -111,10 +111,10 @@ class Job:
             self.fail(error)
 
 
-def made_from(files, settings, formats, checkpoint):
+def made_from(files, settings, formats, weights):
     """What a result depends on: the version, settings, and path, size and time of change of every file.
 
-    `checkpoint` is a digest of the weights, or None.
+    `weights` is their digest, which stands for the checkpoint; or None.
 
     Raises InputError where a file is missing.
     """
@@ -122,4 +122,5 @@ def made_from(files, settings, formats, checkpoint):
         found = {role: [str(path), (stat := os.stat(path)).st_size, stat.st_mtime_ns] for role, path in files.items()}
     except OSError as error:
         raise InputError(f"{error.filename} does not exist; check the path") from error
-    return {"version": VERSION, "settings": settings, "formats": list(formats), "weights": checkpoint, "files": found}
+    settings = {name: value for name, value in settings.items() if name != "checkpoint"}
+    return {"version": VERSION, "settings": settings, "formats": list(formats), "weights": weights, "files": found}
