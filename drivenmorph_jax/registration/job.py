@@ -25,7 +25,7 @@ from drivenmorph_jax.registration.result import SUMMARY, former_files
 from drivenmorph_jax.runtime.shipped import VERSION
 
 DONE, FAILED, MISSING = "done", "failed", "missing"
-NOTES = ".cohort"
+NOTES, FAILURE = ".cohort", "failure.json"
 # Working grids whose programs a process keeps. Those of one grid take 2,000 memory mappings and 200 MB; Linux gives a
 # process 65,530 mappings, and the compiler aborts where there are no more.
 MOST_GRIDS = 8
@@ -55,13 +55,18 @@ class Job:
 
     def state(self):
         """{"status": DONE, "summary": that of the result}, {"status": FAILED, "error": a sentence}, or MISSING."""
-        for path, status, kind in ((self.folder / SUMMARY, DONE, "summary"),
-                                   (self.notes / "failure.json", FAILED, "failure")):
-            with contextlib.suppress(OSError, ValueError):
-                found = json.loads(path.read_text())
-                if isinstance(found, dict) and found.get("made_from") == self.made_from:
-                    return {"status": status, "error": found.get("error"), kind: found}
+        if found := self._made(self.folder / SUMMARY):
+            return {"status": DONE, "summary": found}
+        if found := self._made(self.notes / FAILURE):
+            return {"status": FAILED, "error": found["error"]}
         return {"status": MISSING}
+
+    def _made(self, path):
+        """The content of a JSON file that was made from the same, or None."""
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(path.read_text())
+            if isinstance(found, dict) and found.get("made_from") == self.made_from:
+                return found
 
     def alone(self, wait=False):
         """A context in which no other process works on this pair. Raises InputError where one does, unless `wait`."""
@@ -69,7 +74,7 @@ class Job:
 
     def forget(self):
         """Forget an earlier failure."""
-        (self.notes / "failure.json").unlink(missing_ok=True)
+        (self.notes / FAILURE).unlink(missing_ok=True)
 
     def begin(self, progress):
         """The pair after the first stages, see `register.begun`."""
@@ -96,7 +101,7 @@ class Job:
         if not isinstance(error, InputError):  # nobody's sentence
             said |= {"error": f"{type(error).__name__}: {said['error']}",
                      "traceback": "".join(traceback.format_exception(error))}
-        with replacing(make_folder(self.notes) / "failure.json") as temporary:
+        with replacing(make_folder(self.notes) / FAILURE) as temporary:
             temporary.write_text(json_text(said, indent=2) + "\n")
         shutil.rmtree(self.folder / ".new", ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds an earlier result, or does not exist
