@@ -11,7 +11,9 @@ from drivenmorph_jax.registration.score import DEFINITIONS
 
 SCORES = ("similarity_before", "similarity_after", "dice_before", "dice_after", "fold_pct")
 COLUMNS = ("name", "fixed", "moving", "status", *SCORES, "warnings", "checks", "seconds", "error")
-WIDTH = 300  # pixels of a picture
+HEAD = ("name", "", "status", "similarity before", "similarity after", "Dice before", "Dice after", "J ≤ 0 (%)",
+        "warnings", "which", "seconds")
+WIDTH = 220  # pixels of a picture, which takes 20 KB
 ORDER = FAILED, MISSING, DONE
 
 
@@ -36,13 +38,13 @@ def write_report(jobs, states):
                                                                   -(both[1]["warnings"] or 0)))
     page.write(out / PAGE, "Cohort", [
         page.paragraph("; ".join(told) + ". What is doubtful comes first. A click on a column's head sorts by it."),
-        page.sortable(("name", "", "status", "similarity before", "after", "Dice before", "after", "J ≤ 0 (%)",
-                       "warnings", "which", "seconds"), [_cells(job, row) for job, row in both]),
+        page.sortable(HEAD, [_cells(job, row) for job, row in both]),
         page.heading("Definitions"),
-        page.definitions({name: DEFINITIONS[name] for name in ("similarity", "dice", "fold_pct")}
-                         | {"warnings": "Checks with a value outside their limits. The report of the pair explains "
-                                        "each: follow the link at its name.",
-                            "seconds": "Of all stages, without the writing of the files."})])
+        page.definitions({
+            "similarity": DEFINITIONS["similarity"], "Dice": DEFINITIONS["dice"], "J ≤ 0 (%)": DEFINITIONS["fold_pct"],
+            "warnings": "Checks with a value outside their limits. The report of the pair, to which its name leads, "
+                        "explains each.",
+            "seconds": "Of all stages, without the writing of the files."})])
 
 
 def _row(job, state):
