@@ -33,17 +33,22 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def alone_in(folder):
+def alone_in(folder, shared=False, wait=False):
     """A context that locks the folder for this process.
 
-    Raises InputError where another process of this machine has locked it.
+    Args:
+      folder: an existing folder. The lock is the file .lock in it.
+      shared: lock it together with others that share it.
+      wait: wait until the folder is free.
+
+    Raises InputError where another process has locked it, unless `wait`.
     """
     with (Path(folder) / ".lock").open("w") as file:  # the system unlocks it however the process ends
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise InputError(f"{folder} is in use by another run: wait for it, stop it, or take another "
-                             "--workdir") from error
+                             "folder") from error
         yield
 
 

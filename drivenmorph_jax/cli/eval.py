@@ -27,7 +27,7 @@ def main(arguments=None, prog="drivenmorph eval"):
     add("--split", default="test", choices=["train", "val", "test"], help="subjects to score on; default: test")
     add(
         "--refine_steps",
-        type=int,
+        type=program.count,
         default=0,
         metavar="N",
         help="refine the result of the network. The network registers forward and backward, both results are averaged, "
@@ -48,8 +48,6 @@ def main(arguments=None, prog="drivenmorph eval"):
         "written to rivals.md, .jsonl and .png",
     )
     flags, settings = parser.parse_known_args(arguments)
-    if flags.refine_steps < 0:
-        parser.error("--refine_steps must be 0 or more")
 
     # Imported late, so that --help answers at once.
     from drivenmorph_jax.evaluation.evaluate import evaluate_checkpoint

@@ -5,14 +5,22 @@ import difflib
 import sys
 from functools import partial
 
-from drivenmorph_jax.cli import apply, prepare, register, strip, train
+from drivenmorph_jax.cli import apply, cohort, prepare, register, strip, train
 from drivenmorph_jax.cli import eval as evaluate
 from drivenmorph_jax.cli.program import run
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.runtime.shipped import VERSION
 
 # Each imports JAX when it has read its arguments: that takes seconds, which --help must not cost.
-COMMANDS = {"register": register, "apply": apply, "strip": strip, "train": train, "eval": evaluate, "prepare": prepare}
+COMMANDS = {
+    "register": register,
+    "cohort": cohort,
+    "apply": apply,
+    "strip": strip,
+    "train": train,
+    "eval": evaluate,
+    "prepare": prepare,
+}
 
 
 def main(arguments=None):

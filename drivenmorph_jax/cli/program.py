@@ -50,6 +50,13 @@ def add_geometry(add):
     )
 
 
+def count(text):
+    """The number of an argument that is 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or more")
+    return int(text)
+
+
 def size(text):
     """Bytes of an argument such as 4GB, 500MB or 2.5GiB."""
     found = re.fullmatch(r"(\d+\.?\d*) ?([MG])(i?)B?", text)

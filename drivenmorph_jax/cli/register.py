@@ -18,11 +18,12 @@ def main(arguments=None, prog="drivenmorph register"):
     """Run the program with `arguments`, by default those of the command line. Raises InputError."""
     parser = program.parser(prog, __doc__, EPILOG)
     _images(parser.add_argument)
-    _method(parser.add_argument)
-    _results(parser.add_argument)
+    add_reading(parser.add_argument)
+    add_method(parser.add_argument)
+    _start(parser.add_argument)
+    add_results(parser.add_argument)
+    _names(parser.add_argument)
     flags = parser.parse_args(arguments)
-    if flags.refine_steps is not None and flags.refine_steps < 0:
-        parser.error("--refine_steps must be 0 or more")
     if flags.affine and flags.initial_transform:
         parser.error("--affine and --initial_transform exclude each other")
 
@@ -31,7 +32,6 @@ def main(arguments=None, prog="drivenmorph register"):
     from drivenmorph_jax.registration.register import register
     from drivenmorph_jax.registration.result import former_files
     from drivenmorph_jax.runtime import sharding
-    from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
     sharding.start()
     check_folder(flags.out)
@@ -39,22 +39,13 @@ def main(arguments=None, prog="drivenmorph register"):
     result = register(
         flags.fixed,
         flags.moving,
-        strip=flags.strip,
-        checkpoint=flags.checkpoint or SHIPPED,
-        method=flags.method,
-        force=flags.force,
-        contrast=flags.contrast,
-        affine=flags.affine or True,
         initial_transform=flags.initial_transform,
         convention=flags.convention,
-        refine_steps=flags.refine_steps,
         fixed_labels=flags.fixed_labels,
         moving_labels=flags.moving_labels,
         fixed_mask=flags.fixed_mask,
         moving_mask=flags.moving_mask,
-        mask_sense=flags.mask_sense,
-        geometry=flags.geometry,
-        memory=flags.memory,
+        **settings(flags),
     )
     print("write ...", end=" ", flush=True)
     result.save(flags.out, flags.formats, flags.bids)
@@ -67,8 +58,19 @@ def main(arguments=None, prog="drivenmorph register"):
         sys.exit(3)
 
 
+def settings(flags):
+    """The arguments of `register` that the flags of `add_reading` and `add_method` set."""
+    from drivenmorph_jax.runtime.checkpoint import SHIPPED
+
+    names = ("strip", "method", "force", "contrast", "refine_steps", "mask_sense", "geometry", "memory")
+    return {name: getattr(flags, name) for name in names} | {
+        "checkpoint": flags.checkpoint or SHIPPED,
+        "affine": flags.affine or True,
+    }
+
+
 def _images(add):
-    """Flags of the images and what belongs to them."""
+    """Flags of the two images and what belongs to them."""
     add("--fixed", required=True, metavar="FILE", help="NIfTI image that stays where it is")
     add(
         "--moving",
@@ -89,6 +91,10 @@ def _images(add):
         "the deformation is interpolated smoothly inside",
     )
     add("--moving_mask", metavar="FILE", help="the same for the moving image")
+
+
+def add_reading(add):
+    """Flags of how images are read, by `add`, the method `add_argument` of a parser."""
     add(
         "--mask_sense",
         default="ignore",
@@ -106,8 +112,8 @@ def _images(add):
     program.add_geometry(add)
 
 
-def _method(add):
-    """Flags of how they are registered."""
+def add_method(add):
+    """Flags of how images are registered."""
     add(
         "--checkpoint",
         metavar="DIR",
@@ -142,22 +148,8 @@ def _method(add):
     )
     add("--no-affine", dest="affine", action="store_const", const="none", help="the same as --affine none")
     add(
-        "--initial_transform",
-        "--initial_affine",
-        nargs="+",
-        action=program.Once,
-        metavar="FILE",
-        help="transform from the fixed to the moving image, or several, as `apply` takes them. It replaces the "
-        "affine alignment. A deformable one is where the registration starts, and the result includes it",
-    )
-    add(
-        "--convention",
-        metavar="NAME",
-        help="what the numbers of this transform are, as `apply` takes it",
-    )
-    add(
         "--refine_steps",
-        type=int,
+        type=program.count,
         metavar="N",
         help="iterations of Demons after the network. The network registers forward and backward, both results are "
         "averaged, N iterations by local correlation follow, and two passes of the network register the residual. "
@@ -173,8 +165,26 @@ def _method(add):
     )
 
 
-def _results(add):
-    """Flags of what is written."""
+def _start(add):
+    """Flags of a transform to start from."""
+    add(
+        "--initial_transform",
+        "--initial_affine",
+        nargs="+",
+        action=program.Once,
+        metavar="FILE",
+        help="transform from the fixed to the moving image, or several, as `apply` takes them. It replaces the "
+        "affine alignment. A deformable one is where the registration starts, and the result includes it",
+    )
+    add(
+        "--convention",
+        metavar="NAME",
+        help="what the numbers of this transform are, as `apply` takes it",
+    )
+
+
+def add_results(add):
+    """Flags of what is written, and where."""
     add("--out", required=True, metavar="DIR", help="folder for the results; it is made if it does not exist")
     add(
         "--formats",
@@ -186,6 +196,10 @@ def _results(add):
         "warps .mgz and the affine .lta; fsl: relative warps for applywarp; spm: deformations y_; afni: displacement "
         "fields for 3dNwarpApply; default: itk",
     )
+
+
+def _names(add):
+    """Flags of the names of the transforms and of the exit status."""
     add(
         "--bids",
         nargs=3,

@@ -9,6 +9,7 @@ import io
 import json
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib import colormaps
@@ -65,6 +66,37 @@ def table(markdown):
     cells = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     return (f'<div class="wide"><table><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr>'
             + "".join(f"<tr>{row}</tr>" for row in cells) + "</table></div>")
+
+
+def sortable(head, rows):
+    """A table that its reader sorts by a column.
+
+    Args:
+      head: names of the columns.
+      rows: a row is a list of cells. A cell is (HTML, the number or text that it is sorted by, or None).
+    """
+    def cell(content, key):
+        return f"<td>{content}</td>" if key is None else f'<td data-key="{html.escape(str(key))}">{content}</td>'
+
+    names = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    body = "\n".join("<tr>" + "".join(cell(*one) for one in row) + "</tr>" for row in rows)
+    return (f'<div class="wide"><table class="sortable"><thead><tr>{names}</tr></thead>\n'
+            f"<tbody>{body}</tbody></table></div>")
+
+
+def link(text, address):
+    """A link to a file; `address` is its path from the page."""
+    return f'<a href="{html.escape(quote(address))}">{html.escape(text)}</a>'
+
+
+def thumbnail(path, width, alt):
+    """A PNG file, embedded in the page with a width in pixels."""
+    file = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.convert("RGB").resize((width, round(picture.height * width / picture.width)),
+                                      reducing_gap=2).save(file, "jpeg", quality=70)
+    content = base64.b64encode(file.getvalue()).decode()
+    return f'<img loading="lazy" alt="{html.escape(alt)}" src="data:image/jpeg;base64,{content}">'
 
 
 def definitions(found):

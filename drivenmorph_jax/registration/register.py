@@ -15,6 +15,7 @@ from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request, read
 from drivenmorph_jax.registration.result import Result, result_of
 from drivenmorph_jax.registration.score import score
+from drivenmorph_jax.registration.strip import Stripped
 from drivenmorph_jax.registration.strip import strip as find_brains
 from drivenmorph_jax.registration.transfer import transfer
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
@@ -71,21 +72,34 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
         The memory is checked before it is allocated.
     """
     progress = Progress(quiet)
-    state = Request(fixed=fixed, moving=moving, strip=strip, checkpoint=checkpoint, method=method, force=force,
-                    contrast=contrast, affine=affine, initial_transform=initial_transform, convention=convention,
-                    refine_steps=refine_steps, fixed_labels=fixed_labels, moving_labels=moving_labels,
-                    fixed_mask=fixed_mask, moving_mask=moving_mask, mask_sense=mask_sense, geometry=geometry,
-                    memory=memory)
-    stages = {"read": read, "strip": find_brains, "affine": align,
-              "compile" if method == "drivenmorph" else "plan": plan, "resample": prepare, method: deform,
-              "transform": transfer, "score": score, "check": check}
+    request = Request(fixed=fixed, moving=moving, strip=strip, checkpoint=checkpoint, method=method, force=force,
+                      contrast=contrast, affine=affine, initial_transform=initial_transform, convention=convention,
+                      refine_steps=refine_steps, fixed_labels=fixed_labels, moving_labels=moving_labels,
+                      fixed_mask=fixed_mask, moving_mask=moving_mask, mask_sense=mask_sense, geometry=geometry,
+                      memory=memory)
+    return finished(begun(request, progress), progress)
+
+
+def begun(request: Request, progress: Progress) -> Stripped:
+    """The first two stages of `register`, read and strip. They can run while another pair is in the later stages."""
+    with progress("read"):
+        pair = read(request)
+        if pair.scale != 1:
+            progress.tell(f"lengths times {pair.scale:g},", end=" ")
+    with progress("strip"):
+        stripped = find_brains(pair)
+        progress.tell("".join(f"{head}, " for head in stripped.heads), end="")
+    return stripped
+
+
+def finished(state: Stripped, progress: Progress) -> Result:
+    """The stages of `register` from the affine on."""
+    method = state.request.method
+    stages = {"affine": align, "compile" if method == "drivenmorph" else "plan": plan, "resample": prepare,
+              method: deform, "transform": transfer, "score": score, "check": check}
     for name, stage in stages.items():
         with progress(name):
             state = stage(state)
-            if stage is read and state.scale != 1:
-                progress.tell(f"lengths times {state.scale:g},", end=" ")
-            if stage is find_brains:
-                progress.tell("".join(f"{head}, " for head in state.heads), end="")
             if stage is plan:
                 progress.tell(f"memory {state.needed / 1e9:.1f} GB,", end=" ")
             if stage is deform and state.correlation is not None and state.contrast == "other":
