@@ -3,9 +3,9 @@
 python -m benchmarks.patients FOLDER --atlases BRAINS --out runs/patients [--subjects ID ID] [--method demons] [--ants]
 
 FOLDER holds one patient as NAME_t1.nii.gz, NAME_t2.nii.gz and so on: images of several contrasts that are aligned with
-each other. BRAINS holds ID_t1.nii.gz and ID_seg.nii.gz, and a splits.json lies there or in its parent. The atlases are the
-subjects that are named, or the first two of its test split. Each atlas is registered to each contrast, and so carries
-its labels to the patient.
+each other. BRAINS holds ID_t1.nii.gz and ID_seg.nii.gz, and a splits.json lies there or in its parent. The atlases are
+the subjects that are named, or the first two of its test split. Each atlas is registered to each contrast, and so
+carries its labels to the patient.
 
 "Atlases agree" is the mean Dice between the labels that the two atlases carry: high where registration finds the
 patient's anatomy. "As by T1" is the mean Dice between the labels that one atlas carries by a contrast and by the first:

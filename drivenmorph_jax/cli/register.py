@@ -62,7 +62,7 @@ def settings(flags):
     """The arguments of `register` that the flags of `add_reading` and `add_method` set."""
     from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
-    names = ("strip", "method", "force", "contrast", "refine_steps", "mask_sense", "geometry", "memory")
+    names = ("strip", "method", "force", "contrast", "stiffness", "refine_steps", "mask_sense", "geometry", "memory")
     return {name: getattr(flags, name) for name in names} | {
         "checkpoint": flags.checkpoint or SHIPPED,
         "affine": flags.affine or True,
@@ -139,6 +139,13 @@ def add_method(add):
         help="contrast of the two images. same: both have one contrast; other: they differ, as T1 and T2 do, and the "
         "moving image gets the intensities of the fixed one in three passes; auto: decided by the correlation of "
         "their intensities; default: auto",
+    )
+    add(
+        "--stiffness",
+        default="auto",
+        choices=["auto", "low", "high"],
+        help="of the deformation. low: as the method finds it; high: a stiff field, for images that have little in "
+        "common, such as a patient and an atlas; auto: decided by what they have in common; default: auto",
     )
     add(
         "--affine",

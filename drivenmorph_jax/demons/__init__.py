@@ -10,7 +10,7 @@ from drivenmorph_jax.demons.classical import (
     demons,
     demons_level,
 )
-from drivenmorph_jax.demons.multistart import refine, registered, weighted
+from drivenmorph_jax.demons.multistart import refine, registered, registered_stiffly, weighted
 from drivenmorph_jax.demons.updates import (
     bch,
     compositional_update,
@@ -22,4 +22,4 @@ from drivenmorph_jax.demons.updates import (
 
 __all__ = ["FORCES", "INTENSITY", "LNCC", "MULTIPLE", "Registered", "bch", "compositional_update", "demons",
            "demons_level", "forces", "inverse_update", "lie_bracket", "log_update", "refine", "registered",
-           "symmetric_log_update", "weighted"]
+           "registered_stiffly", "symmetric_log_update", "weighted"]

@@ -22,13 +22,17 @@ from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.warp import warp
 
 # Settings of `demons`. LNCC is for local correlation of images with one channel. INTENSITY is for `symmetric_force` and
-# `thirion_force`, on intensities or on any number of feature channels.
+# `thirion_force`, on intensities or on any number of feature channels. STIFF is local correlation of voxels in place of
+# blocks, with a field so smooth that it does not follow noise.
 LNCC: dict[str, Any] = {
     "force": lncc_force, "iterations": (100, 50, 20), "max_step": 1.0, "scale": True, "sigma_fluid": 0.87,
     "sigma_diffusion": 0.35}
 INTENSITY: dict[str, Any] = {
     "force": symmetric_force, "iterations": (100, 80, 8), "max_step": 2.0, "scale": False, "sigma_fluid": 0.5,
     "sigma_diffusion": 0.5}
+STIFF: dict[str, Any] = LNCC | {
+    "force": partial(lncc_force, block=1), "iterations": (60, 50, 30), "stride": 1, "sigma_fluid": 1.5,
+    "sigma_diffusion": 1.0}
 FORCES = {  # name: (function that computes the features of an image, settings of `demons`)
     "lncc": (lambda x: x, LNCC),
     "intensity": (lambda x: x, INTENSITY),

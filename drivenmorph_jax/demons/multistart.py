@@ -4,9 +4,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.demons.classical import FORCES, PATIENCE, demons
+from drivenmorph_jax.demons.classical import FORCES, PATIENCE, STIFF, demons
 from drivenmorph_jax.demons.forces import Force, masked
-from drivenmorph_jax.fields.inverse import coarse_inverse
+from drivenmorph_jax.fields.grid import average_pool, resize_field
+from drivenmorph_jax.fields.inverse import coarse_inverse, inverse
 from drivenmorph_jax.fields.unfold import unfolded
 
 # `refine` counts a start as converged where 5 more iterations lower the energy by no more than this fraction. On real
@@ -79,6 +80,39 @@ def refine(fixed: chex.Array, moving: chex.Array, u: chex.Array, steps: int,
         settled = first - second <= SETTLED[force] * jnp.minimum(first, 1 - first)
         return unfolded(jnp.where(settled, u, found.u))
     return unfolded(found.u)
+
+
+def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
+                       weights: tuple[chex.Array, chex.Array] | None = None, quick: bool = False) -> jax.Array:
+    """Register two images by local correlation with a stiff field, for images that have little in common.
+
+    Such images, for example a clinical scan of a patient and an atlas, correlate weakly. What a softer field finds in
+    them is mostly noise. The images are pooled, and the field lies on their grid (`STIFF`). The result is the mean of
+    the forward registration and of the inverse of the backward one, whose errors differ.
+
+    Args:
+      fixed, moving: (*space, 1), with values of about 0 to 1. The sides are multiples of 4 `factor`.
+      factor: of the pooling. A grid of 2 mm suits human brains.
+      weights: as in `refine`.
+      quick: forward only, and without the finest level.
+
+    Returns:
+      The displacement (*space, n), in voxels, after `unfolded`.
+    """
+    space, dims = fixed.shape[:-1], fixed.ndim - 1
+    images, weights = (None if pair is None else tuple(average_pool(x, factor, dims) for x in pair)
+                       for pair in ((fixed, moving), weights))
+
+    def one_way(images, weights, **changes):
+        images, driven = weighted(images, weights, STIFF["force"])
+        return demons(*images, **STIFF | {"force": driven} | changes).u
+
+    if quick:
+        u = one_way(images, weights, iterations=(*STIFF["iterations"][:-1], 0))
+    else:
+        back = one_way(images[::-1], None if weights is None else weights[::-1])
+        u = (one_way(images, weights) + inverse(back)) / 2
+    return unfolded(resize_field(u, space))
 
 
 def _by(name, fixed, moving, weights=None, u=None, **changes):

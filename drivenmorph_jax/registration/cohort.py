@@ -21,8 +21,8 @@ from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request
 from drivenmorph_jax.runtime.checkpoint import digest, read_about
 
-SETTINGS = ("strip", "checkpoint", "method", "force", "contrast", "affine", "refine_steps", "mask_sense", "geometry",
-            "memory")
+SETTINGS = ("strip", "checkpoint", "method", "force", "contrast", "stiffness", "affine", "refine_steps", "mask_sense",
+            "geometry", "memory")
 
 
 def register_cohort(pairs, out, *, formats=("itk",), shard=(1, 1), scheduler=None, time_limit=None, **settings):

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drivenmorph_jax import demons
+from drivenmorph_jax.fields.grid import average_pool, resize
 from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.images.contrast import SAME, correlation, matched
+from drivenmorph_jax.images.contrast import LITTLE, SAME, agreement, correlation, matched
 from drivenmorph_jax.images.masks import fill
 from drivenmorph_jax.registration.prepare import Prepared
 from drivenmorph_jax.registration.read import kept
 
+STIFF_SPACING = 2.0  # mm, of the grid of `demons.registered_stiffly`
 FADE = 10.0  # mm, standard deviation of the Gaussian by which the deformation fades beyond a cut face
 
 
@@ -23,6 +26,8 @@ class Deformed(Prepared):
 
     contrast: str  # "same" or "other"
     correlation: float | None  # of the images' values, if it decided on the contrast
+    stiffness: str  # "low": by the method; "high": by `demons.registered_stiffly`
+    agreement: float | None  # of the images, if it decided on the stiffness
     seen: jax.Array  # the moving image that was registered; with contrast "other" it has the values of the fixed one
     u: np.ndarray
     u_inverse: np.ndarray
@@ -31,14 +36,23 @@ class Deformed(Prepared):
 
 
 def deform(prepared: Prepared) -> Deformed:
-    """Run the method on the prepared images."""
+    """Run the method on the prepared images. Images that have little in common are registered stiffly instead."""
+    fixed, weights = prepared.fixed_on_grid, prepared.weights
+    factor = max(1, round(STIFF_SPACING / prepared.spacing))
+
+    def stiffly(moving, **how):
+        return demons.registered_stiffly(fixed[..., None], moving[..., None], factor, weights, **how)
+
     contrast, r = _contrast(prepared)
     seen = prepared.moving_on_grid
     if contrast == "other":
-        def once(fixed, moving):
-            return prepared.once(fixed, moving, prepared.weights)
-        seen = matched(once, prepared.fixed_on_grid, prepared.moving_on_grid, prepared.weights)
-    u, u_inverse, force = prepared.whole(prepared.fixed_on_grid, seen, prepared.weights)
+        seen = matched(lambda _, moving: stiffly(moving, quick=True), fixed, seen, weights)
+    stiffness, common = _stiffness(prepared, seen, stiffly, factor)
+    if stiffness == "high":
+        u, u_inverse = stiffly(seen), None
+        force = resize(demons.LNCC["force"](fixed[..., None], seen[..., None], demons.LNCC["max_step"])[0], fixed.shape)
+    else:
+        u, u_inverse, force = prepared.whole(fixed, seen, weights)
     counted = None
     if prepared.masks is not None:
         of_fixed, of_moving = prepared.masks
@@ -50,6 +64,7 @@ def deform(prepared: Prepared) -> Deformed:
     if u_inverse is None or prepared.masks is not None:
         u_inverse = coarse_inverse(u)
     return Deformed(**kept(prepared), contrast=contrast, correlation=r, seen=seen, counted=counted,
+                    stiffness=stiffness, agreement=common,
                     **{name: np.asarray(x) for name, x in (("u", u), ("u_inverse", u_inverse), ("force", force))})
 
 
@@ -62,3 +77,17 @@ def _contrast(prepared):
     r = float(correlation(prepared.fixed_on_grid, prepared.moving_on_grid, counted))
     by_mind = request.method == "demons" and request.force == "mind"  # MIND descriptors need no change of contrast
     return ("same" if by_mind or r >= SAME else "other"), r
+
+
+def _stiffness(prepared, seen, stiffly, factor):
+    """("low" or "high", the agreement that decided on it, or None where the request did)."""
+    request = prepared.request
+    if request.stiffness != "auto":
+        return request.stiffness, None
+    if request.method == "demons" and request.force != "lncc":  # chosen with the images in view
+        return "low", None
+    images = [prepared.fixed_on_grid, warp(seen[..., None], stiffly(seen, quick=True))[..., 0]]
+    if prepared.weights is not None:
+        images.append(jnp.minimum(*prepared.weights)[..., 0])
+    common = float(agreement(*(average_pool(x[..., None], factor)[..., 0] for x in images)))
+    return ("high" if common < LITTLE else "low"), common

@@ -31,9 +31,8 @@ FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, REFINE_BYTES, PASS_BYTES = 64, 24, 160,
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Planned(Aligned):
-    """An aligned pair, the working grid, and the method as two functions of images (D, H, W) on this grid.
+    """An aligned pair, the working grid, and the method as a function of images (D, H, W) on this grid.
 
-      once(fixed, moving, weights) -> u
       whole(fixed, moving, weights) -> (u, u_inverse or None, force)
 
     The fields are (D, H, W, 3) in voxels. The weights are (fixed, moving), (D, H, W, 1) each, 0 at voxels to ignore; or
@@ -44,7 +43,6 @@ class Planned(Aligned):
     grid: np.ndarray  # (4, 4), voxel to RAS mm
     spacing: float  # mm
     needed: float  # bytes, estimated
-    once: Callable
     whole: Callable
 
 
@@ -69,9 +67,6 @@ def _demons(aligned, limit):
     spacing, force = max(DEMONS_SPACING, float(aligned.fixed.spacing.min())), aligned.request.force
     shape, grid = working_grid(aligned.fixed, spacing, demons.MULTIPLE)
 
-    def once(fixed, moving, weights):
-        return demons.registered(fixed[..., None], moving[..., None], force, weights)
-
     def whole(fixed, moving, weights):
         f, m = fixed[..., None], moving[..., None]
         u = demons.registered(f, m, force, weights)
@@ -82,7 +77,7 @@ def _demons(aligned, limit):
         return u, None, resize(driven(*features, settings["max_step"])[0], shape)
 
     return {"shape": shape, "grid": grid, "spacing": spacing, "needed": DEMONS_BYTES * int(np.prod(shape)),
-            "once": once, "whole": whole}
+            "whole": whole}
 
 
 def _network(aligned, limit):
@@ -107,14 +102,11 @@ def _network(aligned, limit):
     def network(fixed, moving, weights):
         return program(params, fixed, moving, weights)
 
-    def once(fixed, moving, weights):
-        return network(fixed[None], moving[None], _of_a_batch(weights))[0][0]
-
     def whole(fixed, moving, weights):
         run = partial(refined, network, steps=aligned.refine_steps) if aligned.refine_steps else network
         return tuple(x[0] for x in run(fixed[None], moving[None], weights=_of_a_batch(weights))[:3])
 
-    return {"shape": shape, "grid": grid, "spacing": about["spacing"], "needed": needed, "once": once, "whole": whole}
+    return {"shape": shape, "grid": grid, "spacing": about["spacing"], "needed": needed, "whole": whole}
 
 
 def _of_a_batch(weights):

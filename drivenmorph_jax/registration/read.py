@@ -21,7 +21,8 @@ from drivenmorph_jax.transforms.reading import read_chain
 
 REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
 CHOICES = {"strip": ("auto", "yes", "no"), "method": tuple(REFINE_STEPS), "force": tuple(FORCES),
-           "contrast": ("auto", "same", "other"), "mask_sense": ("ignore", "use")}
+           "contrast": ("auto", "same", "other"), "stiffness": ("auto", "low", "high"),
+           "mask_sense": ("ignore", "use")}
 AFFINES = *KINDS, "none"  # none: the world coordinates agree
 SIZES = 100, 20_000  # ml; outside, lengths are scaled
 TYPICAL = 1300  # ml
@@ -42,6 +43,7 @@ class Request:
     method: str = "drivenmorph"
     force: str = "lncc"
     contrast: str = "auto"
+    stiffness: str = "auto"
     affine: Any = True
     initial_transform: Any = None
     convention: str | None = None

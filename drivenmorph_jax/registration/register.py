@@ -22,7 +22,7 @@ from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
 
 def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: str | Path = SHIPPED,
-             method: str = "drivenmorph", force: str = "lncc", contrast: str = "auto",
+             method: str = "drivenmorph", force: str = "lncc", contrast: str = "auto", stiffness: str = "auto",
              affine: bool | str | Path | np.ndarray = True,
              initial_transform: str | Path | Sequence[str | Path] | None = None, convention: str | None = None,
              refine_steps: int | None = None, fixed_labels: Source | None = None, moving_labels: Source | None = None,
@@ -44,6 +44,9 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
       contrast: "same"; "other", such as T1 and T2: the moving image takes the values of the fixed one, see
         `images.contrast`; or "auto": "other" where the values of the affinely aligned images correlate by less than
         `SAME`.
+      stiffness: of the field. "low": as the method finds it; "high": `demons.registered_stiffly` in its place, for
+        images that have little in common, such as a patient and an atlas; or "auto": "high" where their `agreement` is
+        below `LITTLE`, see `images.contrast`.
       affine: what is found first: True or "affine", "similarity" (rotation, translation and one scale) or "rigid";
         False or "none" where world coordinates agree already; else the file of an ITK affine, or a (4, 4) from the
         fixed to the moving world in RAS mm, which is used as it is.
@@ -73,10 +76,10 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
     """
     progress = Progress(quiet)
     request = Request(fixed=fixed, moving=moving, strip=strip, checkpoint=checkpoint, method=method, force=force,
-                      contrast=contrast, affine=affine, initial_transform=initial_transform, convention=convention,
-                      refine_steps=refine_steps, fixed_labels=fixed_labels, moving_labels=moving_labels,
-                      fixed_mask=fixed_mask, moving_mask=moving_mask, mask_sense=mask_sense, geometry=geometry,
-                      memory=memory)
+                      contrast=contrast, stiffness=stiffness, affine=affine, initial_transform=initial_transform,
+                      convention=convention, refine_steps=refine_steps, fixed_labels=fixed_labels,
+                      moving_labels=moving_labels, fixed_mask=fixed_mask, moving_mask=moving_mask,
+                      mask_sense=mask_sense, geometry=geometry, memory=memory)
     return finished(begun(request, progress), progress)
 
 
@@ -105,4 +108,6 @@ def finished(state: Stripped, progress: Progress) -> Result:
             if stage is deform and state.correlation is not None and state.contrast == "other":
                 progress.tell(f"intensities correlate by {state.correlation:.2f}: the images are taken as of different "
                               "contrast,", end=" ")
+            if stage is deform and state.agreement is not None and state.stiffness == "high":
+                progress.tell(f"they agree by {state.agreement:.2f} only: a stiff field is used,", end=" ")
     return result_of(state, progress.seconds)

@@ -112,7 +112,8 @@ class Result:
         for role, brain in self.brains.items():
             writing.write(out / f"{role}_brain.nii.gz", mask_image(brain))
         writing.save(out / "jacobian.nii.gz", self.jacobian, self.transform.grid)
-        write_force(out / "force.nii.gz", self.force, self.transform.grid, FORCE_IS[self.summary["method"]])
+        by = "demons" if self.summary["stiffness"] == "high" else self.summary["method"]
+        write_force(out / "force.nii.gz", self.force, self.transform.grid, FORCE_IS[by])
 
     def _save_transforms(self, out, formats, bids):
         names = ["displacement", "inverse_displacement"]

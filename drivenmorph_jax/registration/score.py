@@ -25,6 +25,9 @@ DEFINITIONS = {
     "stripped": "The images that showed a whole head, of which only the brain was registered.",
     "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, without "
                   "what masks leave out; before: after the affine, or after the transform to start from.",
+    "stiffness": "low: the field is that of the method; high: a stiffer one, since the images have little in common.",
+    "agreement": "How much they have in common: median of their local correlation after a quick stiff registration, "
+                 "at about 2 mm; null where it did not decide on the stiffness.",
     "memory_gb": "Estimated before the work: the compiled network's own account, and the arrays around it.",
     "dice": metrics.DEFINITIONS["dice"] + " Before: after the affine. Without label 0; null where the images have no "
             "label in common.",
@@ -49,6 +52,7 @@ def score(transferred: Transferred) -> Scored:
     jacobian = pair.jacobian[metrics.brain(normalise(pair.fixed.data) > 0.02)]
     moved = np.asarray(warp(pair.moving_on_grid[..., None], pair.u)[..., 0])
     numbers = {
+        "agreement": pair.agreement,
         "similarity_before": _similarity(pair.fixed_on_grid, pair.moving_on_grid, pair.counted),
         "similarity_after": _similarity(pair.fixed_on_grid, moved, pair.counted),
         "fold_pct": float(100 * np.mean(jacobian <= 0)),
@@ -60,7 +64,7 @@ def score(transferred: Transferred) -> Scored:
         "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
         "stripped": [role for role in ("fixed", "moving") if getattr(pair, f"{role}_brain") is not None],
-        "contrast": pair.contrast, "refine_steps": pair.refine_steps, "scale": pair.scale,
+        "contrast": pair.contrast, "stiffness": pair.stiffness, "refine_steps": pair.refine_steps, "scale": pair.scale,
         "affine": {"affine": True, "none": False}.get(pair.given_affine, pair.given_affine) if isinstance(
             pair.given_affine, str) else pair.affine.tolist(),
         "initial_transform": None if names is None else [
