@@ -68,6 +68,32 @@ def test_each_pass_sees_the_curve_of_the_one_before():
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.03
 
 
+def test_agreement_is_one_for_images_that_a_line_relates_and_none_for_noise():
+    a, b = RNG.random((2, 40, 40, 40)).astype(np.float32)
+    assert contrast.agreement(a, 0.2 + 0.5 * a) == pytest.approx(1, abs=0.02)
+    assert contrast.agreement(a, 1 - a) == 0
+    assert contrast.agreement(a, b) < 0.05
+    mixed = np.where(np.arange(40) < 30, a, b)  # alike in the part that counts
+    weight = (np.arange(40) < 20).astype(np.float32) * np.ones(a.shape, np.float32)
+    assert contrast.agreement(a, mixed, weight) == pytest.approx(1, abs=0.02)
+
+
+def test_images_with_little_in_common_are_registered_stiffly_and_it_can_be_said(tmp_path, capsys):
+    settings = {"method": "demons", "affine": False, "strip": "no", "contrast": "same"}
+    other, near = brain(1), np.roll(brain(0), 1, 1)
+    told = register(brain(0), other, **settings).summary
+    assert told["stiffness"] == "high" and told["agreement"] < contrast.LITTLE
+    assert "a stiff field is used" in capsys.readouterr().out
+    settings["quiet"] = True
+    soft = register(brain(0), other, stiffness="low", **settings).summary
+    assert soft["stiffness"] == "low" and soft["agreement"] is None and soft["sdlogj"] > told["sdlogj"]
+    assert register(brain(0), near, **settings).summary["stiffness"] == "low"
+    forced = register(brain(0), near, stiffness="high", **settings)
+    assert forced.summary["stiffness"] == "high" and forced.summary["inverse_mm"] < 0.1
+    forced.save(tmp_path)
+    assert "force of Demons" in (tmp_path / "force.json").read_text()
+
+
 def test_an_unknown_contrast_is_refused():
     with pytest.raises(InputError, match="'auto', 'same' or 'other'"):
         register(brain(), brain(1), contrast="T2")

@@ -47,7 +47,8 @@ def correlation(fixed, moved, weight=None):
 def agreement(fixed, moved, weight=None):
     """How much two images have in common, in [0, 1]: the median over the brain of their local correlation.
 
-      G * w cc / (G * w)    cc the squared correlation over the 5^3 voxels around a voxel, G a Gaussian of 4 voxels
+      G * w cc / (G * w)    cc the squared correlation over the 5^3 voxels around a voxel, 0 where the correlation is
+                            negative; G a Gaussian of 4 voxels
 
     w is 1 where neither image is background, times `weight`, and the median is over these voxels. The images are on a
     grid of about 2 mm.
