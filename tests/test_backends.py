@@ -87,33 +87,3 @@ def test_versions_with_a_slow_scatter_are_told_on_gpus_only(compile_for):
     compile_for("gpu")
     assert programs.slow_scatter("0.10.2") and programs.slow_scatter("0.11.0")
     assert not programs.slow_scatter("0.10.1") and not programs.slow_scatter("0.11.1")
-
-
-def test_a_program_is_kept_for_later_processes(tmp_path, monkeypatch):
-    def lower():
-        return jax.jit(lambda x: {"doubled": 2 * x}).lower(jnp.ones(3))
-
-    def refused():
-        raise AssertionError("traced again")
-    if jax.device_count() > 1:
-        pytest.skip("programs of several devices are not kept")
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    try:
-        programs.kept(lower, "a", (3,))
-        path, = tmp_path.glob("program-*")
-        again = programs.kept(refused, "a", (3,))
-        np.testing.assert_array_equal(again(jnp.arange(3.0))["doubled"], [0, 2, 4])
-        assert programs.device_memory(again) == programs.device_memory(lower().compile())
-        for other in (("b", (3,)), ("a", (4,))):
-            with pytest.raises(AssertionError):
-                programs.kept(refused, *other)
-        monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
-        with pytest.raises(AssertionError):
-            programs.kept(refused, "a", (3,))
-        monkeypatch.undo()
-        path.write_bytes(path.read_bytes()[:100])
-        np.testing.assert_array_equal(programs.kept(lower, "a", (3,))(jnp.ones(3))["doubled"], 2)
-        assert len(path.read_bytes()) > 100
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)

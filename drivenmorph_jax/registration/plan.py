@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from drivenmorph_jax import demons
-from drivenmorph_jax.backends import programs
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.grid import resize
 from drivenmorph_jax.images.working_grid import working_grid
@@ -93,8 +92,7 @@ def _network(aligned, limit):
         config.data.downsample = coarser * aligned.network[0].data.downsample
         shape, grid = working_grid(aligned.fixed, about["spacing"], grid_multiple(config))
         beside = np.prod(shape) * (PASS_BYTES if aligned.refine_steps else 0)
-        program, needed = _program(network_pass(config), tree, tuple(leaves), shape, aligned.masked, limit - beside,
-                                   config.model.to_json(sort_keys=True), config.data.downsample)
+        program, needed = _program(network_pass(config), tree, tuple(leaves), shape, aligned.masked, limit - beside)
         needed = max(needed, np.prod(shape) * (REFINE_BYTES if aligned.refine_steps else 0)) + beside
         if needed <= limit:
             break
@@ -114,12 +112,8 @@ def _of_a_batch(weights):
 
 
 @lru_cache(maxsize=4)
-def _program(network, tree, leaves, shape, masked, limit, *settings):
-    """The result of `sharding.compiled_and_memory`, cached, so that many images of one size are compiled for once.
-
-    `settings` are those of the network. A later process finds the program by them.
-    """
+def _program(network, tree, leaves, shape, masked, limit):
+    """The result of `sharding.compiled_and_memory`, cached, so that many images of one size are compiled for once."""
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     weights = jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32) if masked else None
-    lower = partial(network.lower, jax.tree.unflatten(tree, leaves), image, image, weights)
-    return sharding.compiled_and_memory(lambda: programs.kept(lower, tree, leaves, shape, masked, *settings), limit)
+    return sharding.compiled_and_memory(network.lower(jax.tree.unflatten(tree, leaves), image, image, weights), limit)
