@@ -91,7 +91,7 @@ def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
     the forward registration and of the inverse of the backward one, whose errors differ.
 
     Args:
-      fixed, moving: (*space, 1), with values of about 0 to 1. The sides are multiples of 4 `factor`.
+      fixed, moving: (*space, 1), with values of about 0 to 1.
       factor: of the pooling. A grid of 2 mm suits human brains.
       weights: as in `refine`.
       quick: forward only, and without the finest level.
@@ -99,9 +99,13 @@ def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
     Returns:
       The displacement (*space, n), in voxels, after `unfolded`.
     """
-    space, dims = fixed.shape[:-1], fixed.ndim - 1
-    images, weights = (None if pair is None else tuple(average_pool(x, factor, dims) for x in pair)
-                       for pair in ((fixed, moving), weights))
+    space, dims, multiple = fixed.shape[:-1], fixed.ndim - 1, factor * 2 ** (len(STIFF["iterations"]) - 1)
+    beyond = [(0, -n % multiple) for n in space]
+
+    def pooled(x):
+        return average_pool(jnp.pad(x, [*beyond, (0, 0)]), factor, dims)
+
+    images, weights = (None if pair is None else tuple(map(pooled, pair)) for pair in ((fixed, moving), weights))
 
     def one_way(images, weights, **changes):
         images, driven = weighted(images, weights, STIFF["force"])
@@ -112,7 +116,8 @@ def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
     else:
         back = one_way(images[::-1], None if weights is None else weights[::-1])
         u = (one_way(images, weights) + inverse(back)) / 2
-    return unfolded(resize_field(u, space))
+    u = resize_field(u, [n + more for n, (_, more) in zip(space, beyond, strict=True)])
+    return unfolded(u[tuple(map(slice, space))])
 
 
 def _by(name, fixed, moving, weights=None, u=None, **changes):
