@@ -21,7 +21,7 @@ PASSES = 3  # registrations; each takes its curve from the result of the one bef
 # contrast are taken for two, matching costs time but no accuracy.
 SAME = 0.35
 # Images of an `agreement` below LITTLE after a quick stiff registration have too little in common for a soft field.
-# Pairs of T1 brains have .37 to .47, with noise, thick slices or another contrast of one scanner, too. A patient with a
+# Pairs of T1 brains have .36 to .47, with noise, thick slices or another contrast of one scanner, too. A patient with a
 # tumour and an atlas have .13 (T2, FLAIR, contrast agent) and .27 (T1).
 LITTLE = 0.33
 RADIUS, REACH = 2, 4.0  # of the windows and of the Gaussian of `agreement`, voxels
