@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from drivenmorph_jax.data.folder import beside
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import json_text, read_rows
 from drivenmorph_jax.registration.checks import LIMITS
@@ -158,8 +159,7 @@ def main():
     parser.add_argument("--good", action="store_true", help="only the pairs as they are")
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
-    path = next(p for p in (flags.folder / "splits.json", flags.folder.parent / "splits.json") if p.is_file())
-    splits = json.loads(path.read_text())
+    splits = json.loads(beside(flags.folder, "splits.json").read_text())
     record = flags.out / "results.jsonl"
     done = {(row["kind"], row["fixed"], row["moving"]) for row in read_rows(record)}
     jobs = [("as it is", *pair) for split in ("test", "val") for pair in itertools.permutations(splits[split], 2)]

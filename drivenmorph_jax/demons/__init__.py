@@ -10,7 +10,7 @@ from drivenmorph_jax.demons.classical import (
     demons,
     demons_level,
 )
-from drivenmorph_jax.demons.multistart import refine, registered, registered_stiffly, weighted
+from drivenmorph_jax.demons.multistart import force_between, refine, registered, registered_stiffly, weighted
 from drivenmorph_jax.demons.updates import (
     bch,
     compositional_update,
@@ -21,5 +21,5 @@ from drivenmorph_jax.demons.updates import (
 )
 
 __all__ = ["FORCES", "INTENSITY", "LNCC", "MULTIPLE", "Registered", "bch", "compositional_update", "demons",
-           "demons_level", "forces", "inverse_update", "lie_bracket", "log_update", "refine", "registered",
-           "registered_stiffly", "symmetric_log_update", "weighted"]
+           "demons_level", "force_between", "forces", "inverse_update", "lie_bracket", "log_update", "refine",
+           "registered", "registered_stiffly", "symmetric_log_update", "weighted"]

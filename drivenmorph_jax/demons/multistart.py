@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from drivenmorph_jax.demons.classical import FORCES, PATIENCE, STIFF, demons
 from drivenmorph_jax.demons.forces import Force, masked
-from drivenmorph_jax.fields.grid import average_pool, resize_field
+from drivenmorph_jax.fields.grid import average_pool, resize, resize_field
 from drivenmorph_jax.fields.inverse import coarse_inverse, inverse
 from drivenmorph_jax.fields.unfold import unfolded
 
@@ -120,10 +120,26 @@ def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
     return unfolded(u[tuple(map(slice, space))])
 
 
+def force_between(fixed: chex.Array, moving: chex.Array, force: str = "lncc",
+                  weights: tuple[chex.Array, chex.Array] | None = None) -> jax.Array:
+    """The force (*space, n) by which Demons would begin, in voxels: that of a name of `FORCES`, on the images' grid.
+
+    The arguments are those of `registered`.
+    """
+    images, settings = _of(force, fixed, moving, weights)
+    return resize(settings["force"](*images, settings["max_step"])[0], fixed.shape[:-1])
+
+
 def _by(name, fixed, moving, weights=None, u=None, **changes):
+    images, settings = _of(name, fixed, moving, weights)
+    return demons(*images, **settings | changes, initial=u)
+
+
+def _of(name, fixed, moving, weights):
+    """(the images, the settings) that `demons` takes for a name of `FORCES`."""
     features, settings = FORCES[name]
     images, driven = weighted((features(fixed), features(moving)), weights, settings["force"])
-    return demons(*images, **settings | {"force": driven} | changes, initial=u)
+    return images, settings | {"force": driven}
 
 
 def weighted(features: tuple[chex.Array, chex.Array], weights: tuple[chex.Array, chex.Array] | None,

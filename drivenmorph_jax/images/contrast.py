@@ -22,7 +22,7 @@ PASSES = 3  # registrations; each takes its curve from the result of the one bef
 SAME = 0.35
 # Images of an `agreement` below LITTLE after a quick stiff registration have too little in common for a soft field.
 # Pairs of T1 brains have .36 to .47, with noise, thick slices or another contrast of one scanner, too. A patient with a
-# tumour and an atlas have .13 (T2, FLAIR, contrast agent) and .27 (T1).
+# tumour and two brains have .28 and .31 (T1), and .14 to .20 (FLAIR, T1 with a contrast agent, T2).
 LITTLE = 0.33
 RADIUS, REACH = 2, 4.0  # of the windows and of the Gaussian of `agreement`, voxels
 

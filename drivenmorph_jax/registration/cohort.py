@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import fields
 
 from tqdm import tqdm
 
@@ -17,12 +18,13 @@ from drivenmorph_jax.files import alone_in, make_folder
 from drivenmorph_jax.registration.cluster import run_on
 from drivenmorph_jax.registration.cohort_report import write_report
 from drivenmorph_jax.registration.job import DONE, FAILED, MISSING, NOTES, Job, made_from
+from drivenmorph_jax.registration.pairs import ROLES
 from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request
 from drivenmorph_jax.runtime.checkpoint import digest, read_about
 
-SETTINGS = ("strip", "checkpoint", "method", "force", "contrast", "stiffness", "affine", "refine_steps", "mask_sense",
-            "geometry", "memory")
+# All that `register` takes beside files: the same for every pair.
+SETTINGS = [field.name for field in fields(Request) if field.name not in (*ROLES, "initial_transform", "convention")]
 
 
 def register_cohort(pairs, out, *, formats=("itk",), shard=(1, 1), scheduler=None, time_limit=None, **settings):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drivenmorph_jax import demons
-from drivenmorph_jax.fields.grid import average_pool, resize
+from drivenmorph_jax.fields.grid import average_pool
 from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import warp
@@ -50,7 +50,7 @@ def deform(prepared: Prepared) -> Deformed:
     stiffness, common = _stiffness(prepared, seen, stiffly, factor)
     if stiffness == "high":
         u, u_inverse = stiffly(seen), None
-        force = resize(demons.LNCC["force"](fixed[..., None], seen[..., None], demons.LNCC["max_step"])[0], fixed.shape)
+        force = demons.force_between(fixed[..., None], seen[..., None], weights=weights)
     else:
         u, u_inverse, force = prepared.whole(fixed, seen, weights)
     counted = None

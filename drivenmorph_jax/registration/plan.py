@@ -11,7 +11,6 @@ import numpy as np
 
 from drivenmorph_jax import demons
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.fields.grid import resize
 from drivenmorph_jax.images.working_grid import working_grid
 from drivenmorph_jax.network.inference import grid_multiple, network_pass
 from drivenmorph_jax.network.refinement import refined
@@ -71,9 +70,7 @@ def _demons(aligned, limit):
         u = demons.registered(f, m, force, weights)
         if aligned.refine_steps:
             u = demons.refine(f, m, u, aligned.refine_steps, weights, "mind" if force == "mind" else "lncc")
-        features, settings = demons.FORCES[force]
-        features, driven = demons.weighted((features(f), features(m)), weights, settings["force"])
-        return u, None, resize(driven(*features, settings["max_step"])[0], shape)
+        return u, None, demons.force_between(f, m, force, weights)
 
     return {"shape": shape, "grid": grid, "spacing": spacing, "needed": DEMONS_BYTES * int(np.prod(shape)),
             "whole": whole}
