@@ -16,7 +16,8 @@ from drivenmorph_jax.runtime import sharding
 from drivenmorph_jax.transforms.itk import write_affine
 
 FILES = {"warped.nii.gz", "displacement.nii.gz", "displacement.json", "inverse_displacement.nii.gz",
-         "inverse_displacement.json", "jacobian.nii.gz", "force.nii.gz", "force.json", "warped_labels.nii.gz",
+         "inverse_displacement.json", "jacobian.nii.gz", "confidence.nii.gz", "uncertainty.nii.gz",
+         "force.nii.gz", "force.json", "warped_labels.nii.gz",
          "overview.png", "report.html", "summary.json", "affine.tfm"}
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from drivenmorph_jax.demons.classical import FORCES, PATIENCE, STIFF, demons
 from drivenmorph_jax.demons.forces import Force, masked
-from drivenmorph_jax.fields.grid import average_pool, resize, resize_field
+from drivenmorph_jax.fields.grid import padded_pool, resize, resize_field
 from drivenmorph_jax.fields.inverse import coarse_inverse, inverse
 from drivenmorph_jax.fields.unfold import unfolded
 
@@ -99,11 +99,10 @@ def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
     Returns:
       The displacement (*space, n), in voxels, after `unfolded`.
     """
-    space, dims, multiple = fixed.shape[:-1], fixed.ndim - 1, factor * 2 ** (len(STIFF["iterations"]) - 1)
-    beyond = [(0, -n % multiple) for n in space]
+    space, dims, multiple = fixed.shape[:-1], fixed.ndim - 1, 2 ** (len(STIFF["iterations"]) - 1)
 
     def pooled(x):
-        return average_pool(jnp.pad(x, [*beyond, (0, 0)]), factor, dims)
+        return padded_pool(x, factor, multiple, dims)
 
     images, weights = (None if pair is None else tuple(map(pooled, pair)) for pair in ((fixed, moving), weights))
 
@@ -116,7 +115,7 @@ def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
     else:
         back = one_way(images[::-1], None if weights is None else weights[::-1])
         u = (one_way(images, weights) + inverse(back)) / 2
-    u = resize_field(u, [n + more for n, (_, more) in zip(space, beyond, strict=True)])
+    u = resize_field(u, [n * factor for n in u.shape[:-1]])
     return unfolded(u[tuple(map(slice, space))])
 
 

@@ -24,8 +24,8 @@ SQUARE = 16.0  # mm, of a checkerboard
 
 
 def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labels=None, matched=None,
-             heads=None):
-    """One page for one pair: images, differences, checkerboards, grid, displacement beside driving force, Jacobian.
+             heads=None, confidence=None):
+    """One page for one pair: images, differences, checkerboard, grid, displacement beside driving force, Jacobian.
 
     The three planes pass through the centre of mass of the fixed brain. All have one scale in mm. Grid and arrows show
     the in-plane part of phi: an arrow runs from a fixed point to the moving point that it samples. Arrows are
@@ -43,6 +43,8 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
         checkerboards show these.
       heads: {"Fixed", "Moving" or "Warped": (whole head, mask of its brain)}, (D, H, W) each; the panels of these names
         show the head, and the outline of the mask.
+      confidence: (D, H, W) in [0, 1], see `registration.confidence`; without it, a checkerboard before the registration
+        is shown in its place.
     """
     fixed, moving, warped, *matched = (np.asarray(x, np.float32).reshape(x.shape[:3])
                                        for x in (fixed, moving, warped, *(matched or (moving, warped))))
@@ -57,10 +59,15 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
 
     blocks = [_image_panels(fixed, moving, warped, matched, brain, white, spacing, labels, heads or {}),
               _deformation_panels(fixed, moving, u, force, jac, brain, white)]
-    blocks[1]["Checkerboard, after"] = blocks[0].pop("Checkerboard, after")
+    if confidence is None:
+        blocks[1]["Checkerboard, after"] = blocks[0].pop("Checkerboard, after")
+    else:
+        del blocks[0]["Checkerboard, before"]
+        blocks[1]["Confidence"] = lambda tile: tile.image(confidence, Normalize(0, 1), "cividis", inside=brain)
     folded = (brain & (jac <= 0)).any()
     bars = {"|Fixed − Warped|": (2, "intensity, one scale for both"), "|Displacement|": (1, "mm"),
-            "log Jacobian": (1, "log J" + (", yellow: J ≤ 0" if folded else ""))}
+            "log Jacobian": (1, "log J" + (", yellow: J ≤ 0" if folded else "")),
+            "Confidence": (1, "squared local correlation")}
 
     # One width for all tiles, so that the three views are at the same scale.
     width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))

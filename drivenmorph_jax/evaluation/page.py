@@ -111,7 +111,7 @@ def figure(caption, path):
     return f'<h3>{html.escape(caption)}</h3><img class="figure" alt="{html.escape(caption)}" src="{_PNG}{picture}">'
 
 
-def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=None):
+def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=None, confidence=None):
     """Three planes of one pair to move through, with any of its volumes shown over any other.
 
     Args:
@@ -121,6 +121,7 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=No
         shown.
       spacing: voxel size in mm, (3,).
       heads: {name: (D, H, W)}, the whole heads of which `fixed`, `moving` or `warped` are the brains.
+      confidence: (D, H, W) in [0, 1], see `registration.confidence`.
     """
     spacing = np.asarray(spacing, float)
     factors = np.maximum(1, np.rint(SPACING / spacing)).astype(int)
@@ -136,6 +137,8 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=No
         found[name] = length, "cividis", 0.0, max(float(np.percentile(length[fixed > 0], 99.8)), 0.1), "mm"
     bound = max(float(np.percentile(np.abs(logarithm[fixed > 0]), 99.5)), 0.1)
     found["log Jacobian"] = logarithm, "RdBu_r", -bound, bound, ""
+    if confidence is not None:
+        found["Confidence"] = confidence, "cividis", 0.0, 1.0, ""
 
     volumes = {}
     for name, (x, colours, low, high, unit) in found.items():

@@ -101,6 +101,12 @@ def average_pool(x, factor=2, dims=3):
     return x
 
 
+def padded_pool(x, factor, multiple=1, dims=3):
+    """`average_pool` of x (*space, C), first padded at its ends with zeros, so that the pooled sides are multiples of
+    `multiple`."""
+    return average_pool(jnp.pad(x, [(0, -n % (factor * multiple)) for n in x.shape[:dims]] + [(0, 0)]), factor, dims)
+
+
 def difference(x, axis, dims=3):
     """Derivative of (..., D, H, W, C) along the spatial `axis` (0, 1 or 2), per voxel.
 

@@ -44,21 +44,31 @@ def correlation(fixed, moved, weight=None):
 
 
 @jax.jit
-def agreement(fixed, moved, weight=None):
-    """How much two images have in common, in [0, 1]: the median over the brain of their local correlation.
+def local_agreement(fixed, moved, weight=None):
+    """How much two images have in common around each voxel, in [0, 1]: (D, H, W).
 
-      G * w cc / (G * w)    cc the squared correlation over the 5^3 voxels around a voxel, 0 where the correlation is
-                            negative; G a Gaussian of 4 voxels
-
-    w is 1 where neither image is background, times `weight`, and the median is over these voxels. The images are on a
-    grid of about 2 mm.
+    It is the squared correlation over the 5^3 voxels around a voxel, and 0 where the correlation is negative. Only
+    voxels where neither image is background count, times `weight`; elsewhere it is 0. The images are on a grid of about
+    2 mm.
     """
     w = _counted(fixed, moved, weight)
     number = jnp.maximum(box_mean(w, RADIUS), 1e-3)
     f, m, ff, mm, fm = (box_mean(w * x, RADIUS) / number
                         for x in (fixed, moved, fixed * fixed, moved * moved, fixed * moved))
     variances = jnp.maximum(ff - f * f, 0) * jnp.maximum(mm - m * m, 0)
-    cc = w * jnp.maximum(fm - f * m, 0) ** 2 / (variances + 1e-6)
+    return jnp.clip(w * jnp.maximum(fm - f * m, 0) ** 2 / (variances + 1e-6), 0, 1)
+
+
+@jax.jit
+def agreement(fixed, moved, weight=None):
+    """How much two images have in common, in [0, 1]: the median of `local_agreement` over the brain.
+
+      G * cc / (G * w)    cc the local agreement, G a Gaussian of 4 voxels
+
+    w is 1 where neither image is background, times `weight`, and the median is over these voxels. The images are on a
+    grid of about 2 mm.
+    """
+    w, cc = _counted(fixed, moved, weight), local_agreement(fixed, moved, weight)
     near, weights = (gaussian_smooth(x[..., None], REACH)[..., 0] for x in (cc, w))
     return jnp.nanmedian(jnp.where(w > 0, near / jnp.maximum(weights, 1e-3), jnp.nan))
 

@@ -13,6 +13,14 @@ from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.volume import canonical
 
 
+COARSE = 2.0  # mm
+
+
+def coarse_factor(spacing):
+    """How many voxels of `spacing` mm, along an axis, are pooled where voxels of about 2 mm are wanted."""
+    return max(1, round(COARSE / spacing))
+
+
 def working_grid(volume, spacing=1.0, multiple=16, margin=8.0):
     """An isotropic grid around the foreground, along the canonical axes of the volume.
 

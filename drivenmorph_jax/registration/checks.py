@@ -14,19 +14,19 @@ from scipy import linalg, ndimage
 
 from drivenmorph_jax import demons
 from drivenmorph_jax.evaluation import metrics
-from drivenmorph_jax.fields.grid import average_pool
+from drivenmorph_jax.fields.grid import padded_pool
 from drivenmorph_jax.fields.jacobian import jacobian_determinant
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.geometry import disagreement
 from drivenmorph_jax.images.intensity import foreground
+from drivenmorph_jax.images.working_grid import coarse_factor
 from drivenmorph_jax.network.losses import lncc
 from drivenmorph_jax.registration.read import kept, millilitres
 from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.registration.sides import alike
 from drivenmorph_jax.transforms.affine import metric_between
 
-COARSE = 2.0  # mm, the voxels on which the checks register once more
-WINDOW = 7  # side of the boxes of local correlation, in these voxels
+WINDOW = 7  # side of the boxes of local correlation, in the voxels of 2 mm on which the checks register once more
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _deformation(scored):
     """Checks of the deformation."""
     determinant = np.asarray(jacobian_determinant(scored.u))[metrics.brain(np.asarray(scored.fixed_on_grid))]
     low, high = np.percentile(np.log(np.maximum(determinant, 1e-9)), (0.1, 99.9))
-    factor = max(1, round(COARSE / (scored.spacing * scored.scale)))
+    factor = coarse_factor(scored.spacing * scored.scale)
     warped = warp(jnp.asarray(scored.seen)[..., None], scored.u)[..., 0]
     f, m, w = (_coarse(x, factor) for x in (scored.fixed_on_grid, scored.seen, warped))
     before, after = float(_lncc(f, m)), float(_lncc(f, w))
@@ -177,9 +177,7 @@ def _brightness(fixed, warped):
 def _coarse(x, factor):
     """An image (D, H, W) or field (D, H, W, 3) on voxels `factor` times as large, with sides that Demons takes."""
     x = np.asarray(x)
-    x = x[..., None] if x.ndim == 3 else x
-    x = np.pad(x, [(0, -n % (factor * demons.MULTIPLE)) for n in x.shape[:3]] + [(0, 0)])
-    return average_pool(jnp.asarray(x), factor)
+    return padded_pool(jnp.asarray(x[..., None] if x.ndim == 3 else x), factor, demons.MULTIPLE)
 
 
 @jax.jit

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from drivenmorph_jax import demons
-from drivenmorph_jax.fields.grid import average_pool
+from drivenmorph_jax.fields.grid import padded_pool
 from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.contrast import LITTLE, SAME, agreement, correlation, matched
 from drivenmorph_jax.images.masks import fill
+from drivenmorph_jax.images.working_grid import coarse_factor
 from drivenmorph_jax.registration.prepare import Prepared
 from drivenmorph_jax.registration.read import kept
 
-STIFF_SPACING = 2.0  # mm, of the grid of `demons.registered_stiffly`
 FADE = 10.0  # mm, standard deviation of the Gaussian by which the deformation fades beyond a cut face
 
 
@@ -38,7 +38,7 @@ class Deformed(Prepared):
 def deform(prepared: Prepared) -> Deformed:
     """Run the method on the prepared images. Images that have little in common are registered stiffly instead."""
     fixed, weights = prepared.fixed_on_grid, prepared.weights
-    factor = max(1, round(STIFF_SPACING / prepared.spacing))
+    factor = coarse_factor(prepared.spacing)
 
     def stiffly(moving, **how):
         return demons.registered_stiffly(fixed[..., None], moving[..., None], factor, weights, **how)
@@ -89,5 +89,5 @@ def _stiffness(prepared, seen, stiffly, factor):
     images = [prepared.fixed_on_grid, warp(seen[..., None], stiffly(seen, quick=True))[..., 0]]
     if prepared.weights is not None:
         images.append(jnp.minimum(*prepared.weights)[..., 0])
-    common = float(agreement(*(average_pool(x[..., None], factor)[..., 0] for x in images)))
+    common = float(agreement(*(padded_pool(x[..., None], factor)[..., 0] for x in images)))
     return ("high" if common < LITTLE else "low"), common

@@ -18,7 +18,7 @@ from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.files import json_text, make_folder, replacing, stem
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.volume import Volume, resample, smoothed
-from drivenmorph_jax.registration.score import Scored
+from drivenmorph_jax.registration.score import Scored, on_fixed_grid
 from drivenmorph_jax.registration.strip import mask_image
 from drivenmorph_jax.transforms.files import learn2reg_name, write_force
 from drivenmorph_jax.transforms.transform import Transform
@@ -38,6 +38,8 @@ class Result:
     transform: Transform  # from the fixed to the moving image, affine and deformable, with its inverse
     force: np.ndarray  # (X, Y, Z, 3), RAS mm
     jacobian: np.ndarray  # (X, Y, Z), determinant of the transform
+    confidence: np.ndarray  # (X, Y, Z), in [0, 1], see `registration.confidence`
+    uncertainty: np.ndarray  # (X, Y, Z), mm, in the fixed brain; 0 outside
     summary: dict  # the content of summary.json: similarity, Dice, folding, seconds, checks; files once it is saved
     brains: dict[str, Volume]  # the masks of the images that showed whole heads, by their role
     pictured: dict  # the arguments of `evaluation.figures.overview`, on the working grid
@@ -111,7 +113,8 @@ class Result:
                 writing.write(out / f"{name}.nii.gz", image)
         for role, brain in self.brains.items():
             writing.write(out / f"{role}_brain.nii.gz", mask_image(brain))
-        writing.save(out / "jacobian.nii.gz", self.jacobian, self.transform.grid)
+        for name in ("jacobian", "confidence", "uncertainty"):
+            writing.save(out / f"{name}.nii.gz", getattr(self, name), self.transform.grid)
         by = "demons" if self.summary["stiffness"] == "high" else self.summary["method"]
         write_force(out / "force.nii.gz", self.force, self.transform.grid, FORCE_IS[by])
 
@@ -165,19 +168,21 @@ def result_of(scored: Scored, seconds=None) -> Result:
         labels = writing.to_nibabel(labels, scored.fixed, dtype=scored.moving_labels.header.get_data_dtype())
     brains = {role: getattr(scored, f"{role}_brain") for role in summary["stripped"]}
     return Result(writing.to_nibabel(scored.warped, scored.fixed), labels, scored.transform, scored.vectors,
-                  scored.jacobian, summary, brains, _pictured(scored))
+                  scored.jacobian, on_fixed_grid(scored.confidence, scored), scored.uncertainty, summary, brains,
+                  _pictured(scored))
 
 
 def _pictured(scored):
     """The arguments of `evaluation.figures.overview`."""
     alike = outlines = None
     if scored.contrast == "other":
-        alike = [np.asarray(x) for x in (scored.seen, warp(scored.seen[..., None], scored.u)[..., 0])]
+        alike = [np.asarray(scored.seen), scored.matched]
     if scored.fixed_labels is not None:
         outlines = resample(scored.fixed_labels, scored.shape, scored.grid, order=0)
     return {"fixed": np.asarray(scored.fixed_on_grid), "moving": np.asarray(scored.moving_on_grid),
             "warped": scored.moved, "u": scored.u, "force": scored.force, "jac": metrics.jacobian(scored.u),
-            "spacing": (scored.spacing,) * 3, "labels": outlines, "matched": alike, "heads": _heads(scored)}
+            "confidence": scored.confidence, "spacing": (scored.spacing,) * 3, "labels": outlines, "matched": alike,
+            "heads": _heads(scored)}
 
 
 def _heads(scored):

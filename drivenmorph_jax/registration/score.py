@@ -1,6 +1,6 @@
 """Stage 8: similarity, Dice, folding and further numbers, each with its definition."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from drivenmorph_jax.images.intensity import normalise
 from drivenmorph_jax.images.reading import PATHS
 from drivenmorph_jax.images.volume import resample
 from drivenmorph_jax.network.losses import lncc
+from drivenmorph_jax.registration.confidence import confidence, uncertainty
 from drivenmorph_jax.registration.read import kept
 from drivenmorph_jax.registration.transfer import Transferred
 from drivenmorph_jax.runtime.provenance import environment
@@ -29,6 +30,8 @@ DEFINITIONS = {
     "agreement": "How much they have in common: median of their local correlation after a quick stiff registration, "
                  "at about 2 mm; null where it did not decide on the stiffness.",
     "memory_gb": "Estimated before the work: the compiled network's own account, and the arrays around it.",
+    "confidence": "Mean over the fixed brain of the squared local correlation of the registered images, at 2 mm; see "
+                  "confidence.nii.gz. The deformation is least certain where it is low.",
     "dice": metrics.DEFINITIONS["dice"] + " Before: after the affine. Without label 0; null where the images have no "
             "label in common.",
     "fold_pct": "Percentage of voxels of the fixed brain where the Jacobian determinant of the total transform is 0 or "
@@ -42,6 +45,9 @@ class Scored(Transferred):
     """A registration and its numbers."""
 
     moved: np.ndarray  # (D, H, W), the moving image warped on the working grid
+    matched: np.ndarray  # the same with the values of the fixed image, if they are of different contrast
+    confidence: np.ndarray  # (D, H, W), see `registration.confidence`
+    uncertainty: np.ndarray  # (X, Y, Z), mm, in the fixed brain, and 0 outside
     summary: dict  # the content of summary.json
 
 
@@ -49,8 +55,14 @@ def score(transferred: Transferred) -> Scored:
     """Score a registration. Numbers that are not finite become None, since JSON has no nan."""
     pair, request = transferred, transferred.request
     names = request.initial_transform
-    jacobian = pair.jacobian[metrics.brain(normalise(pair.fixed.data) > 0.02)]
-    moved = np.asarray(warp(pair.moving_on_grid[..., None], pair.u)[..., 0])
+    inside = metrics.brain(normalise(pair.fixed.data) > 0.02)
+    jacobian = pair.jacobian[inside]
+    moved = matched = np.asarray(warp(pair.moving_on_grid[..., None], pair.u)[..., 0])
+    if pair.contrast == "other":
+        matched = np.asarray(warp(pair.seen[..., None], pair.u)[..., 0])
+    brain = metrics.brain(np.asarray(pair.fixed_on_grid))
+    relied = confidence(pair.fixed_on_grid, matched, pair.spacing * pair.scale, pair.counted)
+    uncertain = uncertainty(on_fixed_grid(relied, pair)) * inside / np.float32(pair.scale)
     numbers = {
         "agreement": pair.agreement,
         "similarity_before": _similarity(pair.fixed_on_grid, pair.moving_on_grid, pair.counted),
@@ -58,7 +70,8 @@ def score(transferred: Transferred) -> Scored:
         "fold_pct": float(100 * np.mean(jacobian <= 0)),
         "sdlogj": float(np.log(np.maximum(jacobian, 1e-9)).std()),
         "inverse_mm": metrics.inverse_consistency(pair.u, pair.u_inverse, (pair.spacing,) * 3,
-                                                  metrics.brain(np.asarray(pair.fixed_on_grid))),
+                                                  brain),
+        "confidence": float(relied[brain].mean()),
         **_dice(pair)}
     summary = {
         "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
@@ -72,7 +85,13 @@ def score(transferred: Transferred) -> Scored:
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
         **finite(numbers)}
-    return Scored(**kept(transferred), moved=moved, summary=summary)
+    return Scored(**kept(transferred), moved=moved, matched=matched, confidence=relied, uncertainty=uncertain,
+                  summary=summary)
+
+
+def on_fixed_grid(image, pair):
+    """An image (D, H, W) of the working grid, on the grid of the fixed image: (X, Y, Z)."""
+    return resample(replace(pair.fixed, data=image, affine=pair.grid), pair.fixed.data.shape, pair.fixed.affine)
 
 
 def _dice(pair):
