@@ -33,8 +33,8 @@ def test_confidence_is_one_where_one_scale_relates_the_images_and_low_where_noth
     found = confidence(image, other, spacing=1.0)
     depth = ndimage.distance_transform_edt(image > 0)
     assert found.shape == image.shape and found.min() >= 0 and found.max() <= 1
-    far = np.linalg.norm(places - [28, 18, 20], axis=-1) > 15
-    assert found[far & (depth > 2)].min() > 0.9 and found[np.linalg.norm(places - [28, 18, 20], axis=-1) < 3].max() < 0.5
+    away = np.linalg.norm(places - [28, 18, 20], axis=-1)
+    assert found[(away > 15) & (depth > 2)].min() > 0.9 and found[away < 3].max() < 0.5
     assert not found[ndimage.distance_transform_edt(image == 0) > 4].any()
     # Mirrored images give the mirrored map: the coarse voxels lie where they should. The sides are even here.
     half = [x[:, :36] for x in (image, other)]

@@ -12,7 +12,6 @@ import numpy as np
 from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.volume import canonical
 
-
 COARSE = 2.0  # mm
 
 
