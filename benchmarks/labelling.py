@@ -76,7 +76,7 @@ def scored(folder, scan, atlases, prepared, found, fusion):
 
 def told(rows):
     """The tables of all scored scans."""
-    print("| fusion | scans | Dice | lowest | highest | labels | seconds |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| fusion | scans | Dice | lowest | highest | labels | seconds |\n| --- |" + 6 * " ---: |")
     for fusion in FUSIONS:
         some = [row for row in rows if row["fusion"] == fusion]
         dice = [row["dice"] for row in some]
@@ -91,9 +91,9 @@ def told(rows):
             print(f"| {low:.1f} to {high:.1f} | {100 * n / every.sum():.1f} | {s / n:.2f} | {100 * r / n:.1f} |")
     manual, found = np.concatenate([row["volumes"] for row in best]).T
     error = abs(found - manual) / manual
-    print(f"\nvolumes: correlation of logarithms {np.corrcoef(np.log(manual), np.log(np.maximum(found, 1e-3)))[0, 1]:.3f}, "
-          f"median error {100 * np.median(error):.1f} %, found / manual {found.sum() / manual.sum():.3f}, median of the "
-          f"labels {np.median(found / manual):.3f}")
+    alike = np.corrcoef(np.log(manual), np.log(np.maximum(found, 1e-3)))[0, 1]
+    print(f"\nvolumes: correlation of logarithms {alike:.3f}, median error {100 * np.median(error):.1f} %, found / "
+          f"manual {found.sum() / manual.sum():.3f}, median of the labels {np.median(found / manual):.3f}")
 
 
 def main():

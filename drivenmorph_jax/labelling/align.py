@@ -1,7 +1,5 @@
 """Atlases on the working grid of a scan: one affine for all of them, then Demons for each."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np

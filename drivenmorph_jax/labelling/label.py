@@ -50,7 +50,7 @@ class Labelling:
         """Draw the outlines of the labels, and the confidence, on the scan to a PNG file."""
         labels, confidence = (np.asarray(x.dataobj) for x in (self.labels, self.confidence))
         title = (f"{Path(self.image.path).name}\n{len(self.volumes)} labels from {len(self.summary['ids'])} atlases, "
-                 f"mean confidence {self.summary['confidence']:.2f}")
+                 f"mean confidence {self.summary['confidence'] or 0:.2f}")
         figures.labelled(path, self.image, labels, confidence, title)
 
     def save(self, out: str | Path) -> None:
@@ -125,12 +125,12 @@ def label(image: Source, atlases: str | Path | Atlases, *, fusion: str = "joint"
         grid = np.diag([1 / prepared.scale] * 3 + [1]) @ prepared.grid
         places, confidence = fused(np.asarray(prepared.fixed_on_grid), images, labels, grid, scan, fusion)
     values = atlases.values[places]
-    inside = places > 0
+    sure = float(confidence[places > 0].mean()) if places.any() else None
     summary = {
         "image": scan.path, "atlases": atlases.root, "ids": list(atlases.ids), "fusion": fusion,
         "stripped": prepared.fixed_brain is not None, "scale": prepared.scale, "affine": prepared.affine.tolist(),
         "working_grid": list(prepared.shape), "working_spacing_mm": prepared.spacing / prepared.scale,
-        "iterations": list(DEMONS["iterations"]), "confidence": float(confidence[inside].mean()) if inside.any() else None,
+        "iterations": list(DEMONS["iterations"]), "confidence": sure,
         "seconds": progress.seconds | {"total": sum(progress.seconds.values())}, "definitions": DEFINITIONS,
         "environment": environment()}
     head = prepared.fixed_head and scaled(prepared.fixed_head, 1 / prepared.scale)
@@ -138,7 +138,8 @@ def label(image: Source, atlases: str | Path | Atlases, *, fusion: str = "joint"
                      _volumes(places, confidence, atlases, scan), summary, head or scan)
 
 
-def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Path, **settings):
+def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Path, fusion: str = "joint",
+                strip: str = "auto", geometry: str = "sform"):
     """Label files, as `drivenmorph label` does. Yields the folder of each image's results when they are there.
 
     The results of one image are written to `out`, those of several to folders in it that are called by their names.
@@ -147,7 +148,7 @@ def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Pa
     Args:
       images: paths.
       atlases: a folder, as `label` takes it.
-      settings: of `label`.
+      fusion, strip, geometry: as in `label`.
 
     Raises InputError where an image or the folder cannot be used, two images have one name, or another run uses `out`.
     """
@@ -155,7 +156,7 @@ def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Pa
     if len({name.casefold() for name in names}) < len(names):
         raise InputError(f"{', '.join(map(str, images))}: two images have one name, and would overwrite each other in "
                          f"{out}")
-    out = make_folder(out)
+    out, settings = make_folder(out), {"fusion": fusion, "strip": strip, "geometry": geometry}
     with alone_in(out):
         found = read_atlases(atlases)
         files = {f"{id}{ending}": Path(atlases) / f"{id}{ending}" for id in found.ids for ending in (IMAGE, LABELS)}
