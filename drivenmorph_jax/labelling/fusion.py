@@ -33,7 +33,7 @@ from drivenmorph_jax.fields.grid import resize
 from drivenmorph_jax.fields.smooth import box_mean
 
 BLOCK, REACH = 2, 1  # voxels
-BETA, ALPHA = 1, 0.1
+BETA, ALPHA = 2, 0.1  # as in the paper
 SMOOTH = 0.5  # voxels, standard deviation
 CHUNK = 4096  # blocks that are computed together
 FLAT = 1e-6  # of a patch without contrast: its squared norm
