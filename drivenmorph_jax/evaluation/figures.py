@@ -107,7 +107,7 @@ def outline(path, image, mask, title=""):
 
 
 def labelled(path, image, labels, confidence, title=""):
-    """Draw three planes of a Volume through the middle of its labels: their outlines, and their confidence.
+    """Draw three planes of a Volume near the middle of its labels: their outlines, and their confidence.
 
     Args:
       path: the PNG to write.
@@ -119,6 +119,7 @@ def labelled(path, image, labels, confidence, title=""):
     inside, spacing = labels.data > 0, image.spacing
     inside = inside if inside.any() else np.ones_like(inside)
     centre, box = np.rint(ndimage.center_of_mass(inside)).astype(int), _box(inside, spacing)
+    centre[0] += (box[0].stop - box[0].start) // 8  # beside the gap between the halves of a brain
     width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
     height = max((box[a].stop - box[a].start) * spacing[a] for a in (1, 2)) / width
     sheet = Sheet(3, [height, height], title, blocks=1, tile=3.6)

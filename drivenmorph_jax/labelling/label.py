@@ -107,8 +107,9 @@ def label(image: Source, atlases: str | Path | Atlases, *, fusion: str = "joint"
         if value not in choices:
             raise InputError(f"{name} is {value!r}: set it to {' or '.join(map(repr, choices))}")
     progress = Progress(quiet)
-    with progress("atlases"):
-        atlases = atlases if isinstance(atlases, Atlases) else read_atlases(atlases)
+    if not isinstance(atlases, Atlases):
+        with progress("atlases"):
+            atlases = read_atlases(atlases)
     _check_apart(image, atlases)
     request = Request(fixed=image, moving=atlases.mean, method="demons", strip=strip, geometry=geometry)
     stripped = begun(request, progress)
