@@ -77,6 +77,37 @@ def folder_dataset(config, splits=SPLITS):
                    exclude=tuple(sorted({0, *config.get("exclude", ())})), atlas=subjects.get(atlas))
 
 
+def labelled_subjects(root, ids=None):
+    """Read the subjects of a folder that have a label map, as `folder_dataset` reads subjects.
+
+    Args:
+      root: the folder.
+      ids: those to read, or None for all that have a label map.
+
+    Returns:
+      (a tuple of `Subject`s, the spacing of their grid in mm, {label: name} of a labels.csv or {}).
+
+    Raises:
+      InputError: no such folder, fewer than two subjects with labels in it, an id without image or labels, images that
+        do not share one isotropic grid, or a file that cannot be read.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: give the one that holds the ID{IMAGE} and ID{LABELS} files")
+    found = sorted(id for id in (path.name.removesuffix(IMAGE) for path in root.glob(f"*{IMAGE}"))
+                   if (root / f"{id}{LABELS}").is_file())
+    if missing := sorted(set(ids or ()) - set(found)):
+        raise InputError(f"{root} lacks {missing[0]}{IMAGE} or {missing[0]}{LABELS}: add it, or leave {missing[0]} out")
+    wanted = found if ids is None else list(ids)
+    if len(wanted) < 2:
+        raise InputError(f"{root} holds {len(wanted)} images ID{IMAGE} with a label map ID{LABELS}: put at least 2 "
+                         "there")
+    with ThreadPoolExecutor(THREADS) as pool:  # gzip releases the interpreter lock
+        subjects = tuple(pool.map(lambda id: _read_subject(root, id, skip_bad=False), wanted))
+    table = beside(root, "labels.csv")
+    return subjects, _common_spacing(root, subjects), read_label_names(table) if table else {}
+
+
 def beside(root, name):
     """The file of that name in the folder or, failing that, in its parent; None if neither has one."""
     return next((path for path in (root / name, root.parent / name) if path.is_file()), None)

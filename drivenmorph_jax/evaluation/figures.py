@@ -7,6 +7,7 @@ a temporary name and then renamed, so no reader finds an incomplete file.
 
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -109,6 +110,35 @@ def outline(path, image, mask, title=""):
         tile.letters(letters)
     volume = np.count_nonzero(inside) * spacing.prod() / 1e3
     sheet.note(0, f"Blue: the outline of the brain, {volume:.0f} ml.")
+    _save(sheet.figure, path)
+
+
+def labelled(path, image, labels, confidence, title=""):
+    """Draw three planes of a Volume near the middle of its labels: their outlines, and their confidence.
+
+    Args:
+      path: the PNG to write.
+      image: the Volume of the scan.
+      labels, confidence: (X, Y, Z) on its grid; the confidence from 0 to 1.
+      title: as in `overview`.
+    """
+    image, labels, confidence = (canonical(replace(image, data=x)) for x in (image.data, labels, confidence))
+    inside, spacing = labels.data > 0, image.spacing
+    inside = inside if inside.any() else np.ones_like(inside)
+    centre, box = np.rint(ndimage.center_of_mass(inside)).astype(int), _box(inside, spacing)
+    centre[0] += (box[0].stop - box[0].start) // 8  # beside the gap between the halves of a brain
+    width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
+    height = max((box[a].stop - box[a].start) * spacing[a] for a in (1, 2)) / width
+    sheet = Sheet(3, [height, height], title, blocks=1, tile=3.6)
+    white = np.percentile(image.data[inside], 99.5)
+    for column, (view, axes, letters) in enumerate(VIEWS):
+        outlines, sure = (Tile(sheet.axes(0, row, column), axes, centre, box, spacing, width) for row in (0, 1))
+        outlines.image(image.data, Normalize(0, white), "gray")
+        outlines.outlines(labels.data)
+        outlines.ax.set_title(view, fontsize=10.5, pad=5)
+        outlines.letters(letters)
+        shown = sure.image(confidence.data, Normalize(0, 1), "cividis", inside=inside)
+    sheet.bar(0, 0, 2, shown, "confidence")
     _save(sheet.figure, path)
 
 
