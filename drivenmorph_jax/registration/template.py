@@ -1,0 +1,335 @@
+"""An unbiased template of N images: affine average, then rounds of registration, averaging and moving.
+
+The affines are found from one of the images, and the world of the template is the one in which their mean logarithm is
+0. A round registers the mean to every image by Demons, phi_i = id + u_i, and moves it by the inverse of the mean
+velocity:
+
+  v = mean of u_i,    phi_i <- phi_i o exp(-v),    mean <- robust mean of x_i o phi_i, sharpened
+
+It stands still where v is 0: every point of the template is then the mean of the points that correspond to it.
+
+Each stage of each subject is a `template_step.Step`, which leaves a file. So the same command continues a run that was
+stopped, and other processes can compute the steps.
+
+Reference: Guimond, Meunier, Thirion, "Average brain models: a convergence study", 2000; Avants, Gee, "Geodesic
+  estimation for large deformation anatomical shape averaging and interpolation", 2004.
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from drivenmorph_jax import demons
+from drivenmorph_jax.data.bids import bids
+from drivenmorph_jax.data.layouts import folder as layout_of_folder
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.fields.grid import average_pool, resize, resize_field
+from drivenmorph_jax.fields.integrate import exponential
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.files import alone_in, json_text, make_folder, replacing
+from drivenmorph_jax.images import writing
+from drivenmorph_jax.images.average import robust_mean, sharpened, vote
+from drivenmorph_jax.images.geometry import checked
+from drivenmorph_jax.images.intensity import foreground
+from drivenmorph_jax.images.volume import on_grid
+from drivenmorph_jax.registration.cluster import run_on
+from drivenmorph_jax.registration.job import DONE, FAILED, made_from
+from drivenmorph_jax.registration.read import AFFINES, CHOICES, millilitres, scale_of
+from drivenmorph_jax.registration.result import SUMMARY, former_files
+from drivenmorph_jax.registration.template_report import DEFINITIONS, write_report
+from drivenmorph_jax.registration.template_step import ITERATIONS, STATE, STRIDE, SUBJECTS, Step, save, shared
+from drivenmorph_jax.runtime.provenance import environment
+from drivenmorph_jax.transforms.affine import centred
+from drivenmorph_jax.transforms.world import map_points
+
+SPACING = 1.0  # mm, the finest voxels of a template by default
+COARSEST = 4.5  # mm, the coarsest voxels of a round
+MOST = {4: 4, 2: 3, 1: 3}  # rounds, by how many times coarser their images are than the template
+STILL = 0.1  # mm; a mean displacement below it ends the rounds of a resolution
+MARGIN = 8.0  # mm around the brains
+CHANCE = 0.05  # probability by which a subject counts as closer than chance
+
+
+def images_of_folder(folder):
+    """The images of a folder, ID.nii.gz or ID_t1.nii.gz with ID_seg.nii.gz: {id: {"image": path, "labels": path}}.
+
+    Raises InputError where it is no folder, or has fewer than two images or two of one id.
+    """
+    return _found(folder, layout_of_folder)
+
+
+def images_of_bids(folder):
+    """The T1w images of a BIDS folder, as `drivenmorph prepare bids` takes them: {id: {"image": path, "labels": path}}.
+
+    Raises InputError where it is no folder, or has fewer than two images.
+    """
+    return _found(folder, bids)
+
+
+def _found(folder, layout):
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder} is not a folder: give the one that holds the images")
+    found = {id: {"image": image} | ({} if labels is None else {"labels": labels})
+             for id, (image, labels, _) in layout(Path(folder)).items()}
+    if len(found) < 2:
+        raise InputError(f"{folder} holds {len(found)} images: a template needs two or more")
+    return found
+
+
+def build_template(images, out, *, spacing=None, affine="affine", strip="auto", geometry="sform", formats=("itk",),
+                   scheduler=None, time_limit=None):
+    """Make the unbiased template of images of brains, and write it to the folder `out`, as `drivenmorph template` does.
+
+    Args:
+      images: {id: {"image": path, "labels": path}}, as `images_of_folder` finds them. Their order does not matter.
+      out: a folder; it is made if it does not exist.
+      spacing: of the template, in mm; by default that of the images, but not finer than 1.
+      affine: "affine", "similarity" or "rigid", by which the images are aligned first; or "none", where their world
+        coordinates agree already.
+      strip, geometry: as in `register`.
+      formats: of the transforms, as in `Result.save`.
+      scheduler, time_limit: of a Dask cluster, as in `register_cohort`; the time is for one stage of one subject.
+
+    Returns:
+      The content of out/summary.json.
+
+    Raises InputError for an image that cannot be used, which is named, where another run uses `out`, or where it cannot
+    be written.
+    """
+    start = time.perf_counter()
+    settings = {"spacing": spacing, "affine": affine, "strip": strip, "geometry": checked(geometry)}
+    for name, choices in (("affine", AFFINES), ("strip", CHOICES["strip"])):
+        if settings[name] not in choices:
+            raise InputError(f"{name} is {settings[name]!r}: set it to one of {', '.join(choices)}")
+    if len(images) < 2:
+        raise InputError("a template needs two images or more: give further ones")
+    images = {id: {role: os.path.abspath(path) for role, path in images[id].items()} for id in sorted(images)}
+    origin = made_from({f"{role} of {id}": path for id, files in images.items() for role, path in files.items()},
+                       settings, formats, None)
+    out = make_folder(os.path.abspath(out))
+
+    def run(stage, **found):
+        """Compute a stage of all images."""
+        steps = [Step(id, str(out), files, settings | found, tuple(formats), origin, stage)
+                 for id, files in images.items()]
+        _run(steps, scheduler, time_limit)
+        return steps
+
+    with alone_in(out):
+        former = former_files(out)
+        if former and (made := json.loads((out / SUMMARY).read_text())).get("made_from") == origin:
+            return made
+        _begin(out, origin)
+        brains = run("read")
+        found = _once(out, "first.json", lambda: _first(brains, spacing))
+        affines = run("affine", **found)
+        found |= _once(out, "grid.json", lambda: _grid(affines, found["spacing"]))
+        aligned = run("resample", **found)
+        rounds = _rounds(out, aligned, found["spacing"], lambda stage, factor: run(stage, **found, factor=factor))
+        for name in (SUMMARY, *former):
+            (out / name).unlink(missing_ok=True)
+        summary = _finish(out, run("write", **found, rounds=len(rounds)), found, rounds)
+        write_report(out, summary, _means(out, rounds) | {"Template": np.load(shared(out, "template.npy"))})
+        summary |= {"made_from": origin, "seconds": time.perf_counter() - start, "files": _files(out, images)}
+        with replacing(out / SUMMARY) as temporary:
+            temporary.write_text(json_text(summary, indent=2) + "\n")
+        shutil.rmtree(out / STATE)
+    return summary
+
+
+def _begin(out, origin):
+    """Keep the intermediate results of a run that was stopped, if it was made from the same, else begin anew."""
+    path = shared(out, "made_from.json")
+    if not path.is_file() or json.loads(path.read_text()) != json.loads(json_text(origin)):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        make_folder(path.parent)
+        with replacing(path) as temporary:
+            temporary.write_text(json_text(origin))
+
+
+def _once(out, name, make):
+    """The content of a JSON file of the intermediate results; where it is missing, it is made."""
+    path = shared(out, name)
+    if not path.is_file():
+        found = json_text(make())
+        with replacing(path) as temporary:
+            temporary.write_text(found)
+    return json.loads(path.read_text())
+
+
+def _run(steps, scheduler, time_limit):
+    """Compute the steps that are missing, here or on a cluster. Raises InputError, which names the first that fails."""
+    left = [step for step in steps if step.state()["status"] != DONE]
+    with tqdm(total=len(steps), initial=len(steps) - len(left), desc=f"{steps[0].stage:9}", unit="image",
+              dynamic_ncols=True) as bar:
+
+        def told(step, state):
+            if state["status"] == FAILED:
+                raise InputError(f"{step.name} cannot be part of the template: {state['error']}; repair its image or "
+                                 "take it out, then give the same command again")
+            bar.update(1)
+
+        if scheduler is not None and left:
+            run_on(scheduler, left, told, time_limit)
+            return
+        for step in left:
+            with step.alone():
+                step.forget()
+                step.run()
+            told(step, step.state())
+
+
+def _first(brains, spacing):
+    """The image that the affines start from, which is that of median volume; the voxel size; the scale of lengths."""
+    volumes = {step.name: step.brain() for step in brains}
+    size = {id: millilitres(foreground(image.data), image.affine) for id, image in volumes.items()}
+    scale = scale_of(float(np.median(list(size.values()))))
+    fine = float(np.median([image.spacing.min() for image in volumes.values()]))
+    return {"first": sorted(size, key=lambda id: (size[id], id))[(len(size) - 1) // 2], "scale": scale,
+            "spacing": max(SPACING, fine * scale) if spacing is None else spacing * scale}
+
+
+def _grid(steps, spacing):
+    """The affines from the world of the template, and a grid along its axes around all brains."""
+    affines = centred([np.load(step.path) for step in steps])
+    bounds = []
+    for step, affine in zip(steps, affines, strict=True):
+        image = step.brain()
+        inside = np.argwhere(foreground(image.data))[::50]
+        bounds.append(np.percentile(map_points(np.linalg.inv(affine) @ image.affine, inside), (0.05, 99.95), axis=0))
+    low, high = np.min(bounds, (0, 1)) - MARGIN, np.max(bounds, (0, 1)) + MARGIN
+    shape = demons.MULTIPLE * np.ceil(((high - low) / spacing + 1) / demons.MULTIPLE).astype(int)
+    grid = np.diag([spacing, spacing, spacing, 1.0])
+    grid[:3, 3] = (low + high) / 2 - spacing * (shape - 1) / 2
+    return {"affines": {step.name: affine.tolist() for step, affine in zip(steps, affines, strict=True)},
+            "shape": shape.tolist(), "grid": grid.tolist()}
+
+
+def _rounds(out, aligned, spacing, run):
+    """All rounds, from coarse to fine: what each found, a dict. `run(stage, factor)` computes the steps of a round."""
+    rounds = json.loads(path.read_text()) if (path := shared(out, "rounds.json")).is_file() else []
+    while factor := _following(rounds, spacing):
+        number, start = len(rounds), time.perf_counter()
+        mean = _mean(out, aligned, number, factor)
+        fields = [np.load(step.path) for step in run(f"round-{number}", factor)]
+        v = np.mean(fields, axis=0, dtype=np.float64).astype(np.float32)
+        save(shared(out, f"move-{number}.npy"), exponential(-jnp.asarray(v)))
+        voxel, brain = factor * spacing, _coarse_brain(mean, STRIDE)
+        rounds.append({"factor": factor, "voxel_mm": voxel, "moved_mm": _length(v, brain) * STRIDE * voxel,
+                       "distance_mm": float(np.mean([_length(u, brain) for u in fields])) * STRIDE * voxel,
+                       "sharpness": sharpness(mean, voxel), "seconds": time.perf_counter() - start})
+        with replacing(path) as temporary:
+            temporary.write_text(json_text(rounds))
+    return rounds
+
+
+def _following(rounds, spacing):
+    """How many times coarser than the template the next round is; None where no other follows."""
+    factors = [factor for factor in ITERATIONS if factor == 1 or factor * spacing <= COARSEST]
+    if not rounds:
+        return factors[0]
+    last = rounds[-1]["factor"]
+    if rounds[-1]["moved_mm"] > STILL and sum(one["factor"] == last for one in rounds) < MOST[last]:
+        return last
+    return next((factor for factor in factors if factor < last), None)
+
+
+def _mean(out, aligned, number, factor):
+    """The sharpened mean (D, H, W) that a round registers, of the images as the round before left them."""
+    path = shared(out, f"mean-{number}.npy")
+    if not path.is_file():
+        shape = tuple(n // factor for n in np.load(aligned[0].path, mmap_mode="r").shape)
+        warped = np.lib.format.open_memmap(shared(out, "stack.npy"), "w+", np.float32, (len(aligned), *shape))
+        for step, place in zip(aligned, warped, strict=True):
+            image, u = step.aligned(factor), step.field(number)
+            place[...] = np.asarray(image if u is None else warp(image, resize_field(u, shape)))[..., 0]
+        save(path, sharpened(robust_mean(warped)))
+    return np.load(path)
+
+
+def _coarse_brain(mean, factor):
+    """The foreground of an image (D, H, W) on a coarser grid: bool."""
+    return foreground(np.asarray(average_pool(jnp.asarray(mean)[..., None], factor))[..., 0])
+
+
+def _length(u, inside):
+    """The mean length of the vectors of a field inside a mask, in voxels."""
+    return float(np.linalg.norm(u[inside], axis=-1).mean())
+
+
+def sharpness(image, spacing):
+    """The root mean square of the gradient of an image (D, H, W) over its foreground, per mm."""
+    squares = sum(np.gradient(image, spacing, axis=axis) ** 2 for axis in range(3))
+    return float(np.sqrt(squares[foreground(image)].mean()))
+
+
+def _finish(out, written, found, rounds):
+    """Average the warped images and label maps, and write them. Returns the summary."""
+    mean = robust_mean([np.load(step.path, mmap_mode="r") for step in written])
+    template, spacing = sharpened(mean), found["spacing"] / found["scale"]
+    like = on_grid(template.shape, np.diag([1 / found["scale"]] * 3 + [1]) @ found["grid"])
+    save(shared(out, "template.npy"), template)
+    writing.save(out / "template.nii.gz", template, like)
+    maps = [np.load(step.notes / "labels.npy", mmap_mode="r") for step in written if "labels" in step.files]
+    if maps:
+        for name, data in zip(("labels", "confidence"), vote(maps), strict=True):
+            writing.save(out / f"template_{name}.nii.gz", data, like)
+    factor = STRIDE * rounds[-1]["factor"]
+    brain = _coarse_brain(template, factor)
+    inside, fields = foreground(template), [np.asarray(step.field(len(rounds))) for step in written]
+    distances = np.array([_length(u, brain) for u in fields]) * factor * spacing
+    bias = _length(np.mean(fields, axis=0), brain) * factor * spacing
+    deviation = (distances - distances.mean()) / max(distances.std(ddof=1), 1e-9)
+    subjects = {step.name: {"image": step.files["image"], "labels": step.files.get("labels"), "distance_mm": distance,
+                            "deviation": z, "correlation": float(np.corrcoef(np.load(step.path)[inside],
+                                                                             template[inside])[0, 1]),
+                            "affine_scale": float(np.cbrt(np.linalg.det(np.array(found["affines"][step.name])[:3, :3])))}
+                for step, distance, z in zip(written, distances.tolist(), deviation.tolist(), strict=True)}
+    return {"images": len(written), "labelled": len(maps), "voxel_mm": spacing, "shape": list(template.shape),
+            "scale": found["scale"], "first": found["first"], "rounds": [_unscaled(one, found["scale"]) for one in rounds],
+            "still": rounds[-1]["moved_mm"] <= STILL, "sharpness": sharpness(template, spacing), "bias_mm": bias,
+            "chance_mm": float(distances.mean()) / np.sqrt(len(written)), "closest": float(deviation.min()),
+            "closest_by_chance": -grubbs(len(written)), "subjects": subjects, "definitions": DEFINITIONS,
+            "environment": environment()}
+
+
+def _unscaled(one, scale):
+    """What a round found, in the lengths of the files."""
+    return one | {name: one[name] / scale for name in ("voxel_mm", "moved_mm", "distance_mm")} | {
+        "sharpness": one["sharpness"] * scale}
+
+
+def grubbs(n):
+    """The number of standard deviations from the mean that the least of n normal numbers exceeds with the probability
+    `CHANCE`; infinite for two.
+
+      (n - 1) / sqrt(n) sqrt(t^2 / (n - 2 + t^2)),    t the quantile 1 - CHANCE / n of Student's t with n - 2
+
+    Reference: Grubbs, "Sample criteria for testing outlying observations", 1950.
+    """
+    if n < 3:
+        return float("inf")
+    t = stats.t.isf(CHANCE / n, n - 2)
+    return float((n - 1) / np.sqrt(n) * np.sqrt(t**2 / (n - 2 + t**2)))
+
+
+def _means(out, rounds):
+    """{name: (D, H, W)}: the mean before each round, on the grid of the template."""
+    shape = np.load(shared(out, f"mean-{len(rounds) - 1}.npy"), mmap_mode="r").shape
+    means = (np.load(shared(out, f"mean-{number}.npy")) for number in range(len(rounds)))
+    return {f"After {number} rounds" if number else "Affine mean": np.asarray(resize(jnp.asarray(x)[..., None], shape))[..., 0]
+            for number, x in enumerate(means)}
+
+
+def _files(out, images):
+    """The files of the result, relative to its folder."""
+    own = [path for path in out.iterdir() if path.name.startswith("template") or path.name == "report.html"]
+    return sorted(path.relative_to(out).as_posix() for path in (*own, *(
+        path for id in images for path in (out / SUBJECTS / id).iterdir())))
