@@ -4,9 +4,10 @@ The affines are found from one of the images, and the world of the template is t
 0. A round registers the mean to every image by Demons, phi_i = id + u_i, and moves it by the inverse of the mean
 velocity:
 
-  v = mean of u_i,    phi_i <- phi_i o exp(-v),    mean <- robust mean of x_i o phi_i, sharpened
+  v = mean of u_i,    phi_i <- phi_i o exp(-v),    mean <- robust mean of x_i o phi_i
 
-It stands still where v is 0: every point of the template is then the mean of the points that correspond to it.
+So every point of the template is the mean of the points that correspond to it. The rounds end where the phi_i stand
+still. v need not become 0: a registration to a mean has an error that all subjects share, and the move removes it.
 
 Each stage of each subject is a `template_step.Step`, which leaves a file. So the same command continues a run that was
 stopped, and other processes can compute the steps.
@@ -51,8 +52,8 @@ from drivenmorph_jax.transforms.world import map_points
 
 SPACING = 1.0  # mm, the finest voxels of a template by default
 COARSEST = 4.5  # mm, the coarsest voxels of a round
-MOST = {4: 4, 2: 3, 1: 3}  # rounds, by how many times coarser their images are than the template
-STILL = 0.1  # mm; a mean displacement below it ends the rounds of a resolution
+MOST = {4: 4, 2: 4, 1: 4}  # rounds, by how many times coarser their images are than the template
+STILL = 0.125  # voxels of a round; where it changes the transforms by less, a finer round follows
 MARGIN = 8.0  # mm around the brains
 CHANCE = 0.05  # probability by which a subject counts as closer than chance
 
@@ -218,13 +219,19 @@ def _rounds(out, aligned, spacing, run):
     while factor := _following(rounds, spacing):
         number, start = len(rounds), time.perf_counter()
         mean = _mean(out, aligned, number, factor)
-        fields = [np.load(step.path) for step in run(f"round-{number}", factor)]
-        v = np.mean(fields, axis=0, dtype=np.float64).astype(np.float32)
-        save(shared(out, f"move-{number}.npy"), exponential(-jnp.asarray(v)))
-        voxel, brain = factor * spacing, _coarse_brain(mean, STRIDE)
-        rounds.append({"factor": factor, "voxel_mm": voxel, "moved_mm": _length(v, brain) * STRIDE * voxel,
-                       "distance_mm": float(np.mean([_length(u, brain) for u in fields])) * STRIDE * voxel,
-                       "sharpness": sharpness(mean, voxel), "seconds": time.perf_counter() - start})
+        steps = run(f"round-{number}", factor)
+        v = sum(np.load(step.path).astype(np.float64) for step in steps) / len(steps)
+        save(shared(out, f"move-{number}.npy"), exponential(-jnp.asarray(v, jnp.float32)))
+        brain, voxel = _coarse_brain(mean, STRIDE), factor * spacing
+        lengths = []
+        for step in steps:
+            new, old = step.field(number + 1), step.field(number)
+            change = new if old is None else new - resize_field(old, new.shape[:3])
+            lengths.append([_length(u, brain) * STRIDE * voxel for u in (change, new)])
+        change, distance = np.mean(lengths, axis=0).tolist()
+        rounds.append({"factor": factor, "voxel_mm": voxel, "change_mm": change, "distance_mm": distance,
+                       "moved_mm": _length(v, brain) * STRIDE * voxel, "sharpness": sharpness(mean, voxel),
+                       "seconds": time.perf_counter() - start})
         with replacing(path) as temporary:
             temporary.write_text(json_text(rounds))
     return rounds
@@ -236,13 +243,18 @@ def _following(rounds, spacing):
     if not rounds:
         return factors[0]
     last = rounds[-1]["factor"]
-    if rounds[-1]["moved_mm"] > STILL and sum(one["factor"] == last for one in rounds) < MOST[last]:
+    if not _still(rounds[-1]) and sum(one["factor"] == last for one in rounds) < MOST[last]:
         return last
     return next((factor for factor in factors if factor < last), None)
 
 
+def _still(one):
+    """Whether a round hardly changed the transforms."""
+    return one["change_mm"] <= STILL * one["voxel_mm"]
+
+
 def _mean(out, aligned, number, factor):
-    """The sharpened mean (D, H, W) that a round registers, of the images as the round before left them."""
+    """The mean (D, H, W) that a round registers, of the images as the round before left them."""
     path = shared(out, f"mean-{number}.npy")
     if not path.is_file():
         shape = tuple(n // factor for n in np.load(aligned[0].path, mmap_mode="r").shape)
@@ -250,7 +262,7 @@ def _mean(out, aligned, number, factor):
         for step, place in zip(aligned, warped, strict=True):
             image, u = step.aligned(factor), step.field(number)
             place[...] = np.asarray(image if u is None else warp(image, resize_field(u, shape)))[..., 0]
-        save(path, sharpened(robust_mean(warped)))
+        save(path, robust_mean(warped))
     return np.load(path)
 
 
@@ -261,7 +273,7 @@ def _coarse_brain(mean, factor):
 
 def _length(u, inside):
     """The mean length of the vectors of a field inside a mask, in voxels."""
-    return float(np.linalg.norm(u[inside], axis=-1).mean())
+    return float(np.linalg.norm(np.asarray(u)[inside], axis=-1).mean())
 
 
 def sharpness(image, spacing):
@@ -294,7 +306,7 @@ def _finish(out, written, found, rounds):
                 for step, distance, z in zip(written, distances.tolist(), deviation.tolist(), strict=True)}
     return {"images": len(written), "labelled": len(maps), "voxel_mm": spacing, "shape": list(template.shape),
             "scale": found["scale"], "first": found["first"], "rounds": [_unscaled(one, found["scale"]) for one in rounds],
-            "still": rounds[-1]["moved_mm"] <= STILL, "sharpness": sharpness(template, spacing), "bias_mm": bias,
+            "still": _still(rounds[-1]), "sharpness": sharpness(template, spacing), "bias_mm": bias,
             "chance_mm": float(distances.mean()) / np.sqrt(len(written)), "closest": float(deviation.min()),
             "closest_by_chance": -grubbs(len(written)), "subjects": subjects, "definitions": DEFINITIONS,
             "environment": environment()}
@@ -302,7 +314,7 @@ def _finish(out, written, found, rounds):
 
 def _unscaled(one, scale):
     """What a round found, in the lengths of the files."""
-    return one | {name: one[name] / scale for name in ("voxel_mm", "moved_mm", "distance_mm")} | {
+    return one | {name: one[name] / scale for name in ("voxel_mm", "change_mm", "distance_mm", "moved_mm")} | {
         "sharpness": one["sharpness"] * scale}
 
 

@@ -5,8 +5,11 @@ import html
 from drivenmorph_jax.evaluation import figures, page
 
 DEFINITIONS = {
-    "moved": "Mean length over the brain of the mean displacement from the mean image to the subjects. The round "
-             "removes it.",
+    "change": "How much a round changed the displacements from the mean image to the subjects: mean length over the "
+              "brain and the subjects. The rounds end where it is small.",
+    "moved": "Mean length over the brain of the mean of these displacements, as they were registered. The round moves "
+             "the mean image by its inverse, so that it becomes 0. What remains from round to round is an error that "
+             "the registrations share.",
     "distance": "Mean length over the brain of the displacement from the template to a subject, after the affine; of a "
                 "round, the mean over the subjects.",
     "sharpness": "Root mean square of the gradient over the brain, per mm, of an image with values of 0 to 1: of the "
@@ -29,19 +32,19 @@ def write_report(out, summary, means):
                   "Each mean is that of the images as the rounds before left them.")
     closer = summary["closest"] < summary["closest_by_chance"]
     rounds = "\n".join(
-        f"| {number} | {one['voxel_mm']:.2g} | {one['moved_mm']:.3f} | {one['distance_mm']:.2f} | "
+        f"| {number} | {one['voxel_mm']:.2g} | {one['change_mm']:.3f} | {one['distance_mm']:.2f} | {one['moved_mm']:.3f} | "
         f"{one['sharpness']:.4f} | {one['seconds']:.0f} |" for number, one in enumerate(summary["rounds"], 1))
     page.write(out / "report.html", "Template", [
         page.paragraph(f"{summary['images']} images, {summary['labelled']} of them with labels; voxels of "
                        f"{summary['voxel_mm']:.3g} mm; sharpness {summary['sharpness']:.4f}."),
         page.paragraph("The template stands still." if summary["still"] else
-                       "The template did not come to a standstill: the last round moved it by more than 0.1 mm."),
+                       "The template did not come to a standstill: the last round still changed the displacements."),
         page.paragraph(f"Bias {summary['bias_mm']:.3f} mm; by chance it would be {summary['chance_mm']:.3f} mm. "
                        + ("One subject is closer to the template than by chance." if closer else
                           "No subject is closer to the template than by chance.")
                        + f" The least deviation is {summary['closest']:.2f}."),
         page.figure("Rounds", picture),
-        page.table("| round | voxels (mm) | moved (mm) | distance (mm) | sharpness | seconds |\n|---|\n" + rounds),
+        page.table("| round | voxels (mm) | change (mm) | distance (mm) | moved (mm) | sharpness | seconds |\n|---|\n" + rounds),
         page.heading("Subjects"),
         page.paragraph("Those that correlate least with the template come first: look there for images that do not "
                        "belong. A click on a column's head sorts by it."),

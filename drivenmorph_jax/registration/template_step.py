@@ -36,7 +36,7 @@ from drivenmorph_jax.transforms.world import pull_back, total_displacement, tota
 
 STATE, SUBJECTS = ".template", "subjects"
 STRIDE = 2  # the grid of a displacement is so many times coarser than that of the images
-ITERATIONS = {4: 60, 2: 30, 1: 20}  # of a round, by how many times coarser its images are than the template
+ITERATIONS = {4: 60, 2: 20, 1: 10}  # of a round, by how many times coarser its images are than the template
 
 
 @dataclass(frozen=True)
