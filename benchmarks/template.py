@@ -2,14 +2,15 @@
 
 python -m benchmarks.template --data FOLDER --out OUT [--images 10] [--pool 2] [--ants PYTHON] [--only ants]
 
-FOLDER is a folder of aligned images and labels with splits.json. The images are pooled to voxels `pool` times as large;
-both methods get the same files and each runs as a command of its own, one after the other. PYTHON is an interpreter that
-has antspyx, by default this one. OUT keeps both results, which are not computed again.
+FOLDER is a folder of aligned images and labels with splits.json. The images are pooled to voxels `pool` times as
+large. Both methods get the same files, and each runs as a command of its own, one after the other. PYTHON is an
+interpreter that has antspyx, by default this one. OUT keeps both results, which are not computed again.
 
 - Seconds are those of the command, and processor seconds those of all its threads.
 - Sharpness is the root mean square of the gradient per mm over the foreground, of a template divided by the mean of its
   foreground. Both templates are sharpened, so the mean without sharpening is given, too.
-- Dice is the mean over pairs of subjects and labels of the label maps on the grid of the template, by nearest neighbour.
+- Dice is the mean over pairs of subjects and over labels, of the label maps on the grid of the template, warped by
+  nearest neighbour.
 - Bias is the mean over the brain of |mean of the displacements to the subjects|, in mm, without their affine part.
 """
 

@@ -134,7 +134,7 @@ def test_the_order_of_the_images_does_not_matter(made, study, tmp_path):
 
 
 def test_a_run_that_was_stopped_continues_and_a_complete_one_does_nothing(made, study, tmp_path, monkeypatch):
-    run, begun, stop = Step.run, [], [("round-1", "c"), ("affine", "b")]
+    run, begun, stop = Step.run, [], [("round-2", "c"), ("affine", "b")]
 
     def stops(step):
         begun.append((step.stage, step.name))
@@ -150,7 +150,7 @@ def test_a_run_that_was_stopped_continues_and_a_complete_one_does_nothing(made, 
     before = begun[:-1]
     begun.clear(), stop.pop(0)
     build_template(images, out, affine="none")
-    assert begun[0] == ("round-1", "c") and not set(before) & set(begun)
+    assert begun[0] == ("round-2", "c") and not set(before) & set(begun)
     for name in ("template.nii.gz", "subjects/a/displacement.nii.gz"):
         np.testing.assert_array_equal(voxels(out / name), voxels(made[0] / name))
     begun.clear()

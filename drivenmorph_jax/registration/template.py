@@ -137,7 +137,8 @@ def build_template(images, out, *, spacing=None, affine="affine", strip="auto", 
         for name in (SUMMARY, *former):
             (out / name).unlink(missing_ok=True)
         summary = _finish(out, run("write", **found, rounds=len(rounds)), found, rounds)
-        write_report(out, summary, _means(out, rounds) | {"Template": np.load(shared(out, "template.npy"))})
+        means = _means(out, rounds) | {"Template": np.load(shared(out, "template.npy"))}
+        write_report(out, summary, means)
         summary |= {"made_from": origin, "seconds": time.perf_counter() - start, "files": _files(out, images)}
         with replacing(out / SUMMARY) as temporary:
             temporary.write_text(json_text(summary, indent=2) + "\n")
@@ -168,7 +169,7 @@ def _once(out, name, make):
 def _run(steps, scheduler, time_limit):
     """Compute the steps that are missing, here or on a cluster. Raises InputError, which names the first that fails."""
     left = [step for step in steps if step.state()["status"] != DONE]
-    with tqdm(total=len(steps), initial=len(steps) - len(left), desc=f"{steps[0].stage:9}", unit="image",
+    with tqdm(total=len(steps), initial=len(steps) - len(left), desc=f"{steps[0].stage:8}", unit="image",
               dynamic_ncols=True) as bar:
 
         def told(step, state):
@@ -217,7 +218,7 @@ def _rounds(out, aligned, spacing, run):
     """All rounds, from coarse to fine: what each found, a dict. `run(stage, factor)` computes the steps of a round."""
     rounds = json.loads(path.read_text()) if (path := shared(out, "rounds.json")).is_file() else []
     while factor := _following(rounds, spacing):
-        number, start = len(rounds), time.perf_counter()
+        number, start = len(rounds) + 1, time.perf_counter()
         mean = _mean(out, aligned, number, factor)
         steps = run(f"round-{number}", factor)
         v = sum(np.load(step.path).astype(np.float64) for step in steps) / len(steps)
@@ -225,7 +226,7 @@ def _rounds(out, aligned, spacing, run):
         brain, voxel = _coarse_brain(mean, STRIDE), factor * spacing
         lengths = []
         for step in steps:
-            new, old = step.field(number + 1), step.field(number)
+            new, old = step.field(number), step.field(number - 1)
             change = new if old is None else new - resize_field(old, new.shape[:3])
             lengths.append([_length(u, brain) * STRIDE * voxel for u in (change, new)])
         change, distance = np.mean(lengths, axis=0).tolist()
@@ -260,7 +261,7 @@ def _mean(out, aligned, number, factor):
         shape = tuple(n // factor for n in np.load(aligned[0].path, mmap_mode="r").shape)
         warped = np.lib.format.open_memmap(shared(out, "stack.npy"), "w+", np.float32, (len(aligned), *shape))
         for step, place in zip(aligned, warped, strict=True):
-            image, u = step.aligned(factor), step.field(number)
+            image, u = step.aligned(factor), step.field(number - 1)
             place[...] = np.asarray(image if u is None else warp(image, resize_field(u, shape)))[..., 0]
         save(path, robust_mean(warped))
     return np.load(path)
@@ -299,15 +300,17 @@ def _finish(out, written, found, rounds):
     distances = np.array([_length(u, brain) for u in fields]) * factor * spacing
     bias = _length(np.mean(fields, axis=0), brain) * factor * spacing
     deviation = (distances - distances.mean()) / max(distances.std(ddof=1), 1e-9)
-    subjects = {step.name: {"image": step.files["image"], "labels": step.files.get("labels"), "distance_mm": distance,
-                            "deviation": z, "correlation": float(np.corrcoef(np.load(step.path)[inside],
-                                                                             template[inside])[0, 1]),
-                            "affine_scale": float(np.cbrt(np.linalg.det(np.array(found["affines"][step.name])[:3, :3])))}
-                for step, distance, z in zip(written, distances.tolist(), deviation.tolist(), strict=True)}
+    subjects = {}
+    for step, distance, z in zip(written, distances.tolist(), deviation.tolist(), strict=True):
+        linear = np.array(found["affines"][step.name])[:3, :3]
+        r = np.corrcoef(np.load(step.path, mmap_mode="r")[inside], template[inside])[0, 1]
+        subjects[step.name] = {**step.files, "distance_mm": distance, "deviation": z, "correlation": float(r),
+                               "affine_scale": float(np.cbrt(np.linalg.det(linear)))}
     return {"images": len(written), "labelled": len(maps), "voxel_mm": spacing, "shape": list(template.shape),
-            "scale": found["scale"], "first": found["first"], "rounds": [_unscaled(one, found["scale"]) for one in rounds],
-            "still": _still(rounds[-1]), "sharpness": sharpness(template, spacing), "bias_mm": bias,
-            "chance_mm": float(distances.mean()) / np.sqrt(len(written)), "closest": float(deviation.min()),
+            "scale": found["scale"], "first": found["first"],
+            "rounds": [_unscaled(one, found["scale"]) for one in rounds], "still": _still(rounds[-1]),
+            "sharpness": sharpness(template, spacing), "bias_mm": bias,
+            "chance_mm": float(distances.mean() / np.sqrt(len(written))), "closest": float(deviation.min()),
             "closest_by_chance": -grubbs(len(written)), "subjects": subjects, "definitions": DEFINITIONS,
             "environment": environment()}
 
@@ -333,11 +336,11 @@ def grubbs(n):
 
 
 def _means(out, rounds):
-    """{name: (D, H, W)}: the mean before each round, on the grid of the template."""
-    shape = np.load(shared(out, f"mean-{len(rounds) - 1}.npy"), mmap_mode="r").shape
-    means = (np.load(shared(out, f"mean-{number}.npy")) for number in range(len(rounds)))
-    return {f"After {number} rounds" if number else "Affine mean": np.asarray(resize(jnp.asarray(x)[..., None], shape))[..., 0]
-            for number, x in enumerate(means)}
+    """{name: (D, H, W)}: the mean that each round registered, on the grid of the last."""
+    means = [np.load(shared(out, f"mean-{number}.npy")) for number in range(1, len(rounds) + 1)]
+    names = ["Affine mean", *(f"After round {number}" for number in range(1, len(rounds)))]
+    return {name: np.asarray(resize(jnp.asarray(mean)[..., None], means[-1].shape))[..., 0]
+            for name, mean in zip(names, means, strict=True)}
 
 
 def _files(out, images):

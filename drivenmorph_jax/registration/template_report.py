@@ -14,8 +14,8 @@ DEFINITIONS = {
                 "round, the mean over the subjects.",
     "sharpness": "Root mean square of the gradient over the brain, per mm, of an image with values of 0 to 1: of the "
                  "mean that the round registers, and of the template. It depends on the size of the voxels.",
-    "bias": "Mean length over the brain of the mean displacement from the template to the subjects; 0 where the template "
-            "is unbiased.",
+    "bias": "Mean length over the brain of the mean displacement from the template to the subjects; 0 where the "
+            "template is unbiased.",
     "chance": "The mean distance divided by the square root of the number of subjects: about the bias of a template "
               "that lies as far from the middle as the mean of that many subjects drawn at random.",
     "deviation": "The distance of a subject less the mean distance, in standard deviations.",
@@ -31,9 +31,10 @@ def write_report(out, summary, means):
     figures.means(picture, means, summary["voxel_mm"], f"Template of {summary['images']} images",
                   "Each mean is that of the images as the rounds before left them.")
     closer = summary["closest"] < summary["closest_by_chance"]
-    rounds = "\n".join(
-        f"| {number} | {one['voxel_mm']:.2g} | {one['change_mm']:.3f} | {one['distance_mm']:.2f} | {one['moved_mm']:.3f} | "
-        f"{one['sharpness']:.4f} | {one['seconds']:.0f} |" for number, one in enumerate(summary["rounds"], 1))
+    rows = ["| round | voxels (mm) | change (mm) | distance (mm) | moved (mm) | sharpness | seconds |", "|---|"]
+    rows += [f"| {number} | {one['voxel_mm']:.2g} | {one['change_mm']:.3f} | {one['distance_mm']:.2f} | "
+             f"{one['moved_mm']:.3f} | {one['sharpness']:.4f} | {one['seconds']:.0f} |"
+             for number, one in enumerate(summary["rounds"], 1)]
     page.write(out / "report.html", "Template", [
         page.paragraph(f"{summary['images']} images, {summary['labelled']} of them with labels; voxels of "
                        f"{summary['voxel_mm']:.3g} mm; sharpness {summary['sharpness']:.4f}."),
@@ -44,7 +45,7 @@ def write_report(out, summary, means):
                           "No subject is closer to the template than by chance.")
                        + f" The least deviation is {summary['closest']:.2f}."),
         page.figure("Rounds", picture),
-        page.table("| round | voxels (mm) | change (mm) | distance (mm) | moved (mm) | sharpness | seconds |\n|---|\n" + rounds),
+        page.table("\n".join(rows)),
         page.heading("Subjects"),
         page.paragraph("Those that correlate least with the template come first: look there for images that do not "
                        "belong. A click on a column's head sorts by it."),

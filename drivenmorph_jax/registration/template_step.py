@@ -1,4 +1,4 @@
-"""What is computed for one subject of a template, stage by stage. Each stage leaves one file, which says that it is done.
+"""What is computed for one subject of a template, in stages. Each stage leaves a file, which says that it is done.
 
     OUT/.template/ID/brain.npz        read: the brain on its own grid
     OUT/.template/ID/affine.npy       affine: the affine from the first subject
@@ -118,13 +118,13 @@ class Step(Job):
         """
         if not rounds:
             return None
-        move = np.load(shared(self.out, f"move-{rounds - 1}.npy"))
-        return compose(jnp.asarray(np.load(self.notes / f"round-{rounds - 1}.npy")), jnp.asarray(move))
+        move = np.load(shared(self.out, f"move-{rounds}.npy"))
+        return compose(jnp.asarray(np.load(self.notes / f"round-{rounds}.npy")), jnp.asarray(move))
 
     def _round(self):
         number = int(self.stage.partition("-")[2])
         factor, mean = self.settings["factor"], np.load(shared(self.out, f"mean-{number}.npy"))
-        start, half = self.field(number), [n // STRIDE for n in mean.shape]
+        start, half = self.field(number - 1), [n // STRIDE for n in mean.shape]
         settings = classical.LNCC | {"iterations": (ITERATIONS[factor],), "stride": STRIDE}
         found = classical.demons(jnp.asarray(mean)[..., None], self.aligned(factor), **settings,
                                  initial=None if start is None else resize_field(start, half))
