@@ -52,7 +52,7 @@ from drivenmorph_jax.transforms.world import map_points
 
 SPACING = 1.0  # mm, the finest voxels of a template by default
 COARSEST = 4.5  # mm, the coarsest voxels of a round
-MOST = {4: 4, 2: 4, 1: 4}  # rounds, by how many times coarser their images are than the template
+MOST = {4: 4, 2: 4, 1: 3}  # rounds, by how many times coarser their images are than the template
 STILL = 0.125  # voxels of a round; where it changes the transforms by less, a finer round follows
 MARGIN = 8.0  # mm around the brains
 CHANCE = 0.05  # probability by which a subject counts as closer than chance

@@ -32,7 +32,13 @@ from drivenmorph_jax.registration.result import save_transforms
 from drivenmorph_jax.registration.strip import brain_of
 from drivenmorph_jax.transforms.affine import register_affine
 from drivenmorph_jax.transforms.transform import Transform
-from drivenmorph_jax.transforms.world import pull_back, total_displacement, total_inverse_displacement
+from drivenmorph_jax.transforms.world import (
+    by_planes,
+    map_points,
+    pull_back,
+    total_inverse_displacement,
+    unfolded_in_world,
+)
 
 STATE, SUBJECTS = ".template", "subjects"
 STRIDE = 2  # the grid of a displacement is so many times coarser than that of the images
@@ -137,7 +143,9 @@ class Step(Job):
         grid, linear = np.diag([1 / scale] * 3 + [1]) @ grid, scaled_transform(linear, 1 / scale)
         image = replace(self, settings=self.settings | {"scale": 1.0}).brain()
         source = load_image(self.files["image"], self.settings["geometry"])
-        there = total_displacement(shape, grid, u, grid, linear)
+        vectors = u @ grid[:3, :3].T.astype(np.float32)  # at the voxels of the template, so that nothing is sampled
+        there = by_planes((*shape, 3), grid, lambda i, x: map_points(linear, x + vectors[i]) - x)
+        there = unfolded_in_world(there, grid, linear)
         transform = Transform(there, on_grid(shape, grid, path="template.nii.gz"), linear, source,
                               total_inverse_displacement(image.data.shape, image.affine, back, grid, linear),
                               ("template", "subject"))
