@@ -154,10 +154,14 @@ def test_a_run_that_was_stopped_continues_and_a_complete_one_does_nothing(made, 
     for name in ("template.nii.gz", "subjects/a/displacement.nii.gz"):
         np.testing.assert_array_equal(voxels(out / name), voxels(made[0] / name))
     begun.clear()
+    (out / "subjects/a/mine.txt").write_text("stays")
     assert build_template(images, out, affine="none")["bias_mm"] == made[1]["bias_mm"] and not begun
-    with pytest.raises(KeyboardInterrupt):  # two images and another voxel size: made anew
-        build_template({id: images[id] for id in "bc"}, out, affine="none", spacing=6.0)
+    with pytest.raises(KeyboardInterrupt):  # of other images it is made anew
+        build_template({id: images[id] for id in "bc"}, out, affine="none")
     assert begun[0] == ("read", "b") and (out / "template.nii.gz").exists()
+    stop[0] = None
+    build_template({id: images[id] for id in "bc"}, out, affine="none")
+    assert [path.name for path in (out / "subjects/a").iterdir()] == ["mine.txt"]
 
 
 def test_a_cluster_makes_the_same(made, study, tmp_path):
@@ -202,6 +206,25 @@ def test_images_of_a_bids_folder(study, tmp_path):
     shutil.copy(study / "b_seg.nii.gz", folder / "sub-01_dseg.nii.gz")
     found = images_of_bids(tmp_path)
     assert {id: list(files) for id, files in found.items()} == {"sub-00": ["image"], "sub-01": ["image", "labels"]}
+
+
+def test_small_brains_are_scaled(made, study, tmp_path):
+    """The same images with voxels of a tenth of the size."""
+    for id in IDS:
+        image = nib.load(study / f"{id}_t1.nii.gz")
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([0.1, 0.1, 0.1, 1]) @ AFFINE),
+                 tmp_path / f"{id}.nii.gz")
+    summary = build_template(images_of_folder(tmp_path), tmp_path / "out", affine="none")
+    assert summary["scale"] > 5 and summary["voxel_mm"] == pytest.approx(VOXEL / 10)
+    assert summary["labelled"] == 0 and not (tmp_path / "out/template_labels.nii.gz").exists()
+    small, large = (nib.load(out / "template.nii.gz") for out in (tmp_path / "out", made[0]))
+    centres = [nib.affines.apply_affine(x.affine, ndimage.center_of_mass(x.get_fdata())) for x in (small, large)]
+    np.testing.assert_allclose(10 * centres[0], centres[1], atol=0.5)
+    assert summary["bias_mm"] < 0.01 and 10 * np.mean([one["distance_mm"] for one in summary["subjects"].values()]) == (
+        pytest.approx(np.mean([one["distance_mm"] for one in made[1]["subjects"].values()]), rel=0.1))
+    there, back = (Transform.load(tmp_path / f"out/subjects/a/{name}displacement.nii.gz") for name in ("", "inverse_"))
+    points = nib.affines.apply_affine(small.affine, np.argwhere(small.get_fdata() > 0.3)[::7])
+    assert np.linalg.norm(back.points(there.points(points)) - points, axis=-1).mean() < 0.02
 
 
 def test_affines_are_centred():

@@ -45,7 +45,7 @@ from drivenmorph_jax.registration.job import DONE, FAILED, made_from
 from drivenmorph_jax.registration.read import AFFINES, CHOICES, millilitres, scale_of
 from drivenmorph_jax.registration.result import SUMMARY, former_files
 from drivenmorph_jax.registration.template_report import DEFINITIONS, write_report
-from drivenmorph_jax.registration.template_step import ITERATIONS, STATE, STRIDE, SUBJECTS, Step, save, shared
+from drivenmorph_jax.registration.template_step import ITERATIONS, STATE, STRIDE, Step, save, shared
 from drivenmorph_jax.runtime.provenance import environment
 from drivenmorph_jax.transforms.affine import centred
 from drivenmorph_jax.transforms.world import map_points
@@ -136,10 +136,16 @@ def build_template(images, out, *, spacing=None, affine="affine", strip="auto", 
         rounds = _rounds(out, aligned, found["spacing"], lambda stage, factor: run(stage, **found, factor=factor))
         for name in (SUMMARY, *former):
             (out / name).unlink(missing_ok=True)
-        summary = _finish(out, run("write", **found, rounds=len(rounds)), found, rounds)
-        means = _means(out, rounds) | {"Template": np.load(shared(out, "template.npy"))}
-        write_report(out, summary, means)
-        summary |= {"made_from": origin, "seconds": time.perf_counter() - start, "files": _files(out, images)}
+        written = run("write", **found, rounds=len(rounds))
+        averages, like = _averages(written), _like(found)
+        for name, data in averages.items():
+            writing.save(out / name, data, like)
+        summary = _summary(written, found, rounds, averages["template.nii.gz"])
+        write_report(out, summary, _means(out, rounds) | {"Template": averages["template.nii.gz"]})
+        files = [out / name for name in (*averages, "report.html", "template.png")]
+        files += [path for step in written for path in step.files_written()]
+        summary |= {"made_from": origin, "seconds": time.perf_counter() - start,
+                    "files": sorted(path.relative_to(out).as_posix() for path in files)}
         with replacing(out / SUMMARY) as temporary:
             temporary.write_text(json_text(summary, indent=2) + "\n")
         shutil.rmtree(out / STATE)
@@ -283,22 +289,29 @@ def sharpness(image, spacing):
     return float(np.sqrt(squares[foreground(image)].mean()))
 
 
-def _finish(out, written, found, rounds):
-    """Average the warped images and label maps, and write them. Returns the summary."""
-    mean = robust_mean([np.load(step.path, mmap_mode="r") for step in written])
-    template, spacing = sharpened(mean), found["spacing"] / found["scale"]
-    like = on_grid(template.shape, np.diag([1 / found["scale"]] * 3 + [1]) @ found["grid"])
-    save(shared(out, "template.npy"), template)
-    writing.save(out / "template.nii.gz", template, like)
+def _averages(written):
+    """{name of a file: (D, H, W)}: the template and, where there are label maps, their vote."""
+    found = {"template.nii.gz": sharpened(robust_mean([np.load(step.path, mmap_mode="r") for step in written]))}
     maps = [np.load(step.notes / "labels.npy", mmap_mode="r") for step in written if "labels" in step.files]
     if maps:
-        for name, data in zip(("labels", "confidence"), vote(maps), strict=True):
-            writing.save(out / f"template_{name}.nii.gz", data, like)
-    factor = STRIDE * rounds[-1]["factor"]
-    brain = _coarse_brain(template, factor)
-    inside, fields = foreground(template), [np.asarray(step.field(len(rounds))) for step in written]
-    distances = np.array([_length(u, brain) for u in fields]) * factor * spacing
-    bias = _length(np.mean(fields, axis=0), brain) * factor * spacing
+        found |= zip(("template_labels.nii.gz", "template_confidence.nii.gz"), vote(maps), strict=True)
+    return found
+
+
+def _like(found):
+    """The grid of the template, in the lengths of the files."""
+    return on_grid(found["shape"], np.diag([1 / found["scale"]] * 3 + [1]) @ found["grid"])
+
+
+def _summary(written, found, rounds, template):
+    """The content of summary.json but for seconds and files."""
+    spacing, scale = found["spacing"] / found["scale"], found["scale"]
+    brain, inside, distances, total = _coarse_brain(template, STRIDE), foreground(template), [], 0
+    for step in written:
+        u = np.asarray(step.field(len(rounds)), np.float64) * STRIDE * spacing
+        distances.append(_length(u, brain))
+        total = total + u
+    distances = np.array(distances)
     deviation = (distances - distances.mean()) / max(distances.std(ddof=1), 1e-9)
     subjects = {}
     for step, distance, z in zip(written, distances.tolist(), deviation.tolist(), strict=True):
@@ -306,10 +319,10 @@ def _finish(out, written, found, rounds):
         r = np.corrcoef(np.load(step.path, mmap_mode="r")[inside], template[inside])[0, 1]
         subjects[step.name] = {**step.files, "distance_mm": distance, "deviation": z, "correlation": float(r),
                                "affine_scale": float(np.cbrt(np.linalg.det(linear)))}
-    return {"images": len(written), "labelled": len(maps), "voxel_mm": spacing, "shape": list(template.shape),
-            "scale": found["scale"], "first": found["first"],
-            "rounds": [_unscaled(one, found["scale"]) for one in rounds], "still": _still(rounds[-1]),
-            "sharpness": sharpness(template, spacing), "bias_mm": bias,
+    return {"images": len(written), "labelled": sum("labels" in step.files for step in written),
+            "voxel_mm": spacing, "shape": list(template.shape), "scale": scale, "first": found["first"],
+            "rounds": [_unscaled(one, scale) for one in rounds], "still": _still(rounds[-1]),
+            "sharpness": sharpness(template, spacing), "bias_mm": _length(total / len(written), brain),
             "chance_mm": float(distances.mean() / np.sqrt(len(written))), "closest": float(deviation.min()),
             "closest_by_chance": -grubbs(len(written)), "subjects": subjects, "definitions": DEFINITIONS,
             "environment": environment()}
@@ -342,9 +355,3 @@ def _means(out, rounds):
     return {name: np.asarray(resize(jnp.asarray(mean)[..., None], means[-1].shape))[..., 0]
             for name, mean in zip(names, means, strict=True)}
 
-
-def _files(out, images):
-    """The files of the result, relative to its folder."""
-    own = [path for path in out.iterdir() if path.name.startswith("template") or path.name == "report.html"]
-    return sorted(path.relative_to(out).as_posix() for path in (*own, *(
-        path for id in images for path in (out / SUBJECTS / id).iterdir())))

@@ -11,6 +11,9 @@ Displacements are half as fine as the grid of their round, in voxels of their ow
 those of all subjects, see `registration.template`.
 """
 
+import json
+import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from drivenmorph_jax.fields.grid import average_pool, coarsen_field, resize_fiel
 from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import compose
-from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.files import json_text, make_folder, replacing
 from drivenmorph_jax.images.intensity import anchored, normalise
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import Volume, on_grid, resample, smoothed
@@ -149,11 +152,28 @@ class Step(Job):
         transform = Transform(there, on_grid(shape, grid, path="template.nii.gz"), linear, source,
                               total_inverse_displacement(image.data.shape, image.affine, back, grid, linear),
                               ("template", "subject"))
-        save_transforms(make_folder(self.folder), transform, self.formats)
+        self._save_transforms(transform)
         if "labels" in self.files:
             labels = load_labels(self.files["labels"], source, self.settings["geometry"])
             save(self.notes / "labels.npy", pull_back(labels, there, grid, "nearest"))
         save(self.path, pull_back(replace(image, data=normalise(image.data)), there, grid))
+
+
+    def _save_transforms(self, transform):
+        """Write the transforms to the folder of the subject, and their names, so that other files there stay."""
+        new = self.folder / ".new"
+        shutil.rmtree(new, ignore_errors=True)
+        save_transforms(make_folder(new), transform, self.formats)
+        names = sorted(path.name for path in new.iterdir())
+        for name in names:
+            os.replace(new / name, self.folder / name)
+        new.rmdir()
+        with replacing(self.notes / "files.json") as temporary:
+            temporary.write_text(json_text(names))
+
+    def files_written(self):
+        """The files of the subject in the result."""
+        return [self.folder / name for name in json.loads((self.notes / "files.json").read_text())]
 
 
 def shared(out, name):
