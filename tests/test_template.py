@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import nibabel as nib
@@ -118,6 +119,19 @@ def test_the_transforms_lead_to_the_subjects_and_back(made, study):
     assert summary["files"] == sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()
                                       and path.name not in (".lock", "summary.json"))
     assert not (out / ".template").exists()
+
+
+def test_the_page_has_the_rounds_and_the_subjects(made):
+    out, summary = made
+    text = (out / "report.html").read_text()
+    cells = [re.findall("<t[dh].*?>(.*?)</t[dh]>", row) for row in re.findall("<tr>.*?</tr>", text)]
+    rounds, subjects = cells[1:1 + len(summary["rounds"])], cells[2 + len(summary["rounds"]):]
+    assert [row[2] for row in rounds] == [f"{one['change_mm']:.3f}" for one in summary["rounds"]]
+    correlations = [one["correlation"] for one in summary["subjects"].values()]
+    assert sorted(row[0] for row in subjects) == IDS
+    assert float(subjects[0][3]) == pytest.approx(min(correlations), abs=1e-3)
+    assert "The template stands still." in text and "No subject is closer to the template than by chance." in text
+    assert text.count("<img") == 1 and "http" not in re.sub(r"[\w+/=]{200,}", "", text)
 
 
 def test_the_order_of_the_images_does_not_matter(made, study, tmp_path):
