@@ -196,12 +196,14 @@ def _run(steps, scheduler, time_limit):
 
 def _first(brains, spacing):
     """The image that the affines start from, which is that of median volume; the voxel size; the scale of lengths."""
-    volumes = {step.name: step.brain() for step in brains}
-    size = {id: millilitres(foreground(image.data), image.affine) for id, image in volumes.items()}
-    scale = scale_of(float(np.median(list(size.values()))))
-    fine = float(np.median([image.spacing.min() for image in volumes.values()]))
-    return {"first": sorted(size, key=lambda id: (size[id], id))[(len(size) - 1) // 2], "scale": scale,
-            "spacing": max(SPACING, fine * scale) if spacing is None else spacing * scale}
+    sizes, finest = [], []
+    for step in brains:
+        image = step.brain()
+        sizes.append((millilitres(foreground(image.data), image.affine), step.name))
+        finest.append(image.spacing.min())
+    scale = scale_of(float(np.median([size for size, _ in sizes])))
+    return {"first": sorted(sizes)[(len(sizes) - 1) // 2][1], "scale": scale,
+            "spacing": max(SPACING, float(np.median(finest)) * scale) if spacing is None else spacing * scale}
 
 
 def _grid(steps, spacing):
