@@ -183,6 +183,10 @@ def test_a_cluster_makes_the_same(made, study, tmp_path):
     with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False,
                                   dashboard_address=None) as cluster:
         build_template(images_of_folder(study), tmp_path, affine="none", scheduler=cluster.scheduler_address)
+        (tmp_path / "b.nii.gz").write_text("no image")
+        images = images_of_folder(study) | {"b": {"image": tmp_path / "b.nii.gz"}}
+        with pytest.raises(InputError, match=r"^b cannot be part of the template: \S*b.nii.gz cannot be read"):
+            build_template(images, tmp_path / "broken", scheduler=cluster.scheduler_address)
     for name in ("template.nii.gz", "subjects/a/displacement.nii.gz"):
         np.testing.assert_array_equal(voxels(tmp_path / name), voxels(made[0] / name))
 

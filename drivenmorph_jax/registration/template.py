@@ -174,24 +174,25 @@ def _once(out, name, make):
 
 def _run(steps, scheduler, time_limit):
     """Compute the steps that are missing, here or on a cluster. Raises InputError, which names the first that fails."""
-    left = [step for step in steps if step.state()["status"] != DONE]
+    left, failures = [step for step in steps if step.state()["status"] != DONE], []
     with tqdm(total=len(steps), initial=len(steps) - len(left), desc=f"{steps[0].stage:8}", unit="image",
               dynamic_ncols=True) as bar:
 
         def told(step, state):
             if state["status"] == FAILED:
-                raise InputError(f"{step.name} cannot be part of the template: {state['error']}; repair its image or "
-                                 "take it out, then give the same command again")
+                failures.append(f"{step.name} cannot be part of the template: {state['error']}")
             bar.update(1)
 
         if scheduler is not None and left:
             run_on(scheduler, left, told, time_limit)
-            return
-        for step in left:
+        while scheduler is None and left and not failures:
+            step = left.pop(0)
             with step.alone():
                 step.forget()
                 step.run()
             told(step, step.state())
+    if failures:
+        raise InputError(f"{failures[0]}; repair this image or take it out, then give the same command again")
 
 
 def _first(brains, spacing):
