@@ -23,7 +23,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0"
 
 # Modules that take longest, which begin first, so that the workers end together.
 LONGEST = ("test_training", "test_weights", "test_model", "test_registration", "test_evaluation", "test_kill",
-           "test_registration_cohort", "test_demons", "test_attention", "test_fuzz")
+           "test_registration_cohort", "test_template", "test_demons", "test_attention", "test_fuzz")
 
 
 def pytest_collection_modifyitems(items):

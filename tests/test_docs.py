@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md",
          *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("weights/*/README.md"))]
-PROGRAMS = {"register": "register.md", "cohort": "cohort.md", "label": "label.md", "apply": "transforms.md",
-            "train": "train.md", "eval": "evaluate.md"}
+PROGRAMS = {"register": "register.md", "cohort": "cohort.md", "template": "template.md", "label": "label.md",
+            "apply": "transforms.md", "train": "train.md", "eval": "evaluate.md"}
 
 
 def blocks(page, language=""):

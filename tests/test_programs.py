@@ -51,7 +51,7 @@ def refused(status, said, *words):
         assert word in sentence
 
 
-@pytest.mark.parametrize("program", ["train", "eval", "register", "cohort", "label", "apply"])
+@pytest.mark.parametrize("program", ["train", "eval", "register", "cohort", "template", "label", "apply"])
 def test_help_explains_every_flag_and_shows_an_example(program, capsys):
     done = subprocess.run([sys.executable, f"{program}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"  python {program}.py --" in done.stdout
@@ -86,7 +86,8 @@ def test_help_does_not_wait_for_jax(arguments):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["registr"], "did you mean register?"), (["fly"], "register, cohort, label, apply, strip, train, eval, prepare")])
+    (["registr"], "did you mean register?"),
+    (["fly"], "register, cohort, template, label, apply, strip, train, eval, prepare")])
 def test_an_unknown_command_is_refused(arguments, said):
     with pytest.raises(InputError, match=re.escape(said)):
         main.main(arguments)

@@ -30,8 +30,7 @@ def main(arguments=None, prog="drivenmorph cohort"):
         parser.error("--bids and --to must be given together")
     if flags.scheduler and flags.shard != (1, 1):
         parser.error("--shard and --scheduler exclude each other")
-    if flags.time_limit is not None and not flags.scheduler:
-        parser.error("--time_limit needs --scheduler, whose workers can be ended")
+    check_cluster(parser, flags)
 
     # Imported late, so that --help answers at once.
     from drivenmorph_jax.files import check_folder
@@ -81,18 +80,29 @@ def _processes(add):
         metavar="I/N",
         help="register every N-th pair only, from the I-th on, as one of N processes with a common --out; I is 1 to N",
     )
+    add_cluster(add, "a pair", "it counts as failed")
+
+
+def add_cluster(add, task, outcome):
+    """Flags of a Dask cluster, by `add`, the method `add_argument` of a parser; `task` is what a worker computes."""
     add(
         "--scheduler",
         metavar="ADDRESS",
-        help="scheduler of a Dask cluster, such as tcp://host:8786, whose workers register the pairs. They see the "
-        "same files. It needs the package distributed",
+        help=f"scheduler of a Dask cluster, such as tcp://host:8786, whose workers each compute {task} at a time. They "
+        "see the same files. It needs the package distributed",
     )
     add(
         "--time_limit",
-        type=_seconds,
+        type=program.positive,
         metavar="SECONDS",
-        help="with --scheduler: time for a pair, after which it counts as failed",
+        help=f"with --scheduler: time for {task}, after which {outcome}",
     )
+
+
+def check_cluster(parser, flags):
+    """End the program where these flags do not fit each other."""
+    if flags.time_limit is not None and not flags.scheduler:
+        parser.error("--time_limit needs --scheduler, whose workers can be ended")
 
 
 def _shard(text):
@@ -100,9 +110,3 @@ def _shard(text):
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is no part such as 1/10, the first of ten")
     return int(found[1]), int(found[2])
-
-
-def _seconds(text):
-    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return float(text)

@@ -5,7 +5,7 @@ import difflib
 import sys
 from functools import partial
 
-from drivenmorph_jax.cli import apply, cohort, label, prepare, register, strip, train
+from drivenmorph_jax.cli import apply, cohort, label, prepare, register, strip, template, train
 from drivenmorph_jax.cli import eval as evaluate
 from drivenmorph_jax.cli.program import run
 from drivenmorph_jax.errors import InputError
@@ -15,6 +15,7 @@ from drivenmorph_jax.runtime.shipped import VERSION
 COMMANDS = {
     "register": register,
     "cohort": cohort,
+    "template": template,
     "label": label,
     "apply": apply,
     "strip": strip,

@@ -57,6 +57,13 @@ def count(text):
     return int(text)
 
 
+def positive(text):
+    """The number of an argument that is above 0, such as one of seconds or of mm."""
+    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return float(text)
+
+
 def size(text):
     """Bytes of an argument such as 4GB, 500MB or 2.5GiB."""
     found = re.fullmatch(r"(\d+\.?\d*) ?([MG])(i?)B?", text)

@@ -93,6 +93,31 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     _save(sheet.figure, path)
 
 
+def means(path, images, spacing, title="", note=""):
+    """Draw three planes through the brain of each of several images of one grid, {name: (D, H, W)}, side by side.
+
+    All have the grey values of the last, and the planes pass through the centre of mass of its brain.
+    """
+    *_, last = images.values()
+    white, spacing = np.percentile(last[last > 0], 99.5), np.full(3, float(spacing))
+    brain = last > 0.05 * white
+    centre, box = np.rint(ndimage.center_of_mass(brain)).astype(int), _box(brain, spacing)
+    width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
+    heights = [(box[up].stop - box[up].start) * spacing[up] / width for _, (_, up), _ in VIEWS]
+    sheet = Sheet(len(images), heights, title, blocks=1)
+    for column, (name, image) in enumerate(images.items()):
+        for row, (view, axes, letters) in enumerate(VIEWS):
+            tile = Tile(sheet.axes(0, row, column), axes, centre, box, spacing, width)
+            tile.image(image, Normalize(0, white), "gray")
+            if row == 0:
+                tile.ax.set_title(name, fontsize=10.5, pad=5)
+            if column == 0:
+                tile.ax.set_ylabel(view, fontsize=10, labelpad=5)
+                tile.letters(letters)
+    sheet.note(0, note)
+    _save(sheet.figure, path)
+
+
 def outline(path, image, mask, title=""):
     """Draw three planes of a Volume through the middle of its brain, and the outline of the brain's mask, a Volume."""
     image, mask = canonical(image), canonical(mask)

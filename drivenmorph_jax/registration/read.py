@@ -110,7 +110,8 @@ def read(request: Request) -> Pair:
         affine = affine if affine in AFFINES else read_affine(affine)
     else:
         affine = np.asarray(affine, float)
-    scale, steps = _scale(images["fixed"]), request.refine_steps
+    fixed = images["fixed"]
+    scale, steps = scale_of(millilitres(foreground(fixed.data), fixed.affine)), request.refine_steps
     volumes = {name: volume and scaled(volume, scale) for name, volume in (images | maps).items()}
     return Pair(request=request, **volumes, source=scaled(sources["moving"], scale), scale=scale,
                 given_affine=affine if isinstance(affine, str) else scaled_transform(affine, scale), start=start,
@@ -149,9 +150,9 @@ def millilitres(inside, affine):
     return np.count_nonzero(inside) * abs(np.linalg.det(affine[:3, :3])) / 1e3
 
 
-def _scale(image):
-    """The factor for all lengths: 1 for brains of people and large animals and for heads, else to a person's size."""
-    volume = millilitres(foreground(image.data), image.affine)
+def scale_of(volume):
+    """The factor for all lengths, from the volume of a foreground in ml: 1 for brains of people and large animals and
+    for heads, else to a person's size."""
     return 1.0 if SIZES[0] < volume < SIZES[1] else float(f"{(TYPICAL / volume) ** (1 / 3):.2g}")
 
 

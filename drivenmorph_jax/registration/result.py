@@ -86,7 +86,7 @@ class Result:
 
         def volumes():
             self._save_images(new)
-            self._save_transforms(new, formats, bids)
+            save_transforms(new, self.transform, formats, bids)
 
         try:
             # Compressing takes as long as drawing. The two can run in parallel, since only drawing holds Python's lock.
@@ -118,29 +118,30 @@ class Result:
         by = "demons" if self.summary["stiffness"] == "high" else self.summary["method"]
         write_force(out / "force.nii.gz", self.force, self.transform.grid, FORCE_IS[by])
 
-    def _save_transforms(self, out, formats, bids):
-        names = ["displacement", "inverse_displacement"]
-        if bids:
-            prefix, *spaces = bids
-            names = [f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1])]
-        for name, transform in zip(names, (self.transform, self.transform.inverse), strict=True):
-            if "itk" in formats:
-                transform.save(out / f"{name}.nii.gz")
-            if "ras" in formats:
-                transform.save(out / f"{name}_ras.nii.gz", "ras")
-            for form in {"fsl", "afni"} & set(formats):
-                transform.save(out / f"{name}_{form}.nii.gz", form)
-            if "spm" in formats:  # which reads no .nii.gz, and looks for this prefix
-                transform.save(out / f"y_{name}.nii", "spm")
-            for form, ending in (("h5", ".h5"), ("freesurfer", ".mgz")):
-                if form in formats:
-                    transform.save(out / f"{name}{ending}")
-        for form, ending in (("itk", ".tfm"), ("freesurfer", ".lta")):
+
+def save_transforms(out, transform, formats, bids=None):
+    """Write a `Transform` and its inverse to the folder `out`; `formats` and `bids` are those of `Result.save`."""
+    names = ["displacement", "inverse_displacement"]
+    if bids:
+        prefix, *spaces = bids
+        names = [f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1])]
+    for name, one in zip(names, (transform, transform.inverse), strict=True):
+        if "itk" in formats:
+            one.save(out / f"{name}.nii.gz")
+        if "ras" in formats:
+            one.save(out / f"{name}_ras.nii.gz", "ras")
+        for form in {"fsl", "afni"} & set(formats):
+            one.save(out / f"{name}_{form}.nii.gz", form)
+        if "spm" in formats:  # which reads no .nii.gz, and looks for this prefix
+            one.save(out / f"y_{name}.nii", "spm")
+        for form, ending in (("h5", ".h5"), ("freesurfer", ".mgz")):
             if form in formats:
-                self.transform.save(out / f"affine{ending}")
-        if "l2r" in formats:
-            fixed, moving = self.transform.grid, self.transform.other
-            self.transform.save_learn2reg(out / learn2reg_name(stem(fixed.path), stem(moving.path)))
+                one.save(out / f"{name}{ending}")
+    for form, ending in (("itk", ".tfm"), ("freesurfer", ".lta")):
+        if form in formats:
+            transform.save(out / f"affine{ending}")
+    if "l2r" in formats:
+        transform.save_learn2reg(out / learn2reg_name(stem(transform.grid.path), stem(transform.other.path)))
 
 
 def former_files(out):
@@ -150,7 +151,7 @@ def former_files(out):
     """
     try:
         files = json.loads((Path(out) / SUMMARY).read_text())["files"]
-        return [Path(name).name for name in files]
+        return [name for name in files if (Path(out) / name).resolve().is_relative_to(Path(out).resolve())]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -94,6 +94,13 @@ def strip_files(images, out, geometry="sform"):
         yield out / f"{name}_stripped.nii.gz"
 
 
+def brain_of(image, choice):
+    """An image, anchored, with what is not brain set to 0, as `strip` of a request says; see there for the errors."""
+    if choice == "no" or choice == "auto" and not is_head(image):
+        return image
+    return replace(image, data=np.where(_brain(image).data > 0, image.data, 0))
+
+
 def mask_image(brain):
     """The nibabel image of a mask, a Volume of uint8."""
     return writing.to_nibabel(brain.data, brain, dtype=np.dtype(np.uint8))

@@ -68,6 +68,35 @@ def register_affine(fixed, moving, fixed_mask=None, moving_mask=None, kind="affi
     return result
 
 
+def centred(transforms, iterations=20):
+    """Affines T_i M, where M is the affine from their mean world to the world in which the T_i start.
+
+      mean over i of log(T_i M) = 0,    found by M <- M exp(-mean of log(T_i M))
+
+    Args:
+      transforms: T (N, 4, 4), from one world to N worlds, in RAS mm.
+
+    Returns:
+      T M (N, 4, 4), from the mean world to the N worlds.
+
+    Raises InputError where one of them is a reflection or a half turn against the others, which has no logarithm.
+
+    Reference: Arsigny, Commowick, Ayache, Pennec, "A fast and log-Euclidean polyaffine framework for locally linear
+      registration", 2009.
+    """
+    transforms = np.asarray(transforms, float)
+    for _ in range(iterations):
+        logs = np.array([linalg.logm(one) for one in transforms])
+        if not np.isfinite(logs).all() or np.abs(np.imag(logs)).max() > 1e-6:
+            raise InputError("the images are turned against each other by 180 degrees: turn them alike beforehand")
+        mean = np.real(logs).mean(0)
+        mean[3] = 0
+        transforms = transforms @ linalg.expm(-mean)
+        if np.abs(mean).max() < 1e-9:
+            break
+    return transforms
+
+
 class _Level:
     """An image at one voxel size.
 

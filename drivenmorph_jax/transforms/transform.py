@@ -207,7 +207,9 @@ class Transform:
                           "TargetGridAffineRAS": self.other.affine.tolist()}
             field, wide, grid = self.field, self.displacement, self.grid
             if form != "afni" and field.near.shape != wide.shape:
-                wide = displacement_of(field, field.near.shape[:3], field.affine)
+                # The map `field` at the voxels where it is given, so that nothing is sampled.
+                wide = by_planes(field.near.shape, field.affine,
+                                 lambda i, x: map_points(field.linear, x + field.near[i]) - x)
                 wide = np.rint(wide * MARGIN_STEPS) / MARGIN_STEPS  # rounded, the margin takes a third of the space
                 wide[part_of(field.affine, grid.data.shape, grid.affine)] = self.displacement
                 about |= {"ImageGridShape": list(grid.data.shape), "ImageGridAffineRAS": grid.affine.tolist()}
