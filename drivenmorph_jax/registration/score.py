@@ -34,7 +34,9 @@ DEFINITIONS = {
     "fold_pct": "Percentage of voxels of the fixed brain where the Jacobian determinant of the total transform is 0 or "
                 "less.",
     "sdlogj": "Standard deviation of its logarithm there.",
-    "inverse_mm": metrics.DEFINITIONS["inverse_mm"]}
+    "inverse_mm": metrics.DEFINITIONS["inverse_mm"],
+    "landmarks": "Distance in mm of each landmark from its place in the moving image, before landmarks drive the "
+                 "registration and after; left_out: why it was not used, null where it was."}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,7 +61,7 @@ def score(transferred: Transferred) -> Scored:
         "sdlogj": float(np.log(np.maximum(jacobian, 1e-9)).std()),
         "inverse_mm": metrics.inverse_consistency(pair.u, pair.u_inverse, (pair.spacing,) * 3,
                                                   metrics.brain(np.asarray(pair.fixed_on_grid))),
-        **_dice(pair)}
+        **_dice(pair), **_landmarks(pair)}
     summary = {
         "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
@@ -73,6 +75,14 @@ def score(transferred: Transferred) -> Scored:
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
         **finite(numbers)}
     return Scored(**kept(transferred), moved=moved, summary=summary)
+
+
+def _landmarks(pair):
+    """The distance of each landmark from where it should be, by the total transform."""
+    if pair.landmarks is None:
+        return {}
+    after = np.linalg.norm(pair.transform.points(pair.landmarks.fixed) - pair.landmarks.moving, axis=-1)
+    return {"landmarks": [told | {"after_mm": float(mm)} for told, mm in zip(pair.landmarks_told, after, strict=True)]}
 
 
 def _dice(pair):
