@@ -131,7 +131,7 @@ def _initial(request, images):
 
 
 def _landmarks(source, images):
-    """The landmarks of a request. Raises InputError where one lies outside an image: it is in another frame, or wrong."""
+    """The landmarks of a request. Raises InputError where one lies outside its image, as points in LPS do."""
     found = read_landmarks(source)
     for role, image in images.items():
         voxels = map_points(np.linalg.inv(image.affine), getattr(found, role))

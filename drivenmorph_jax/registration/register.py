@@ -63,8 +63,8 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or pathological. Masked
         voxels give no force, and the field inside is interpolated. An empty mask is no mask.
       mask_sense: "ignore", or "use" for masks that are above 0 where the image is to be used, such as those of ANTs.
-      landmarks: points of the fixed image and where each lies in the moving image: a CSV file, or an array (N, 6) in RAS
-        mm, as `transforms.points.read_landmarks` takes them. After the registration, they drive it on, see
+      landmarks: points of the fixed image and where each lies in the moving image: a CSV file, or an array (N, 6) in
+        RAS mm, as `transforms.points.read_landmarks` takes them. After the registration, they drive it on, see
         `demons.guidance`. Those that contradict others or are out of reach are left out, with a warning.
       geometry: "sform" or "qform", the affine that holds where a file has both and they differ; or three letters such
         as "LAS", the directions of the voxel axes of files that have neither. Such files are refused otherwise.
@@ -102,9 +102,9 @@ def begun(request: Request, progress: Progress) -> Stripped:
 
 def finished(state: Stripped, progress: Progress) -> Result:
     """The stages of `register` from the affine on."""
-    method = state.request.method
+    method, guided = state.request.method, {} if state.landmarks is None else {"landmarks": guide}
     stages = {"affine": align, "compile" if method == "drivenmorph" else "plan": plan, "resample": prepare,
-              method: deform, **({} if state.landmarks is None else {"landmarks": guide}), "transform": transfer, "score": score, "check": check}
+              method: deform, **guided, "transform": transfer, "score": score, "check": check}
     for name, stage in stages.items():
         with progress(name):
             state = stage(state)

@@ -1,4 +1,4 @@
-"""Points in CSV files and in the .fcsv files of 3D Slicer, moved by a transform; landmarks, which are pairs of points."""
+"""Points in CSV files and in the .fcsv files of 3D Slicer, moved by a transform; and landmarks, which are pairs."""
 
 import re
 from dataclasses import dataclass
