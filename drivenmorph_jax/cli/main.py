@@ -5,7 +5,7 @@ import difflib
 import sys
 from functools import partial
 
-from drivenmorph_jax.cli import apply, cohort, prepare, register, strip, train
+from drivenmorph_jax.cli import apply, cohort, prepare, register, strip, train, view
 from drivenmorph_jax.cli import eval as evaluate
 from drivenmorph_jax.cli.program import run
 from drivenmorph_jax.errors import InputError
@@ -17,6 +17,7 @@ COMMANDS = {
     "cohort": cohort,
     "apply": apply,
     "strip": strip,
+    "view": view,
     "train": train,
     "eval": evaluate,
     "prepare": prepare,

@@ -22,7 +22,7 @@ def guide(deformed: Deformed) -> Deformed:
     """Continue the deformation by the landmarks, see `demons.guidance`. Images of little in common do not take part.
 
     A landmark is left out where it contradicts another one after the affine, or where it is out of reach. A warning
-    names it. `landmarks_told` gets {"name", "before_mm", "left_out"} of each.
+    names it. `landmarks_told` gets {"name", "fixed", "before_mm", "left_out"} of each.
     """
     marks, request, scale, spacing = deformed.landmarks, deformed.request, deformed.scale, deformed.spacing
     to_voxel = np.linalg.inv(deformed.grid)
@@ -38,8 +38,8 @@ def guide(deformed: Deformed) -> Deformed:
     for k, why in left_out.items():
         warnings.warn(InputWarning(f"landmark {marks.names[k]} {why}, and is left out; correct or delete it, or change "
                                    "its radius"), stacklevel=2)
-    told = tuple({"name": name, "before_mm": float(lacked[k] * spacing / scale), "left_out": left_out.get(k)}
-                 for k, name in enumerate(marks.names))
+    told = tuple({"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k] * spacing / scale),
+                  "left_out": left_out.get(k)} for k, name in enumerate(marks.names))
     used = [k for k in range(len(points)) if k not in left_out]
     if not used:
         return replace(deformed, landmarks_told=told)
