@@ -62,7 +62,7 @@ def test_the_metadata_names_both_licences(wheel):
     assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-NC-3.0"
     assert metadata.get_all("License-File") == ["LICENSE", "weights/brain-t1/LICENSE"]
     assert any(line.startswith("jax") for line in metadata.get_all("Requires-Dist"))
-    assert {"test", "docs", "rivals"} == set(metadata.get_all("Provides-Extra"))
+    assert {"test", "docs", "rivals", "view"} == set(metadata.get_all("Provides-Extra"))
 
 
 def brain(path, stretch):

@@ -1,7 +1,7 @@
 """What the page of a result shows: images and maps on the grid of the fixed image, numbers, checks and their places.
 
-NiiVue shows one number a voxel. A file with a vector in each voxel it would show as colours or as frames. So vectors are
-given to it as lengths in mm, the Jacobian determinant as its logarithm to base 2, and label maps as outlines.
+NiiVue shows one number a voxel. A file with a vector in each voxel it would show as colours or as frames. So vectors
+are given to it as lengths in mm, the Jacobian determinant as its logarithm to base 2, and label maps as outlines.
 """
 
 import json
@@ -85,11 +85,11 @@ class Shown:
         """{name: function that gives the voxels (X, Y, Z)} of the overlays that the result has files for."""
         found = {}
         if "force.nii.gz" in self._files:
-            found["force"] = lambda: np.linalg.norm(self._read("force.nii.gz")[:, :, :, 0], axis=-1)
+            found["force"] = lambda: self._inside(np.linalg.norm(self._read("force.nii.gz")[:, :, :, 0], axis=-1))
         if self._transform and self._affine is not None:
             found["displacement"] = self._displacement
         if "jacobian.nii.gz" in self._files:
-            found["jacobian"] = lambda: np.clip(self._octaves, -OCTAVES, OCTAVES)
+            found["jacobian"] = lambda: self._inside(np.clip(self._octaves, -OCTAVES, OCTAVES))
         if "warped_labels.nii.gz" in self._files:
             found["labels"] = lambda: outlines(load_labels(self.folder / "warped_labels.nii.gz", self.fixed).data)
         return found
@@ -104,7 +104,11 @@ class Shown:
         """The length in mm of T^-1 phi(x) - x: the transform without its affine T."""
         move, back = read_chain(self._transform).map, np.linalg.inv(self._affine)
         found = displacement_of(lambda x: map_points(back, move(x)), self.fixed.data.shape, self.fixed.affine)
-        return np.linalg.norm(found, axis=-1)
+        return self._inside(np.linalg.norm(found, axis=-1))
+
+    def _inside(self, x):
+        """x with 0, which is transparent, outside the brain: there no image drives the deformation."""
+        return np.where(self._brain, x, 0)
 
     @cached_property
     def _octaves(self):
@@ -117,8 +121,8 @@ class Shown:
         every = {
             "force": lambda: _lengths("Driving force", "length of the force that drove the registration",
                                       high["force"]),
-            "displacement": lambda: _lengths("Displacement", "how far the deformation moves a point, without the affine",
-                                             high["displacement"]),
+            "displacement": lambda: _lengths("Displacement", "how far the deformation moves a point, without the "
+                                             "affine", high["displacement"]),
             "jacobian": lambda: Overlay(
                 "Jacobian determinant", "how much of the moving image is brought to a voxel, as a multiple of "
                 "its volume. Red: it is shrunk; blue: it is stretched", "", -OCTAVES, OCTAVES,
@@ -161,7 +165,8 @@ class Shown:
         places = self.places()
         checks = [one | {"place": places.get(one["name"])} for one in self.summary.get("checks", ())]
         return {"title": f"{Path(self.moving.path).name} to {Path(self.fixed.path).name}",
-                "method": self.summary.get("method"), "range": {name: _window(self.voxels(name)) for name in self.images},
+                "middle": map_points(self.fixed.affine, np.array(self.fixed.data.shape) // 2).tolist(),
+                "range": {name: _window(self.voxels(name)) for name in self.images},
                 "overlays": {name: vars(one) for name, one in self.overlays().items()},
                 "checks": sorted(checks, key=lambda one: one["status"] == "ok"),
                 "landmarks": self.summary.get("landmarks", [])}
@@ -180,14 +185,13 @@ def correlation(fixed, warped):
 
 
 def outlines(labels):
-    """1 at voxels of a label (X, Y, Z) that have a neighbour of another one, else 0."""
-    edge = np.zeros(labels.shape, bool)
+    """1 at voxels of labels (X, Y, Z) that have a neighbour of a smaller label, else 0: borders are one voxel thick."""
+    edge = np.zeros(labels.shape, np.float32)
     for axis in range(3):
-        first, second = (np.moveaxis(x, axis, 0) for x in (labels, edge))
-        differs = first[1:] != first[:-1]
-        second[1:] |= differs
-        second[:-1] |= differs
-    return (edge & (labels > 0)).astype(np.float32)
+        label, out = (np.moveaxis(x, axis, 0) for x in (labels, edge))
+        out[1:][label[1:] > label[:-1]] = 1
+        out[:-1][label[:-1] > label[1:]] = 1
+    return edge
 
 
 def _lengths(name, words, high):

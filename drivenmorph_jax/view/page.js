@@ -44,12 +44,8 @@ async function start() {
   by("outline").hidden = !("labels" in result.overlays);
   checks();
   landmarks();
-  go(await middle());
+  go(result.middle);
   document.body.dataset.ready = "yes";
-}
-
-async function middle() {
-  return Array.from(views.fixed.frac2mm([0.5, 0.5, 0.5])).slice(0, 3);
 }
 
 // Every panel goes to a point in RAS mm.
@@ -78,15 +74,23 @@ function tell(mm) {
     if (map === result.overlays.labels && map) continue;
     const [x, y, z] = volume.mm2vox(mm), value = volume.getValue(x, y, z, 0);
     if (!map) numbers.push(`${volume.name.replace(".nii", "")} ${value.toPrecision(4)}`);
-    else numbers.push(map.unit === "mm" ? `${map.name.toLowerCase()} ${value.toFixed(2)} mm`
+    else if (value) numbers.push(map.unit === "mm" ? `${map.name.toLowerCase()} ${value.toFixed(2)} mm`
       : `${map.name.toLowerCase()} ${(2 ** value).toFixed(2)}`);
   }
   const letters = ["RL", "AP", "SI"].map((ends, k) => `${ends[mm[k] < 0 ? 1 : 0]} ${Math.abs(mm[k]).toFixed(1)}`);
   by("status").textContent = `${letters.join(", ")} mm: ${numbers.join(", ")}`;
 }
 
+// One change of the maps at a time, as each waits for its files; of changes that wait, the last one counts.
+let changing = Promise.resolve(), asked = 0;
+
+function overlays() {
+  const mine = ++asked;
+  changing = changing.then(() => mine === asked ? changed() : undefined);
+}
+
 // The map, and the outlines above it, over the two images that they belong to.
-async function overlays() {
+async function changed() {
   const wanted = [overlay, by("labels").checked ? "labels" : ""].filter(name => name);
   by("status").textContent = "Loading ...";
   for (const view of [views.fixed, views.warped]) {

@@ -1,9 +1,9 @@
 """The server of the page: for the browser of this machine alone.
 
 It listens on the loopback address. Its address has a random token, without which nothing is found. A request is refused
-whose header Host is not this server, so that no name of another site leads here, or which the page of another site makes.
-The page loads nothing from elsewhere; its policy (CSP) forbids the browser to. The server has the files of one result
-and of the page, by name, and no others, and it changes none.
+whose header Host is not this server, so that no name of another site leads here, or which the page of another site
+makes. The page loads nothing from elsewhere; its policy (CSP) forbids the browser to. The server has the files of one
+result and of the page, by name, and no others, and it changes none.
 
 The page keeps one connection open. The server ends when the last page is closed.
 """
@@ -26,9 +26,9 @@ LOOPBACK = "127.0.0.1"
 GRACE = 5.0  # seconds without a page after which the server ends; a page that is loaded again takes less
 BEAT = 1.0  # seconds between signs of life on the open connection
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' "
-                               "data: blob:; connect-src 'self' data:; font-src 'self' data:; base-uri 'none'; "
-                               "form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+                               "img-src 'self' data: blob:; connect-src 'self' data:; font-src 'self' data:; "
+                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 PAGE = {"": ("page.html", "text/html; charset=utf-8"), "page.css": ("page.css", "text/css; charset=utf-8"),
