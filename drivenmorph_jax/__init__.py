@@ -1,8 +1,8 @@
 """Deformable registration of 3-D brain MRI in JAX: `register` aligns two images; the other names are its parts.
 
 The rooms, from the bottom up: `fields`, `demons`, `images`, `brain`, `network`, `transforms`, `data`, `evaluation`,
-`training`, `registration`, `labelling`, `cli`. A room imports only what stands before it. `backends` and `runtime` hold
-what depends on the device and on the run.
+`training`, `registration`, `labelling`, `view`, `cli`. A room imports only what stands before it. `backends` and
+`runtime` hold what depends on the device and on the run.
 """
 
 from importlib import import_module

@@ -34,7 +34,7 @@ def good(pair):
 
 
 def test_every_check_has_a_value_limits_and_a_sentence(good):
-    assert list(good) == list(LIMITS)
+    assert list(good) == [name for name in LIMITS if not name.startswith("landmarks")]  # which have a test of their own
     for one in good.values():
         assert np.isfinite(one["value"]) and one["sentence"] and one["status"] in ("ok", "warn")
     for name in ("geometry", "affine scale", "affine shape", "affine rotation", "field of view", "overlap", "inverse",

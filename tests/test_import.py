@@ -10,8 +10,7 @@ import drivenmorph_jax
 PACKAGE = Path(drivenmorph_jax.__file__).parent
 # From the bottom up: a room imports only what stands before it.
 ROOMS = ("errors", "files", "backends", "runtime", "fields", "demons", "images", "brain", "network", "transforms",
-         "data", "evaluation", "training", "registration", "labelling",
-         "cli")
+         "data", "evaluation", "training", "registration", "labelling", "view", "cli")
 
 
 def imports(path):

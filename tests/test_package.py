@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_code_the_configurations_and_the_shipped_weights(whe
     wanted = {path.relative_to(base).as_posix() for base, pattern in (
         (ROOT / "drivenmorph_jax", "**/*.py"), (ROOT, "configs/*.py"), (ROOT, "weights/brain-t1/**/*"))
         for path in base.glob(pattern) if path.is_file()}
-    assert names == wanted | {"py.typed", "evaluation/page.html"}
+    assert names == wanted | {"py.typed", "evaluation/page.html", "view/page.html", "view/page.css", "view/page.js"}
 
 
 def test_the_metadata_names_both_licences(wheel):
@@ -62,7 +62,7 @@ def test_the_metadata_names_both_licences(wheel):
     assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-NC-3.0"
     assert metadata.get_all("License-File") == ["LICENSE", "weights/brain-t1/LICENSE"]
     assert any(line.startswith("jax") for line in metadata.get_all("Requires-Dist"))
-    assert {"test", "docs", "rivals"} == set(metadata.get_all("Provides-Extra"))
+    assert {"test", "docs", "rivals", "view"} == set(metadata.get_all("Provides-Extra"))
 
 
 def brain(path, stretch):

@@ -45,6 +45,7 @@ def main(arguments=None, prog="drivenmorph register"):
         moving_labels=flags.moving_labels,
         fixed_mask=flags.fixed_mask,
         moving_mask=flags.moving_mask,
+        landmarks=flags.landmarks,
         **settings(flags),
     )
     print("write ...", end=" ", flush=True)
@@ -91,6 +92,13 @@ def _images(add):
         "the deformation is interpolated smoothly inside",
     )
     add("--moving_mask", metavar="FILE", help="the same for the moving image")
+    add(
+        "--landmarks",
+        metavar="FILE",
+        help="CSV with columns fixed_x, fixed_y, fixed_z, moving_x, moving_y, moving_z in RAS mm and, where you like, "
+        "name and radius: points of the fixed image and where each lies in the moving image. They drive the "
+        "deformation around them, up to three radii of 10 mm",
+    )
 
 
 def add_reading(add):

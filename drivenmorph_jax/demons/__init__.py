@@ -10,6 +10,7 @@ from drivenmorph_jax.demons.classical import (
     demons,
     demons_level,
 )
+from drivenmorph_jax.demons.guidance import contradictory, guided, landmark_force, out_of_reach, remaining
 from drivenmorph_jax.demons.multistart import force_between, refine, registered, registered_stiffly, weighted
 from drivenmorph_jax.demons.updates import (
     bch,
@@ -20,6 +21,7 @@ from drivenmorph_jax.demons.updates import (
     symmetric_log_update,
 )
 
-__all__ = ["FORCES", "INTENSITY", "LNCC", "MULTIPLE", "Registered", "bch", "compositional_update", "demons",
-           "demons_level", "force_between", "forces", "inverse_update", "lie_bracket", "log_update", "refine",
-           "registered", "registered_stiffly", "symmetric_log_update", "weighted"]
+__all__ = ["FORCES", "INTENSITY", "LNCC", "MULTIPLE", "Registered", "bch", "compositional_update", "contradictory",
+           "demons", "demons_level", "force_between", "forces", "guided", "inverse_update", "landmark_force",
+           "lie_bracket", "log_update", "out_of_reach", "refine", "registered", "registered_stiffly", "remaining",
+           "symmetric_log_update", "weighted"]

@@ -84,14 +84,8 @@ def demons_level(fixed: chex.Array, moving: chex.Array, field: chex.Array, *, fo
     stride = space[0] // field.shape[0]
 
     def delta(fixed, moving, u):
-        p, energy = force(fixed, warp(moving, resize_field(u, space) if stride > 1 else u), max_step)
-        coarser = p.shape[0] // field.shape[0]
-        if not coarser:
-            raise ValueError(f"the force comes on a grid of {p.shape[:-1]}, coarser than the field's "
-                             f"{field.shape[:-1]}: raise stride, or for lncc_force lower block")
-        # Each component is pooled by itself: XLA then never writes the vectors of the force before they are pooled.
-        p = jnp.stack([average_pool(x[..., None], coarser, dims)[..., 0] for x in jnp.moveaxis(p, -1, 0)], -1)
-        p = gaussian_smooth(p / stride, sigma_fluid, dims)
+        p, energy = smoothed_force(force, fixed, warp(moving, resize_field(u, space) if stride > 1 else u),
+                                   field.shape[:-1], max_step, sigma_fluid)
         return scale_longest(p, max_step / stride) if scale else p, energy
 
     def step(i, state):
@@ -115,6 +109,25 @@ def demons_level(fixed: chex.Array, moving: chex.Array, field: chex.Array, *, fo
         return (i < iterations) & ((i < 2 * PATIENCE) | (last[1] - last[0] > tolerance * last[1]))
 
     return jax.lax.while_loop(going_on, lambda state: (state[0] + 1, step(*state)), (0, state))[1]
+
+
+def smoothed_force(force, fixed, warped, shape, max_step, sigma_fluid):
+    """K_fluid * force(fixed, warped, max_step), averaged over the voxels that each voxel of a coarser grid covers.
+
+    `shape` is that of the coarser grid, a whole number of times coarser than the images. Returns the force (*shape, n)
+    in voxels of that grid, and its energy.
+
+    Raises ValueError where the force itself is on a still coarser grid.
+    """
+    dims, stride = len(shape), fixed.shape[0] // shape[0]
+    p, energy = force(fixed, warped, max_step)
+    coarser = p.shape[0] // shape[0]
+    if not coarser:
+        raise ValueError(f"the force comes on a grid of {p.shape[:-1]}, coarser than the field's {tuple(shape)}: raise "
+                         "stride, or for lncc_force lower block")
+    # Each component is pooled by itself: XLA then never writes the vectors of the force before they are pooled.
+    p = jnp.stack([average_pool(x[..., None], coarser, dims)[..., 0] for x in jnp.moveaxis(p, -1, 0)], -1)
+    return gaussian_smooth(p / stride, sigma_fluid, dims), energy
 
 
 def demons(fixed: chex.Array, moving: chex.Array, *, force: Force = LNCC["force"],

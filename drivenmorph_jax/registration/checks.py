@@ -67,6 +67,8 @@ LIMITS = {  # name: (least value, largest value, sentence)
     "brightness": (0, 0.2, "Deviation of the logarithm of smoothed brightness after the registration; bias raises it."),
     "stretch": (0, 7, "Range of log J of the deformation, from .1 to 99.9 %; brains differ by less."),
     "inverse": (0, 0.5, "Inverse consistency in mm."),
+    "landmarks": (0, 0.5, "Largest distance in mm of a landmark that was used from its place in the moving image."),
+    "landmarks left out": (0, 0, "Landmarks that contradict others or are too far for their radius."),
     "slices": (0, 0.05, "Share of slices that equal the one before."),
     "flatness": (0, 0.5, "Share of neighbouring voxels with one value; above it, a label map was given as an image."),
 }
@@ -82,7 +84,8 @@ class Checked(Scored):
 def check(scored: Scored) -> Checked:
     """Run all checks. Those that make no sense for a registration, such as the affine's without one, are left out."""
     brains = tuple(foreground(image.data) for image in (scored.fixed, scored.moving))
-    values = {**_files(scored, brains), **_affine(scored), **_images(scored, brains), **_deformation(scored)}
+    values = {**_files(scored, brains), **_affine(scored), **_images(scored, brains), **_deformation(scored),
+              **_landmarks(scored.summary.get("landmarks", ()))}
     checks = tuple(Check(name, float(values[name]), LIMITS[name][:2], LIMITS[name][2])
                    for name in LIMITS if name in values)
     summary = scored.summary | {"checks": [one.as_dict() for one in checks]}
@@ -164,6 +167,14 @@ def _deformation(scored):
         brain &= np.asarray(_coarse(scored.counted.astype(np.float32), factor)[..., 0]) > 0.99
     distance = apart[brain].mean() * factor * scored.spacing * scored.scale
     return values | {"agreement": distance, "brightness": _brightness(np.asarray(f[..., 0]), np.asarray(w[..., 0]))}
+
+
+def _landmarks(told):
+    """Checks of the landmarks, as summary.json tells them."""
+    if not told:
+        return {}
+    used = [one["after_mm"] for one in told if one["left_out"] is None]
+    return {"landmarks left out": len(told) - len(used)} | ({"landmarks": max(used)} if used else {})
 
 
 def _brightness(fixed, warped):

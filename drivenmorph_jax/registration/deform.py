@@ -33,6 +33,7 @@ class Deformed(Prepared):
     u_inverse: np.ndarray
     force: np.ndarray
     counted: jax.Array | None  # (D, H, W) bool, True at voxels outside both masks; None without masks
+    landmarks_told: tuple[dict, ...] = ()  # of each landmark, see `registration.guide`
 
 
 def deform(prepared: Prepared) -> Deformed:

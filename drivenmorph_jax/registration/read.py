@@ -17,7 +17,9 @@ from drivenmorph_jax.runtime.checkpoint import SHIPPED
 from drivenmorph_jax.transforms.affine import KINDS
 from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.maps import Chain, Field
+from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
 from drivenmorph_jax.transforms.reading import read_chain
+from drivenmorph_jax.transforms.world import map_points
 
 REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
 CHOICES = {"strip": ("auto", "yes", "no"), "method": tuple(REFINE_STEPS), "force": tuple(FORCES),
@@ -53,6 +55,7 @@ class Request:
     fixed_mask: Any = None
     moving_mask: Any = None
     mask_sense: str = "ignore"
+    landmarks: Any = None
     geometry: str = "sform"
     memory: float | None = None
 
@@ -83,6 +86,7 @@ class Pair:
     moving_mask: Volume | None
     given_affine: str | np.ndarray  # what to find, of AFFINES; or (4, 4), RAS mm
     start: Chain | Field | None  # a deformable transform to start from, in the lengths of the files
+    landmarks: Landmarks | None  # in the lengths of the files
     refine_steps: int
     network: tuple[Any, Any, dict] | None  # (config, params, about) of `network.inference.load_checkpoint`
 
@@ -115,6 +119,7 @@ def read(request: Request) -> Pair:
     volumes = {name: volume and scaled(volume, scale) for name, volume in (images | maps).items()}
     return Pair(request=request, **volumes, source=scaled(sources["moving"], scale), scale=scale,
                 given_affine=affine if isinstance(affine, str) else scaled_transform(affine, scale), start=start,
+                landmarks=None if request.landmarks is None else _landmarks(request.landmarks, sources),
                 refine_steps=REFINE_STEPS[request.method] if steps is None else steps,
                 network=load_checkpoint(request.checkpoint) if request.method == "drivenmorph" else None)
 
@@ -124,6 +129,19 @@ def _initial(request, images):
     found = read_chain(request.initial_transform, request.geometry, request.convention, images["fixed"],
                        images["moving"])
     return found.linear, None if found.is_affine else found.map
+
+
+def _landmarks(source, images):
+    """The landmarks of a request. Raises InputError where one lies outside its image, as points in LPS do."""
+    found = read_landmarks(source)
+    for role, image in images.items():
+        voxels = map_points(np.linalg.inv(image.affine), getattr(found, role))
+        outside = ((voxels < -0.5) | (voxels > np.array(image.data.shape) - 0.5)).any(1)
+        if outside.any():
+            file = f"{source}: " if isinstance(source, PATHS) else ""
+            raise InputError(f"{file}the {role} point of landmark {found.names[outside.argmax()]} lies outside "
+                             f"{image.path}; give points in RAS mm, or delete it")
+    return found
 
 
 def _ignored(source, image, request):

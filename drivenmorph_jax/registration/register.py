@@ -9,6 +9,7 @@ from drivenmorph_jax.images.reading import Source
 from drivenmorph_jax.registration.align import align
 from drivenmorph_jax.registration.checks import check
 from drivenmorph_jax.registration.deform import deform
+from drivenmorph_jax.registration.guide import guide
 from drivenmorph_jax.registration.plan import plan
 from drivenmorph_jax.registration.prepare import prepare
 from drivenmorph_jax.registration.progress import Progress
@@ -27,7 +28,8 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
              initial_transform: str | Path | Sequence[str | Path] | None = None, convention: str | None = None,
              refine_steps: int | None = None, fixed_labels: Source | None = None, moving_labels: Source | None = None,
              fixed_mask: Source | None = None, moving_mask: Source | None = None, mask_sense: str = "ignore",
-             geometry: str = "sform", memory: float | None = None, quiet: bool = False) -> Result:
+             landmarks: str | Path | np.ndarray | None = None, geometry: str = "sform", memory: float | None = None,
+             quiet: bool = False) -> Result:
     """Register the image `moving` to `fixed`: files, nibabel images, or arrays with voxels of 1 mm.
 
     Both images are resampled to a working grid, the moving one through the affine. The field is computed there. It
@@ -61,6 +63,9 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or pathological. Masked
         voxels give no force, and the field inside is interpolated. An empty mask is no mask.
       mask_sense: "ignore", or "use" for masks that are above 0 where the image is to be used, such as those of ANTs.
+      landmarks: points of the fixed image and where each lies in the moving image: a CSV file, or an array (N, 6) in
+        RAS mm, as `transforms.points.read_landmarks` takes them. After the registration, they drive it on, see
+        `demons.guidance`. Those that contradict others or are out of reach are left out, with a warning.
       geometry: "sform" or "qform", the affine that holds where a file has both and they differ; or three letters such
         as "LAS", the directions of the voxel axes of files that have neither. Such files are refused otherwise.
       memory: bytes that may be used. Where the network needs more, it runs on images of half or a quarter of the
@@ -79,7 +84,7 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
                       contrast=contrast, stiffness=stiffness, affine=affine, initial_transform=initial_transform,
                       convention=convention, refine_steps=refine_steps, fixed_labels=fixed_labels,
                       moving_labels=moving_labels, fixed_mask=fixed_mask, moving_mask=moving_mask,
-                      mask_sense=mask_sense, geometry=geometry, memory=memory)
+                      mask_sense=mask_sense, landmarks=landmarks, geometry=geometry, memory=memory)
     return finished(begun(request, progress), progress)
 
 
@@ -97,9 +102,9 @@ def begun(request: Request, progress: Progress) -> Stripped:
 
 def finished(state: Stripped, progress: Progress) -> Result:
     """The stages of `register` from the affine on."""
-    method = state.request.method
+    method, guided = state.request.method, {} if state.landmarks is None else {"landmarks": guide}
     stages = {"affine": align, "compile" if method == "drivenmorph" else "plan": plan, "resample": prepare,
-              method: deform, "transform": transfer, "score": score, "check": check}
+              method: deform, **guided, "transform": transfer, "score": score, "check": check}
     for name, stage in stages.items():
         with progress(name):
             state = stage(state)

@@ -37,7 +37,9 @@ DEFINITIONS = {
     "fold_pct": "Percentage of voxels of the fixed brain where the Jacobian determinant of the total transform is 0 or "
                 "less.",
     "sdlogj": "Standard deviation of its logarithm there.",
-    "inverse_mm": metrics.DEFINITIONS["inverse_mm"]}
+    "inverse_mm": metrics.DEFINITIONS["inverse_mm"],
+    "landmarks": "Distance in mm of each landmark from its place in the moving image, before landmarks drive the "
+                 "registration and after; left_out: why it was not used, null where it was."}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,7 +74,7 @@ def score(transferred: Transferred) -> Scored:
         "inverse_mm": metrics.inverse_consistency(pair.u, pair.u_inverse, (pair.spacing,) * 3,
                                                   brain),
         "confidence": float(relied[brain].mean()),
-        **_dice(pair)}
+        **_dice(pair), **_landmarks(pair)}
     summary = {
         "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
@@ -92,6 +94,14 @@ def score(transferred: Transferred) -> Scored:
 def on_fixed_grid(image, pair):
     """An image (D, H, W) of the working grid, on the grid of the fixed image: (X, Y, Z)."""
     return resample(replace(pair.fixed, data=image, affine=pair.grid), pair.fixed.data.shape, pair.fixed.affine)
+
+
+def _landmarks(pair):
+    """The distance of each landmark from where it should be, by the total transform."""
+    if pair.landmarks is None:
+        return {}
+    after = np.linalg.norm(pair.transform.points(pair.landmarks.fixed) - pair.landmarks.moving, axis=-1)
+    return {"landmarks": [told | {"after_mm": float(mm)} for told, mm in zip(pair.landmarks_told, after, strict=True)]}
 
 
 def _dice(pair):

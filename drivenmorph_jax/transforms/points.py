@@ -1,15 +1,18 @@
-"""Points in CSV files and in the .fcsv files of 3D Slicer, moved by a transform."""
+"""Points in CSV files and in the .fcsv files of 3D Slicer, moved by a transform; and landmarks, which are pairs."""
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.reading import PATHS
 
 # A cell as it stands in the file, with quotes or without, and what ends it.
 CELL = re.compile(r'([^\S\r\n]*"(?:[^"]++|"")*+"[^\S\r\n]*|[^,\r\n]*)(,|\r\n|\n|\r|\Z)')
 # A comment "# key = value", as an .fcsv names its columns and its frame.
 COMMENT = re.compile(r"^#[ \t]*(\w+)[ \t]*=(.*)$", re.MULTILINE)
+PAIR = ("fixed_x", "fixed_y", "fixed_z", "moving_x", "moving_y", "moving_z")
 # From a frame to RAS and back. The first versions of Slicer 4 number the frames.
 SIGNS = {"RAS": (1, 1, 1), "0": (1, 1, 1), "LPS": (-1, -1, 1), "1": (-1, -1, 1)}
 
@@ -35,6 +38,69 @@ def move_table(source, out, move):
             cells[k] = cells[k].replace(_bare(cells[k]), repr(x))
     with open(out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(",".join(cells) + end for _, cells, end in rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Landmarks:
+    """Points of a fixed image, and where they lie in a moving image, in RAS mm."""
+
+    names: tuple[str, ...]
+    fixed: np.ndarray  # (N, 3)
+    moving: np.ndarray  # (N, 3)
+    radius: np.ndarray  # (N,), mm; nan where it is not given
+
+
+def read_landmarks(source):
+    """The `Landmarks` of a CSV file with the columns fixed_x, fixed_y, fixed_z, moving_x, moving_y and moving_z.
+
+    Points are in RAS mm, as in `move_table`. The columns name and radius may be missing, and their cells empty. A
+    landmark without a name is called after its line. Other columns are not used.
+
+    `source` may also be an array (N, 6) of fixed and moving points. Its landmarks are called by their numbers, from 1.
+
+    Raises InputError where `source` cannot be read or has no landmarks, where it lacks a column, or where values are
+    not finite numbers or a radius is not above 0.
+    """
+    if not isinstance(source, PATHS):
+        return _landmarks_of(np.asarray(source, float))
+    rows = [row for row in _rows(_read(source)) if any(map(_bare, row[1]))]
+    columns = list(map(_bare, rows[0][1])) if rows else []
+    if any(columns.count(name) != 1 for name in PAIR):
+        raise InputError(f"{source} is not a table of landmarks; give a CSV with a header and numbers in its columns "
+                         f"{', '.join(PAIR)}")
+    if not rows[1:]:
+        raise InputError(f"{source} holds no landmarks; give a row for each")
+    names, points, radii = [], [], []
+    for line, cells, _ in rows[1:]:
+        row = dict(zip(columns, map(_bare, cells), strict=False))
+        names.append(row.get("name") or f"line {line}")
+        points.append([_number(row.get(name)) for name in PAIR])
+        radii.append(_number(row["radius"]) if row.get("radius") else None)
+        if None in points[-1]:
+            raise InputError(f"{source} has no finite numbers {', '.join(PAIR)} in line {line}; correct or delete the "
+                             "line")
+        if row.get("radius") and not (radii[-1] or 0) > 0:
+            raise InputError(f"{source} has a radius that is no number above 0 in line {line}; give mm, or leave it "
+                             "empty")
+    points = np.array(points)
+    return Landmarks(tuple(names), points[:, :3], points[:, 3:], np.array(radii, float))
+
+
+def _landmarks_of(points):
+    if points.ndim != 2 or points.shape[1] != 6 or not len(points) or not np.isfinite(points).all():
+        raise InputError(f"landmarks is an array of {points.shape}: give finite numbers (N, 6), the fixed and the "
+                         "moving points in RAS mm, or a file")
+    names = tuple(f"number {k}" for k in range(1, len(points) + 1))
+    return Landmarks(names, points[:, :3], points[:, 3:], np.full(len(points), np.nan))
+
+
+def _number(text):
+    """The finite number of a cell, or None."""
+    try:
+        x = float(text)
+    except (TypeError, ValueError):
+        return None
+    return x if abs(x) < 3e38 else None
 
 
 def _read(source):
