@@ -44,11 +44,12 @@ def folder(tmp_path_factory):
     near = np.linalg.norm(x - np.array(FAULTY), axis=-1) < 4
     save(folder / "fixed.nii.gz", image)
     save(folder / "moving.nii.gz", image)
-    noise = np.random.default_rng(0).normal(100, 20, SHAPE)
-    save(out / "warped.nii.gz", np.where(near, noise, image).astype(np.float32))
+    save(out / "warped.nii.gz", image)
     jacobian = np.full(SHAPE, 2.0, np.float32)
     jacobian[SWOLLEN], jacobian[FOLDED], jacobian[0, 0, 0] = 600, -1, 8  # the last one outside the brain
     save(out / "jacobian.nii.gz", jacobian)
+    save(out / "confidence.nii.gz", np.where(near, 0.1, np.where(brain, 0.9, 0)).astype(np.float32))
+    save(out / "uncertainty.nii.gz", np.full(SHAPE, 2.5, np.float32))
     save(out / "warped_labels.nii.gz", np.where(brain & (x[..., 0] > 15), 7, 0).astype(np.int16))
     grid = load_image(folder / "fixed.nii.gz")
     write_force(out / "force.nii.gz", np.broadcast_to(np.float32([0, 3, 4]), (*SHAPE, 3)), grid, "test")
@@ -74,7 +75,7 @@ def shown(folder):
 
 def test_maps_are_the_lengths_and_logarithms_of_the_files(shown):
     brain = shown.fixed.data > 0
-    for name, wanted in (("displacement", 3), ("force", 5)):  # the displacement without the affine
+    for name, wanted in (("displacement", 3), ("force", 5), ("uncertainty", 2.5)):  # the first without the affine
         np.testing.assert_allclose(shown.voxels(name), np.where(brain, wanted, 0), atol=1e-3)
     jacobian = shown.voxels("jacobian")
     assert jacobian[15, 17, 8] == 1 and jacobian[SWOLLEN] == layers.OCTAVES and jacobian[FOLDED] == -layers.OCTAVES

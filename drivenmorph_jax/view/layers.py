@@ -23,11 +23,12 @@ from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.reading import read_chain
 from drivenmorph_jax.transforms.world import displacement_of, map_points
 
-WINDOW = 9  # side of the boxes of local correlation, in voxels
+RIM = 4  # voxels of the brain at its border, where the confidence is low in any case
+UNCERTAIN = 4.0  # mm, the end of the colours of the uncertainty
 OCTAVES = 2.0  # the colours of the Jacobian determinant go from 2^-2 to 2^2
 # {check: the map in whose worst voxel it is looked at}
-PLACES = {"stretch": "jacobian", "inverse": "jacobian", "similarity": "correlation", "gain": "correlation",
-          "agreement": "correlation", "landmarks": "landmarks"}
+PLACES = {"stretch": "jacobian", "inverse": "jacobian", "similarity": "confidence", "gain": "confidence",
+          "agreement": "confidence", "landmarks": "landmarks"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Shown:
             found["displacement"] = self._displacement
         if "jacobian.nii.gz" in self._files:
             found["jacobian"] = lambda: self._inside(np.clip(self._octaves, -OCTAVES, OCTAVES))
+        if "uncertainty.nii.gz" in self._files:
+            found["uncertainty"] = lambda: self._inside(self._read("uncertainty.nii.gz"))
         if "warped_labels.nii.gz" in self._files:
             found["labels"] = lambda: outlines(load_labels(self.folder / "warped_labels.nii.gz", self.fixed).data)
         return found
@@ -127,6 +130,8 @@ class Shown:
                 "Jacobian determinant", "how much of the moving image is brought to a voxel, as a multiple of "
                 "its volume. Red: it is shrunk; blue: it is stretched", "", -OCTAVES, OCTAVES,
                 ((-2, "1/4"), (-1, "1/2"), (0, "1"), (1, "2"), (2, "4")), "two sides"),
+            "uncertainty": lambda: _lengths("Uncertainty", "distance within which 90 % of the borders of structures "
+                                            "lie from their place", UNCERTAIN),
             "labels": lambda: Overlay("Label outlines", "borders of the warped labels", "", 0, 1, (), "one colour")}
         return {name: every[name]() for name in self.maps}
 
@@ -151,8 +156,9 @@ class Shown:
         worst = {}
         if "jacobian" in self.maps:
             worst["jacobian"] = np.where(self._brain, np.abs(self._octaves), -1)
-        worst["correlation"] = np.where(ndimage.binary_erosion(self._brain, iterations=WINDOW // 2),
-                                        -correlation(self.fixed.data, self.voxels("warped")), -1)
+        if "confidence.nii.gz" in self._files:
+            worst["confidence"] = np.where(ndimage.binary_erosion(self._brain, iterations=RIM),
+                                           1 - self._read("confidence.nii.gz"), -1)
         points = {name: map_points(self.fixed.affine, np.array(np.unravel_index(x.argmax(), x.shape)))
                   for name, x in worst.items()}
         marks = [one for one in self.summary.get("landmarks", ()) if one["left_out"] is None]
@@ -170,18 +176,6 @@ class Shown:
                 "overlays": {name: vars(one) for name, one in self.overlays().items()},
                 "checks": sorted(checks, key=lambda one: one["status"] == "ok"),
                 "landmarks": self.summary.get("landmarks", [])}
-
-
-def correlation(fixed, warped):
-    """The squared local correlation of two images (X, Y, Z) in boxes of `WINDOW` voxels; 0 where one is constant."""
-    f, m = (x.astype(np.float32) / max(float(np.abs(x).max()), 1e-12) for x in (fixed, warped))
-
-    def mean(x):
-        return ndimage.uniform_filter(x, WINDOW)
-
-    of_f, of_m = mean(f), mean(m)
-    ff, mm, fm = mean(f * f) - of_f**2, mean(m * m) - of_m**2, mean(f * m) - of_f * of_m
-    return np.where((ff > 1e-6) & (mm > 1e-6), fm**2 / np.maximum(ff * mm, 1e-12), 0)
 
 
 def outlines(labels):
