@@ -56,6 +56,15 @@ def voxels(path):
     return np.asarray(nib.load(path).dataobj)
 
 
+def test_the_volumes_of_all_scans_come_to_one_table(labelled, folder):
+    head, *rows = (folder / "out" / "volumes.csv").read_text().splitlines()
+    wanted = []
+    for out in labelled:
+        own, *lines = (out / "volumes.csv").read_text().splitlines()
+        wanted += [f"{out.name},{line}" for line in lines]
+    assert head == f"image,{own}" and rows == wanted and len(rows) == 2 * len(VALUES[1:])
+
+
 def test_labels_lie_on_the_scan_and_are_those_of_its_shells(labelled, folder):
     for name, out in zip(("one", "two"), labelled, strict=True):
         assert {path.name for path in out.iterdir()} == FILES

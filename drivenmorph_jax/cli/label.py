@@ -5,8 +5,8 @@ from drivenmorph_jax.cli import program
 EPILOG = """\
 The folder of the atlases holds ID_t1.nii.gz and ID_seg.nii.gz for each, skull-stripped and on one grid, as `prepare`
 writes them, and a labels.csv with names if you like. The folder of the results gets labels.nii.gz, confidence.nii.gz,
-volumes.csv, overview.png and summary.json; with several images it gets a folder with these for each image. Images that
-are done already are not labelled again. Examples:
+volumes.csv, overview.png and summary.json; with several images it gets a folder with these for each image, and a
+volumes.csv of all. Images that are done already are not labelled again. Examples:
 
   %(prog)s --atlases brains --image scan.nii.gz --out result
   %(prog)s --atlases brains --image scans/*.nii.gz --out results"""

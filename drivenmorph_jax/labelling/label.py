@@ -1,5 +1,6 @@
 """Labels of a scan from atlases, from files to files."""
 
+import csv
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from drivenmorph_jax.registration.register import begun
 from drivenmorph_jax.registration.result import SUMMARY
 from drivenmorph_jax.runtime.provenance import environment
 
+VOLUMES = "volumes.csv"
 DEFINITIONS = {
     "ml": "Voxels of the label in labels.nii.gz times the volume of a voxel.",
     "confidence": "Sum of the weights of the atlases that vote for the label that won, 0 to 1; mean over the voxels of "
@@ -67,7 +69,7 @@ class Labelling:
         try:
             writing.write(new / "labels.nii.gz", self.labels)
             writing.write(new / "confidence.nii.gz", self.confidence)
-            pairs_csv(new / "volumes.csv", self.volumes)
+            pairs_csv(new / VOLUMES, self.volumes)
             self.overview(new / "overview.png")
             (out / SUMMARY).unlink(missing_ok=True)
             for path in new.iterdir():
@@ -143,7 +145,8 @@ def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Pa
                 strip: str = "auto", geometry: str = "sform"):
     """Label files, as `drivenmorph label` does. Yields the folder of each image's results when they are there.
 
-    The results of one image are written to `out`, those of several to folders in it that are called by their names.
+    The results of one image are written to `out`, those of several to folders in it that are called by their names, and
+    the volumes of all to out/volumes.csv.
     An image whose folder has the results of the same version, settings and files is not labelled again.
 
     Args:
@@ -174,6 +177,17 @@ def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Pa
                 result.summary["made_from"] = source
                 result.save(folder)
             yield folder
+        if len(names) > 1:
+            _write_volumes(out, names)
+
+
+def _write_volumes(out, names):
+    """Write the rows of the volumes.csv of several images to out/volumes.csv, each after the name of its image."""
+    rows = []
+    for name in names:
+        with open(out / name / VOLUMES, newline="") as file:
+            rows += [{"image": name, **row} for row in csv.DictReader(file)]
+    pairs_csv(out / VOLUMES, rows)
 
 
 def _made(folder):
