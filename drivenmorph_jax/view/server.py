@@ -94,16 +94,17 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self):
-        _, token, *rest = self.path.split("/")
+        parts = self.path.split("/")
+        token, name = parts[1:] if len(parts) == 3 else ("", "")
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host not in self.server.hosts or origin not in (None, f"http://{host}") or self.headers.get(
                 "Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             return self._answer(403, b"refused\n", "text/plain")
-        if not secrets.compare_digest(token.encode(), self.server.token.encode()) or len(rest) != 1:
+        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
             return self._answer(404, b"not found\n", "text/plain")
-        if rest == ["alive"]:
+        if name == "alive":
             return self._stay()
-        found = self.server.content(rest[0])
+        found = self.server.content(name)
         if found is None:
             return self._answer(404, b"not found\n", "text/plain")
         return self._answer(200, *found)
