@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage, stats
 
+from benchmarks.demons import EXCLUDE
 from drivenmorph_jax.cli.program import run
 from drivenmorph_jax.data.folder import beside
 from drivenmorph_jax.images.reading import load_labels
 from drivenmorph_jax.registration.confidence import CONFIDENCE
 from drivenmorph_jax.registration.register import register
 
-LEFT_OUT = (0, 1, 42, 43, 46, 63, 64)
 SIDES = (5, 10)  # mm, of the cubes
 WINDOW = 0.02  # of confidence, around a point of the curve
 FEWEST = 100  # border voxels in a cube that counts
@@ -35,7 +35,7 @@ BINS = (0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1)  # of confidence
 def border_distances(fixed, warped, spacing):
     """Places (N, 3), in voxels, and distances (N,), in mm, of the border voxels of two label maps (X, Y, Z)."""
     places, distances = [], []
-    for label in np.setdiff1d(np.intersect1d(fixed, warped), LEFT_OUT):
+    for label in np.setdiff1d(np.intersect1d(fixed, warped), EXCLUDE):
         masks = fixed == label, warped == label
         (box,) = ndimage.find_objects((masks[0] | masks[1]).astype(np.uint8))
         box = tuple(slice(max(0, one.start - 1), one.stop + 1) for one in box)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.demons import EXCLUDE
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.files import json_text, read_rows, replacing
 from drivenmorph_jax.images.reading import load_labels
@@ -46,8 +47,6 @@ def registered(folder, scan, atlases, out):
     return prepared, found
 
 
-# Background and what is no structure, as in docs/results.md.
-EXCLUDE = 0, 1, 42, 43, 46, 63, 64
 BINS = np.linspace(0, 1, 11)
 
 

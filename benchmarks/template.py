@@ -1,6 +1,6 @@
 """The template of ten training brains, against their affine mean and the template of ANTsPy's build_template.
 
-python -m benchmarks.template --data FOLDER --out OUT [--images 10] [--pool 2] [--ants PYTHON] [--only ants]
+python -m benchmarks.template --data FOLDER --out OUT [--images 10] [--pool 2] [--ants PYTHON] [--without_ants]
 
 FOLDER is a folder of aligned images and labels with splits.json. The images are pooled to voxels `pool` times as
 large. Both methods get the same files, and each runs as a command of its own, one after the other. PYTHON is an
@@ -22,6 +22,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -29,12 +30,12 @@ import numpy as np
 
 from benchmarks.demons import EXCLUDE
 from drivenmorph_jax import Transform
-from drivenmorph_jax.data.folder import IMAGE, LABELS
+from drivenmorph_jax.data.folder import IMAGE, LABELS, beside
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.images.average import robust_mean, sharpened
 from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.reading import load_image, load_labels
-from drivenmorph_jax.images.volume import on_grid, resample, smoothed
+from drivenmorph_jax.images.volume import resample, smoothed
 from drivenmorph_jax.registration.template import sharpness
 from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.world import linear_part
@@ -125,8 +126,7 @@ def main():
     parser.add_argument("--without_ants", action="store_true", help="only the affine mean and our template")
     flags = parser.parse_args()
     root, out = flags.data, flags.out
-    splits = next(path for path in (root / "splits.json", root.parent / "splits.json") if path.exists())
-    ids = json.loads(splits.read_text())["train"][:flags.images]
+    ids = json.loads(beside(root, "splits.json").read_text())["train"][:flags.images]
     (out / "in").mkdir(parents=True, exist_ok=True)
     for id, kind in itertools.product(ids, (IMAGE, LABELS)):
         if not (out / "in" / f"{id}{kind}").exists():
@@ -141,7 +141,7 @@ def main():
     grid = template.data.shape, template.affine
     mean = robust_mean([resample(smoothed(x, template.spacing[0]), *grid, a)
                         for x, a in zip(images, affines, strict=True)])
-    rows.append(scored("affine mean", on_volume(sharpened(mean), template), mean,
+    rows.append(scored("affine mean", replace(template, data=sharpened(mean)), mean,
                        [resample(x, *grid, a, order=0) for x, a in zip(labels, affines, strict=True)], None, {}))
     there = [Transform.load(out / f"ours/subjects/{id}/displacement.nii.gz") for id in ids]
     moved = [np.asarray(t.apply(out / "in" / f"{id}{IMAGE}").dataobj) for id, t in zip(ids, there, strict=True)]
@@ -163,11 +163,6 @@ def main():
         cells = [f"{row[key]:.{digits}f}" if row.get(key) is not None else "" for key, digits in (
             ("sharpness", 4), ("unsharpened", 4), ("dice", 4), ("bias", 3), ("seconds", 0), ("processor", 0))]
         print(f"| {row['method']} | {' | '.join(cells)} |")
-
-
-def on_volume(data, like):
-    grid = on_grid(data.shape, like.affine)
-    return type(grid)(data, grid.affine, grid.header, "affine mean")
 
 
 if __name__ == "__main__":

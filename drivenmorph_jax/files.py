@@ -5,10 +5,12 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 from drivenmorph_jax.errors import InputError
 
+NEW = ".new"  # where files lie until all of them are written
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img.gz", ".img", ".hdr.gz", ".hdr")
 
 
@@ -30,6 +32,22 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def new_files(out):
+    """A context with an empty folder inside the folder `out`.
+
+    When the block succeeds, the files in it move to `out`, and replace those of the same names. Otherwise none does.
+    """
+    new = Path(out) / NEW
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        yield make_folder(new)
+        for path in new.iterdir():
+            os.replace(path, Path(out) / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -70,6 +88,12 @@ def rows_text(rows):
 def json_text(x, indent=None):
     """x as JSON. Numbers that are not finite become null, because JSON has no NaN and strict readers refuse it."""
     return json.dumps(finite(x), indent=indent, allow_nan=False)
+
+
+def write_json(path, x):
+    """Write x as JSON, by `json_text`, complete or not at all. Raises InputError where the file cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json_text(x, indent=2) + "\n")
 
 
 def finite(x):

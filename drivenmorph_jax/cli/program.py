@@ -50,6 +50,17 @@ def add_geometry(add):
     )
 
 
+def add_strip(add):
+    """Add the flag --strip by `add`, the method `add_argument` of a parser."""
+    add(
+        "--strip",
+        default="auto",
+        choices=["auto", "yes", "no"],
+        help="find the brain in images of whole heads. auto: in those that show a whole head; yes: in all; no: in "
+        "none, which then must be skull-stripped; default: auto",
+    )
+
+
 def count(text):
     """The number of an argument that is 0 or more."""
     if not text.isdecimal():

@@ -110,13 +110,7 @@ def add_reading(add):
         help="meaning of the masks. ignore: above 0 where the image is ignored; use: above 0 where it is used, as in "
         "ANTs; default: ignore",
     )
-    add(
-        "--strip",
-        default="auto",
-        choices=["auto", "yes", "no"],
-        help="find the brain in images of whole heads. auto: in those that show a whole head; yes: in both; no: in "
-        "neither, which then must be skull-stripped; default: auto",
-    )
+    program.add_strip(add)
     program.add_geometry(add)
 
 

@@ -37,13 +37,7 @@ def main(arguments=None, prog="drivenmorph template"):
         help="alignment of the images before the rounds, as that of `register`; rigid: sizes are kept, as for images "
         "of one person; none: the world coordinates of the files agree already; default: affine",
     )
-    add(
-        "--strip",
-        default="auto",
-        choices=["auto", "yes", "no"],
-        help="find the brain in images of whole heads. auto: in those that show a whole head; yes: in all; no: in "
-        "none, which then must be skull-stripped; default: auto",
-    )
+    program.add_strip(add)
     program.add_geometry(add)
     cohort.add_cluster(add, "one stage of an image", "the template cannot be made")
     flags = parser.parse_args(arguments)

@@ -17,7 +17,7 @@ from drivenmorph_jax.evaluation.record import Record, identity_of, names_of
 from drivenmorph_jax.evaluation.scoring import ranked, scored
 from drivenmorph_jax.evaluation.tables import OF_FORCE, markdown_table, pairs_csv, report_md
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.files import json_text, make_folder, replacing
+from drivenmorph_jax.files import make_folder, write_json
 from drivenmorph_jax.images.reading import load_image
 from drivenmorph_jax.network.inference import downsample_to, grid_multiple, load_checkpoint, make_predict, predictions
 from drivenmorph_jax.runtime import configuration, logs
@@ -80,8 +80,7 @@ def evaluate(config, params, dataset, split, out, training=None, refine_steps=0,
     force = force_table(statistics) if statistics else ""
     report_md(out / "report.md", scores, rows, drawn, force)
     page.report(out / "report.html", f"{dataset.name}, {split}", scores, rows, force, drawn, viewers)
-    with replacing(out / "summary.json") as temporary:
-        temporary.write_text(json_text(summary, indent=2) + "\n")
+    write_json(out / "summary.json", summary)
     return summary
 
 

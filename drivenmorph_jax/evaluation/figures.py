@@ -70,9 +70,7 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
             "log Jacobian": (1, "log J" + (", yellow: J ≤ 0" if folded else "")),
             "Confidence": (1, "squared local correlation")}
 
-    # One width for all tiles, so that the three views are at the same scale.
-    width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
-    heights = [(box[up].stop - box[up].start) * spacing[up] / width for _, (_, up), _ in VIEWS]
+    width, heights = _sizes(box, spacing)
     sheet = Sheet(6, heights, title)
     for block, panels in enumerate(blocks):
         for column, (name, draw) in enumerate(panels.items()):
@@ -102,8 +100,7 @@ def means(path, images, spacing, title="", note=""):
     white, spacing = np.percentile(last[last > 0], 99.5), np.full(3, float(spacing))
     brain = last > 0.05 * white
     centre, box = np.rint(ndimage.center_of_mass(brain)).astype(int), _box(brain, spacing)
-    width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
-    heights = [(box[up].stop - box[up].start) * spacing[up] / width for _, (_, up), _ in VIEWS]
+    width, heights = _sizes(box, spacing)
     sheet = Sheet(len(images), heights, title, blocks=1)
     for column, (name, image) in enumerate(images.items()):
         for row, (view, axes, letters) in enumerate(VIEWS):
@@ -165,6 +162,15 @@ def labelled(path, image, labels, confidence, title=""):
         shown = sure.image(confidence.data, Normalize(0, 1), "cividis", inside=inside)
     sheet.bar(0, 0, 2, shown, "confidence")
     _save(sheet.figure, path)
+
+
+def _sizes(box, spacing):
+    """(the width of a tile in mm, the heights of the three views as multiples of it).
+
+    All tiles have one width, so that the views are at the same scale.
+    """
+    width = max((box[a].stop - box[a].start) * spacing[a] for a in (0, 1))
+    return width, [(box[up].stop - box[up].start) * spacing[up] / width for _, (_, up), _ in VIEWS]
 
 
 def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels, heads):

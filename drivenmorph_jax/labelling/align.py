@@ -8,9 +8,8 @@ from drivenmorph_jax import demons
 from drivenmorph_jax.fields.grid import identity_grid
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import warp, warp_nearest
-from drivenmorph_jax.images.working_grid import working_grid
 from drivenmorph_jax.registration.align import align
-from drivenmorph_jax.registration.plan import DEMONS_SPACING, Planned
+from drivenmorph_jax.registration.plan import Planned, demons_grid
 from drivenmorph_jax.registration.prepare import Prepared, prepare
 from drivenmorph_jax.registration.read import kept
 
@@ -23,8 +22,7 @@ MARGIN = 4.0  # mm around the brain
 def prepared_scan(stripped):
     """A scan and its atlases' mean, a `registration.strip.Stripped`, aligned by an affine, on the working grid."""
     aligned = align(stripped)
-    spacing = max(DEMONS_SPACING, float(aligned.fixed.spacing.min()))
-    shape, grid = working_grid(aligned.fixed, spacing, demons.MULTIPLE, MARGIN)
+    shape, grid, spacing = demons_grid(aligned.fixed, margin=MARGIN)
     return prepare(Planned(**kept(aligned), shape=shape, grid=grid, spacing=spacing, needed=0.0, whole=None))
 
 

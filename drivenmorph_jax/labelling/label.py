@@ -1,9 +1,7 @@
 """Labels of a scan from atlases, from files to files."""
 
 import csv
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,16 +15,16 @@ from drivenmorph_jax.data.folder import IMAGE, LABELS, beside
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import figures
 from drivenmorph_jax.evaluation.tables import pairs_csv
-from drivenmorph_jax.files import alone_in, json_text, make_folder, replacing, stem
+from drivenmorph_jax.files import alone_in, make_folder, new_files, stem, write_json
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.reading import PATHS, Source
 from drivenmorph_jax.images.volume import Volume
 from drivenmorph_jax.labelling.align import DEMONS, prepared_scan, registered_atlas
 from drivenmorph_jax.labelling.atlases import Atlases, read_atlases
 from drivenmorph_jax.labelling.fusion import FUSIONS, fused
-from drivenmorph_jax.registration.job import made_from
+from drivenmorph_jax.registration.job import made, made_from
 from drivenmorph_jax.registration.progress import Progress
-from drivenmorph_jax.registration.read import Request, scaled
+from drivenmorph_jax.registration.read import Request, scaled, scaled_grid
 from drivenmorph_jax.registration.register import begun
 from drivenmorph_jax.registration.result import SUMMARY
 from drivenmorph_jax.runtime.provenance import environment
@@ -63,21 +61,13 @@ class Labelling:
         Raises InputError where a file cannot be written.
         """
         out = make_folder(out)
-        new = out / ".new"
-        shutil.rmtree(new, ignore_errors=True)
-        make_folder(new)
-        try:
+        with new_files(out) as new:
             writing.write(new / "labels.nii.gz", self.labels)
             writing.write(new / "confidence.nii.gz", self.confidence)
             pairs_csv(new / VOLUMES, self.volumes)
             self.overview(new / "overview.png")
             (out / SUMMARY).unlink(missing_ok=True)
-            for path in new.iterdir():
-                os.replace(path, out / path.name)
-            with replacing(out / SUMMARY) as temporary:
-                temporary.write_text(json_text(self.summary, indent=2) + "\n")
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        write_json(out / SUMMARY, self.summary)
 
 
 def label(image: Source, atlases: str | Path | Atlases, *, fusion: str = "joint", strip: str = "auto",
@@ -125,7 +115,7 @@ def label(image: Source, atlases: str | Path | Atlases, *, fusion: str = "joint"
     with progress("fusion"):
         images, labels = map(np.stack, zip(*found, strict=True))
         scan = scaled(prepared.fixed, 1 / prepared.scale)
-        grid = np.diag([1 / prepared.scale] * 3 + [1]) @ prepared.grid
+        grid = scaled_grid(prepared.grid, 1 / prepared.scale)
         places, confidence = fused(np.asarray(prepared.fixed_on_grid), images, labels, grid, scan, fusion)
     values = atlases.values[places]
     sure = float(confidence[places > 0].mean()) if places.any() else None
@@ -170,7 +160,7 @@ def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Pa
             folder = out if len(names) == 1 else out / name
             source = made_from({role: os.path.abspath(file) for role, file in (files | {"image": path}).items()},
                                settings, (), None)
-            if _made(folder) == source:
+            if made(folder / SUMMARY, source):
                 print(f"{path} is labelled already")
             else:
                 result = label(path, found, **settings)
@@ -188,12 +178,6 @@ def _write_volumes(out, names):
         with open(out / name / VOLUMES, newline="") as file:
             rows += [{"image": name, **row} for row in csv.DictReader(file)]
     pairs_csv(out / VOLUMES, rows)
-
-
-def _made(folder):
-    """What the results in a folder were made from, or None."""
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads((folder / SUMMARY).read_text()).get("made_from")
 
 
 def _check_apart(image, atlases):

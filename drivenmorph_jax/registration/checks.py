@@ -16,7 +16,6 @@ from drivenmorph_jax import demons
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.fields.grid import padded_pool
 from drivenmorph_jax.fields.jacobian import jacobian_determinant
-from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.geometry import disagreement
 from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.working_grid import coarse_factor
@@ -155,8 +154,7 @@ def _deformation(scored):
     determinant = np.asarray(jacobian_determinant(scored.u))[metrics.brain(np.asarray(scored.fixed_on_grid))]
     low, high = np.percentile(np.log(np.maximum(determinant, 1e-9)), (0.1, 99.9))
     factor = coarse_factor(scored.spacing * scored.scale)
-    warped = warp(jnp.asarray(scored.seen)[..., None], scored.u)[..., 0]
-    f, m, w = (_coarse(x, factor) for x in (scored.fixed_on_grid, scored.seen, warped))
+    f, m, w = (_coarse(x, factor) for x in (scored.fixed_on_grid, scored.seen, scored.matched))
     before, after = float(_lncc(f, m)), float(_lncc(f, w))
     values = {"stretch": high - low, "inverse": scored.summary["inverse_mm"] * scored.scale, "similarity": after,
               "gain": after - before}

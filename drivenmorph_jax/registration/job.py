@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import alone_in, json_text, make_folder, replacing
+from drivenmorph_jax.files import NEW, alone_in, make_folder, write_json
 from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request
 from drivenmorph_jax.registration.register import begun, finished
@@ -55,18 +55,11 @@ class Job:
 
     def state(self):
         """{"status": DONE, "summary": that of the result}, {"status": FAILED, "error": a sentence}, or MISSING."""
-        if found := self._made(self.folder / SUMMARY):
+        if found := made(self.folder / SUMMARY, self.made_from):
             return {"status": DONE, "summary": found}
-        if found := self._made(self.notes / FAILURE):
+        if found := made(self.notes / FAILURE, self.made_from):
             return {"status": FAILED, "error": found["error"]}
         return {"status": MISSING}
-
-    def _made(self, path):
-        """The content of a JSON file that was made from the same, or None."""
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(path.read_text())
-            if isinstance(found, dict) and found.get("made_from") == self.made_from:
-                return found
 
     def alone(self, wait=False):
         """A context in which no other process works on this pair. Raises InputError where one does, unless `wait`."""
@@ -101,9 +94,8 @@ class Job:
         if not isinstance(error, InputError):  # nobody's sentence
             said |= {"error": f"{type(error).__name__}: {said['error']}",
                      "traceback": "".join(traceback.format_exception(error))}
-        with replacing(make_folder(self.notes) / FAILURE) as temporary:
-            temporary.write_text(json_text(said, indent=2) + "\n")
-        shutil.rmtree(self.folder / ".new", ignore_errors=True)
+        write_json(make_folder(self.notes) / FAILURE, said)
+        shutil.rmtree(self.folder / NEW, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds an earlier result, or does not exist
             self.folder.rmdir()
 
@@ -114,6 +106,14 @@ class Job:
             self.save(self.compute(self.begin(progress), progress))
         except Exception as error:
             self.fail(error)
+
+
+def made(path, origin):
+    """The content of a JSON file if it was made from `origin`, as its key made_from says; else None."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(Path(path).read_text())
+        if isinstance(found, dict) and found.get("made_from") == origin:
+            return found
 
 
 def made_from(files, settings, formats, weights):

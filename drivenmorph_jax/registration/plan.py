@@ -61,10 +61,15 @@ def plan(aligned: Aligned) -> Planned:
     return Planned(**kept(aligned), **planned | {"needed": needed})
 
 
+def demons_grid(fixed, **how):
+    """(shape, affine, spacing in mm) of the working grid of Demons for a Volume; `how` as `working_grid` takes it."""
+    spacing = max(DEMONS_SPACING, float(fixed.spacing.min()))
+    return *working_grid(fixed, spacing, demons.MULTIPLE, **how), spacing
+
+
 def _demons(aligned, limit):
     """The fields of `Planned` for classical Demons."""
-    spacing, force = max(DEMONS_SPACING, float(aligned.fixed.spacing.min())), aligned.request.force
-    shape, grid = working_grid(aligned.fixed, spacing, demons.MULTIPLE)
+    force, (shape, grid, spacing) = aligned.request.force, demons_grid(aligned.fixed)
 
     def whole(fixed, moving, weights):
         f, m = fixed[..., None], moving[..., None]

@@ -176,7 +176,12 @@ def scale_of(volume):
 
 def scaled(volume, scale):
     """A Volume whose world coordinates are multiplied by `scale`."""
-    return volume if scale == 1 else replace(volume, affine=np.diag([scale, scale, scale, 1]) @ volume.affine)
+    return volume if scale == 1 else replace(volume, affine=scaled_grid(volume.affine, scale))
+
+
+def scaled_grid(affine, scale):
+    """The affine (4, 4) of a grid, from voxels to a world whose coordinates are multiplied by `scale`."""
+    return np.diag([scale, scale, scale, 1]) @ affine
 
 
 def scaled_transform(matrix, scale):

@@ -1,8 +1,6 @@
 """The result of a registration, and its files."""
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,10 +13,10 @@ import numpy as np
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import figures, metrics, page
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.files import json_text, make_folder, replacing, stem
+from drivenmorph_jax.files import make_folder, new_files, stem, write_json
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.volume import Volume, resample, smoothed
-from drivenmorph_jax.registration.score import Scored, on_fixed_grid
+from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.registration.strip import mask_image
 from drivenmorph_jax.transforms.files import learn2reg_name, write_force
 from drivenmorph_jax.transforms.transform import Transform
@@ -80,18 +78,16 @@ class Result:
         Raises InputError where a file cannot be written, or `former_files` refuses the folder.
         """
         out = make_folder(out)
-        former, new = former_files(out), out / ".new"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
+        former = former_files(out)
 
-        def volumes():
+        def volumes(new):
             self._save_images(new)
             save_transforms(new, self.transform, formats, bids)
 
-        try:
+        with new_files(out) as new:
             # Compressing takes as long as drawing. The two can run in parallel, since only drawing holds Python's lock.
             with ThreadPoolExecutor(1) as pool:
-                written = pool.submit(volumes)
+                written = pool.submit(volumes, new)
                 self.overview(new / "overview.png")
                 self._page(new / "report.html", new / "overview.png")
                 written.result()
@@ -99,13 +95,8 @@ class Result:
             (out / SUMMARY).unlink(missing_ok=True)
             for name in former:
                 (out / name).unlink(missing_ok=True)
-            for name in files:
-                os.replace(new / name, out / name)
-            self.summary["files"] = files
-            with replacing(out / SUMMARY) as temporary:
-                temporary.write_text(json_text(self.summary, indent=2) + "\n")
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        self.summary["files"] = files
+        write_json(out / SUMMARY, self.summary)
 
     def _save_images(self, out):
         for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
@@ -169,8 +160,7 @@ def result_of(scored: Scored, seconds=None) -> Result:
         labels = writing.to_nibabel(labels, scored.fixed, dtype=scored.moving_labels.header.get_data_dtype())
     brains = {role: getattr(scored, f"{role}_brain") for role in summary["stripped"]}
     return Result(writing.to_nibabel(scored.warped, scored.fixed), labels, scored.transform, scored.vectors,
-                  scored.jacobian, on_fixed_grid(scored.confidence, scored), scored.uncertainty, summary, brains,
-                  _pictured(scored))
+                  scored.jacobian, scored.confidence, scored.uncertainty, summary, brains, _pictured(scored))
 
 
 def _pictured(scored):
@@ -182,8 +172,8 @@ def _pictured(scored):
         outlines = resample(scored.fixed_labels, scored.shape, scored.grid, order=0)
     return {"fixed": np.asarray(scored.fixed_on_grid), "moving": np.asarray(scored.moving_on_grid),
             "warped": scored.moved, "u": scored.u, "force": scored.force, "jac": metrics.jacobian(scored.u),
-            "confidence": scored.confidence, "spacing": (scored.spacing,) * 3, "labels": outlines, "matched": alike,
-            "heads": _heads(scored)}
+            "confidence": scored.confidence_on_grid, "spacing": (scored.spacing,) * 3, "labels": outlines,
+            "matched": alike, "heads": _heads(scored)}
 
 
 def _heads(scored):

@@ -48,7 +48,8 @@ class Scored(Transferred):
 
     moved: np.ndarray  # (D, H, W), the moving image warped on the working grid
     matched: np.ndarray  # the same with the values of the fixed image, if they are of different contrast
-    confidence: np.ndarray  # (D, H, W), see `registration.confidence`
+    confidence_on_grid: np.ndarray  # (D, H, W), see `registration.confidence`
+    confidence: np.ndarray  # (X, Y, Z), the same on the grid of the fixed image
     uncertainty: np.ndarray  # (X, Y, Z), mm, in the fixed brain, and 0 outside
     summary: dict  # the content of summary.json
 
@@ -64,7 +65,8 @@ def score(transferred: Transferred) -> Scored:
         matched = np.asarray(warp(pair.seen[..., None], pair.u)[..., 0])
     brain = metrics.brain(np.asarray(pair.fixed_on_grid))
     relied = confidence(pair.fixed_on_grid, matched, pair.spacing * pair.scale, pair.counted)
-    uncertain = uncertainty(on_fixed_grid(relied, pair)) * inside / np.float32(pair.scale)
+    there = resample(replace(pair.fixed, data=relied, affine=pair.grid), pair.fixed.data.shape, pair.fixed.affine)
+    uncertain = uncertainty(there) * inside / np.float32(pair.scale)
     numbers = {
         "agreement": pair.agreement,
         "similarity_before": _similarity(pair.fixed_on_grid, pair.moving_on_grid, pair.counted),
@@ -87,13 +89,8 @@ def score(transferred: Transferred) -> Scored:
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
         **finite(numbers)}
-    return Scored(**kept(transferred), moved=moved, matched=matched, confidence=relied, uncertainty=uncertain,
-                  summary=summary)
-
-
-def on_fixed_grid(image, pair):
-    """An image (D, H, W) of the working grid, on the grid of the fixed image: (X, Y, Z)."""
-    return resample(replace(pair.fixed, data=image, affine=pair.grid), pair.fixed.data.shape, pair.fixed.affine)
+    return Scored(**kept(transferred), moved=moved, matched=matched, confidence_on_grid=relied, confidence=there,
+                  uncertainty=uncertain, summary=summary)
 
 
 def _landmarks(pair):

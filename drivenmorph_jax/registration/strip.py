@@ -44,11 +44,11 @@ def strip(pair: Pair) -> Stripped:
     Raises InputError where an image shows no brain, or where the package that finds it is missing.
     """
     images, choice = {role: getattr(pair, role) for role in ("fixed", "moving")}, pair.request.strip
-    heads = {role: image for role, image in images.items() if choice == "yes" or choice == "auto" and is_head(image)}
+    heads = {role: image for role, image in images.items() if _to_strip(image, choice)}
     stripped = [image for role, image in images.items() if role not in heads]
     tight = len(heads) == 1 and not has_rim(stripped[0])
     brains = {role: _brain(image, tight) for role, image in heads.items()}
-    found = {role: replace(image, data=np.where(brains[role].data > 0, image.data, 0)) for role, image in heads.items()}
+    found = {role: _within(image, brains[role]) for role, image in heads.items()}
     return Stripped(**kept(pair) | found, **{f"{role}_head": heads.get(role) for role in images},
                     **{f"{role}_brain": brains.get(role) for role in images})
 
@@ -87,7 +87,7 @@ def strip_files(images, out, geometry="sform"):
         image = replace(volume, data=anchored(volume.data))
         brain = _brain(image)
         figures.outline(out / f"{name}_brain.png", image, brain, title=Path(path).name)
-        stripped = np.where(brain.data > 0, volume.data, 0)
+        stripped = _within(volume, brain).data
         writing.write(out / f"{name}_brain.nii.gz", mask_image(brain))
         writing.write(out / f"{name}_stripped.nii.gz",
                       writing.to_nibabel(stripped, volume, dtype=volume.header.get_data_dtype()))
@@ -96,9 +96,16 @@ def strip_files(images, out, geometry="sform"):
 
 def brain_of(image, choice):
     """An image, anchored, with what is not brain set to 0, as `strip` of a request says; see there for the errors."""
-    if choice == "no" or choice == "auto" and not is_head(image):
-        return image
-    return replace(image, data=np.where(_brain(image).data > 0, image.data, 0))
+    return _within(image, _brain(image)) if _to_strip(image, choice) else image
+
+
+def _to_strip(image, choice):
+    return choice == "yes" or choice == "auto" and is_head(image)
+
+
+def _within(image, brain):
+    """The image with 0 outside a mask of its brain."""
+    return replace(image, data=np.where(brain.data > 0, image.data, 0))
 
 
 def mask_image(brain):

@@ -34,15 +34,15 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.grid import average_pool, resize, resize_field
 from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.files import alone_in, json_text, make_folder, replacing
+from drivenmorph_jax.files import alone_in, json_text, make_folder, write_json
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.average import robust_mean, sharpened, vote
 from drivenmorph_jax.images.geometry import checked
 from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.volume import on_grid
 from drivenmorph_jax.registration.cluster import run_on
-from drivenmorph_jax.registration.job import DONE, FAILED, made_from
-from drivenmorph_jax.registration.read import AFFINES, CHOICES, millilitres, scale_of
+from drivenmorph_jax.registration.job import DONE, FAILED, made, made_from
+from drivenmorph_jax.registration.read import AFFINES, CHOICES, millilitres, scale_of, scaled_grid
 from drivenmorph_jax.registration.result import SUMMARY, former_files
 from drivenmorph_jax.registration.template_report import DEFINITIONS, write_report
 from drivenmorph_jax.registration.template_step import ITERATIONS, STATE, STRIDE, Step, save, shared
@@ -125,8 +125,8 @@ def build_template(images, out, *, spacing=None, affine="affine", strip="auto", 
 
     with alone_in(out):
         former = former_files(out)
-        if former and (made := json.loads((out / SUMMARY).read_text())).get("made_from") == origin:
-            return made
+        if found := made(out / SUMMARY, origin):
+            return found
         _begin(out, origin)
         brains = run("read")
         found = _once(out, "first.json", lambda: _first(brains, spacing))
@@ -146,8 +146,7 @@ def build_template(images, out, *, spacing=None, affine="affine", strip="auto", 
         files += [path for step in written for path in step.files_written()]
         summary |= {"made_from": origin, "seconds": time.perf_counter() - start,
                     "files": sorted(path.relative_to(out).as_posix() for path in files)}
-        with replacing(out / SUMMARY) as temporary:
-            temporary.write_text(json_text(summary, indent=2) + "\n")
+        write_json(out / SUMMARY, summary)
         shutil.rmtree(out / STATE)
     return summary
 
@@ -158,17 +157,14 @@ def _begin(out, origin):
     if not path.is_file() or json.loads(path.read_text()) != json.loads(json_text(origin)):
         shutil.rmtree(path.parent, ignore_errors=True)
         make_folder(path.parent)
-        with replacing(path) as temporary:
-            temporary.write_text(json_text(origin))
+        write_json(path, origin)
 
 
 def _once(out, name, make):
     """The content of a JSON file of the intermediate results; where it is missing, it is made."""
     path = shared(out, name)
     if not path.is_file():
-        found = json_text(make())
-        with replacing(path) as temporary:
-            temporary.write_text(found)
+        write_json(path, make())
     return json.loads(path.read_text())
 
 
@@ -242,8 +238,7 @@ def _rounds(out, aligned, spacing, run):
         rounds.append({"factor": factor, "voxel_mm": voxel, "change_mm": change, "distance_mm": distance,
                        "moved_mm": _length(v, brain) * STRIDE * voxel, "sharpness": sharpness(mean, voxel),
                        "seconds": time.perf_counter() - start})
-        with replacing(path) as temporary:
-            temporary.write_text(json_text(rounds))
+        write_json(path, rounds)
     return rounds
 
 
@@ -303,7 +298,7 @@ def _averages(written):
 
 def _like(found):
     """The grid of the template, in the lengths of the files."""
-    return on_grid(found["shape"], np.diag([1 / found["scale"]] * 3 + [1]) @ found["grid"])
+    return on_grid(found["shape"], scaled_grid(found["grid"], 1 / found["scale"]))
 
 
 def _summary(written, found, rounds, template):

@@ -12,8 +12,6 @@ those of all subjects, see `registration.template`.
 """
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,12 +23,12 @@ from drivenmorph_jax.fields.grid import average_pool, coarsen_field, resize_fiel
 from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import compose
-from drivenmorph_jax.files import json_text, make_folder, replacing
+from drivenmorph_jax.files import new_files, replacing, write_json
 from drivenmorph_jax.images.intensity import anchored, normalise
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import Volume, on_grid, resample, smoothed
-from drivenmorph_jax.registration.job import DONE, FAILED, FAILURE, MISSING, Job
-from drivenmorph_jax.registration.read import scaled, scaled_transform
+from drivenmorph_jax.registration.job import DONE, FAILED, FAILURE, MISSING, Job, made
+from drivenmorph_jax.registration.read import scaled, scaled_grid, scaled_transform
 from drivenmorph_jax.registration.result import save_transforms
 from drivenmorph_jax.registration.strip import brain_of
 from drivenmorph_jax.transforms.affine import register_affine
@@ -76,7 +74,7 @@ class Step(Job):
         """{"status": DONE}, {"status": FAILED, "error": a sentence}, or MISSING."""
         if self.path.is_file():
             return {"status": DONE}
-        if found := self._made(self.notes / FAILURE):
+        if found := made(self.notes / FAILURE, self.made_from):
             return {"status": FAILED, "error": found["error"]}
         return {"status": MISSING}
 
@@ -143,7 +141,7 @@ class Step(Job):
         (shape, grid, linear), scale = self._grid(), self.settings["scale"]
         u = unfolded(resize_field(self.field(self.settings["rounds"]), shape))
         u, back = np.asarray(u), np.asarray(coarse_inverse(u))
-        grid, linear = np.diag([1 / scale] * 3 + [1]) @ grid, scaled_transform(linear, 1 / scale)
+        grid, linear = scaled_grid(grid, 1 / scale), scaled_transform(linear, 1 / scale)
         image = replace(self, settings=self.settings | {"scale": 1.0}).brain()
         source = load_image(self.files["image"], self.settings["geometry"])
         vectors = u @ grid[:3, :3].T.astype(np.float32)  # at the voxels of the template, so that nothing is sampled
@@ -158,18 +156,12 @@ class Step(Job):
             save(self.notes / "labels.npy", pull_back(labels, there, grid, "nearest"))
         save(self.path, pull_back(replace(image, data=normalise(image.data)), there, grid))
 
-
     def _save_transforms(self, transform):
         """Write the transforms to the folder of the subject, and their names, so that other files there stay."""
-        new = self.folder / ".new"
-        shutil.rmtree(new, ignore_errors=True)
-        save_transforms(make_folder(new), transform, self.formats)
-        names = sorted(path.name for path in new.iterdir())
-        for name in names:
-            os.replace(new / name, self.folder / name)
-        new.rmdir()
-        with replacing(self.notes / "files.json") as temporary:
-            temporary.write_text(json_text(names))
+        with new_files(self.folder) as new:
+            save_transforms(new, transform, self.formats)
+            names = sorted(path.name for path in new.iterdir())
+        write_json(self.notes / "files.json", names)
 
     def files_written(self):
         """The files of the subject in the result."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from drivenmorph_jax.images.intensity import background
 from drivenmorph_jax.registration.deform import Deformed
-from drivenmorph_jax.registration.read import kept, scaled, scaled_transform
+from drivenmorph_jax.registration.read import kept, scaled, scaled_grid, scaled_transform
 from drivenmorph_jax.transforms.maps import Chain, Field
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import (
@@ -71,4 +71,4 @@ def _unscaled(deformed):
         "fixed", "moving", "source", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask", "fixed_head",
         "moving_head", "fixed_brain", "moving_brain")}
     return replace(deformed, **volumes, affine=scaled_transform(deformed.affine, back),
-                   grid=np.diag([back, back, back, 1]) @ deformed.grid, spacing=deformed.spacing * back)
+                   grid=scaled_grid(deformed.grid, back), spacing=deformed.spacing * back)

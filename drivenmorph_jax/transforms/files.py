@@ -13,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import json_text, replacing
+from drivenmorph_jax.files import replacing, write_json
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.transforms.itk import FLIP, to_itk
 
@@ -59,8 +59,7 @@ def _write_vectors(path, vectors, like, frame, intent, sidecar):
     writing.save(path, stored, like, INTENTS[frame] if intent is None else intent)
     sidecar = sidecar | {"Frame": frame, "Unit": "mm", "GridShape": list(vectors.shape[:3]),
                          "GridAffineRAS": like.affine.tolist(), "FieldCRC32": _checksum(stored)}
-    with replacing(_sidecar(path)) as temporary:
-        temporary.write_text(json_text(sidecar, indent=2) + "\n")
+    write_json(_sidecar(path), sidecar)
 
 
 def _checksum(stored):
