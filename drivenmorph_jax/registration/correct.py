@@ -44,7 +44,7 @@ from drivenmorph_jax.images.contrast import conditional_mean, recoloured
 from drivenmorph_jax.images.field_of_view import beyond, cut_faces
 from drivenmorph_jax.images.intensity import background, foreground, normalise
 from drivenmorph_jax.images.masks import fill
-from drivenmorph_jax.images.reading import load_mask
+from drivenmorph_jax.images.reading import Source, load_mask
 from drivenmorph_jax.images.volume import resample, same_grid, smoothed
 from drivenmorph_jax.images.working_grid import coarse_factor
 from drivenmorph_jax.registration import region
@@ -56,7 +56,7 @@ from drivenmorph_jax.registration.read import MOST_MASKED, Request, read, scaled
 from drivenmorph_jax.registration.result import SUMMARY, former_files, transform_names
 from drivenmorph_jax.registration.score import similarity
 from drivenmorph_jax.registration.strip import stripped_by
-from drivenmorph_jax.transforms.points import Landmarks
+from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
 from drivenmorph_jax.transforms.reading import BACK
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import (
@@ -235,6 +235,16 @@ class Session:
 
     # A correction.
 
+    def correction(self, landmarks: str | Path | None = None, distrust: Source | None = None,
+                   stiffness: float = 0.0) -> Correction:
+        """The `Correction` of a table of landmarks and of a mask on the grid of the fixed image, as files.
+
+        Raises InputError where a file cannot be used.
+        """
+        mask = None if distrust is None else load_mask(distrust, self.fixed, self.summary["settings"]["geometry"])
+        return Correction(None if landmarks is None else read_landmarks(landmarks),
+                          None if mask is None else mask.data > 0, stiffness)
+
     def corrected(self, correction: Correction, progress: Callable[[str, float], None] | None = None) -> State:
         """The result with a correction. It starts from the result as it was found.
 
@@ -246,7 +256,7 @@ class Session:
         another grid or leaves out most of the brain. A landmark that contradicts another or is out of reach is left
         out, with a warning.
         """
-        began, tell = time.perf_counter(), progress or (lambda words, share: None)
+        began, tell = time.perf_counter(), progress or _silent
         self._checked(correction)
         tell("read", 0.0)
         first, marks = self.first, correction.landmarks or NONE
@@ -276,7 +286,6 @@ class Session:
         after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         told = [{"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k]),
                  "after_mm": float(after[k]), "left_out": left_out.get(k)} for k, name in enumerate(marks.names)]
-        tell("done", 1.0)
         return replace(state, told=told, numbers=state.numbers | {"seconds": time.perf_counter() - began})
 
     def warm(self) -> None:
@@ -289,24 +298,31 @@ class Session:
         with suppress(InputError):  # where the middle has no partner
             self.corrected(Correction(Landmarks(("middle",), point, there, np.array([np.nan])), mask, 1.0))
 
-    def save(self, history, out: str | Path) -> None:
+    def save(self, history, out: str | Path, progress: Callable[[str, float], None] | None = None) -> None:
         """Write all files of the correction that is in force in a `History`, as register writes them, and the history.
 
         They replace those of an earlier result in the folder `out` as a whole, as in `Result.save`. The formats and the
-        names of the transforms are those of the result.
+        names of the transforms are those of the result. `progress` is that of `corrected`.
 
         Raises InputError where no correction is in force, where a file cannot be read any more or written, or where
         `out` is the folder of the result.
         """
         self.check()
-        if Path(out).resolve() == self.folder.resolve():
-            raise InputError(f"{out} is the folder of the result, from which its corrections start: give another --out")
-        former_files(out)  # refused before the work, not after
+        self.check_out(out)
         if history.current is None:
             raise InputError("no correction is in force, so that there is nothing to write: make one, or redo it")
-        state = history.current.state or self.corrected(history.current.correction)
+        tell = progress or _silent
+        state = history.current.state or self.corrected(history.current.correction, tell)
+        tell("inverse, score and check", 0.0)
         result = corrected_result(self, state)
+        tell("write", 0.7)
         result.save(out, self.summary["formats"], self.summary["bids"], history.write)
+
+    def check_out(self, out):
+        """Raises InputError where a corrected result cannot be written to the folder `out`."""
+        if Path(out).resolve() == self.folder.resolve():
+            raise InputError(f"{out} is the folder of the result, from which its corrections start: give another --out")
+        former_files(out)
 
     @property
     def force(self):
@@ -467,6 +483,10 @@ class _Work:
         folded = state.jacobian[state.region][session._brain_voxels[state.region]] <= 0
         return {"similarity_before": similarity(fixed, before, counted), "similarity_after": similarity(
             fixed, after, counted), "fold_pct": float(100 * folded.mean()) if folded.size else 0.0}
+
+
+def _silent(words, share):
+    """The progress that nobody wants to see."""
 
 
 def _moved(displacement, grid, points):
