@@ -14,8 +14,11 @@ from test_programs import refused, run
 import correct as program
 from drivenmorph_jax.demons.guidance import kernel
 from drivenmorph_jax.errors import InputError, InputWarning
+from drivenmorph_jax.files import checksum
+from drivenmorph_jax.images.reading import load_image
 from drivenmorph_jax.registration import correct, region
 from drivenmorph_jax.registration.correct import Correction, Session
+from drivenmorph_jax.registration.export import corrected_result
 from drivenmorph_jax.registration.history import History
 from drivenmorph_jax.registration.register import register
 from drivenmorph_jax.transforms.points import Landmarks
@@ -337,3 +340,57 @@ def test_a_result_whose_files_changed_is_refused(study, tmp_path, led):
         Session(copy)
     with pytest.raises(InputError, match="holds no result of register"):
         Session(tmp_path)
+
+
+def with_inputs(session, folder, **files):
+    """A copy of the result in `folder` that was made from other files, by their roles."""
+    copy = shutil.copytree(session.folder, folder / "other")
+    summary = session.summary | {"inputs": session.summary["inputs"] | {
+        role: [{"path": str(path), "crc32": checksum(path)}] for role, path in files.items()}}
+    (copy / "summary.json").write_text(json.dumps(summary))
+    return copy, summary
+
+
+def test_the_brain_of_a_small_animal_is_corrected_in_its_own_lengths(session, tmp_path):
+    small, files = np.diag([0.1, 0.1, 0.1, 1]), {}
+    for role in ("fixed", "moving", "moving_labels"):
+        image = nib.load(session.files[role][0])
+        files[role] = tmp_path / f"{role}.nii.gz"
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), small @ image.affine), files[role])
+    copy, _ = with_inputs(session, tmp_path, **files)
+    grid = load_image(files["fixed"])
+    Transform(session.first.displacement / 10, grid, np.eye(4), grid).save(copy / "displacement.nii.gz")
+    mouse = Session(copy)
+    point = np.array(POINTS) / 10
+    state = mouse.corrected(Correction(landmarks(mouse, point, np.array(SHIFT) / 10, RADIUS / 10)))
+    moved = np.linalg.norm(state.displacement - mouse.first.displacement, axis=-1)
+    assert mouse.scale == 13 and state.told[0]["before_mm"] == pytest.approx(np.linalg.norm(SHIFT) / 10, abs=1e-3)
+    assert state.told[0]["after_mm"] < 0.05 and state.jacobian.min() > 0
+    assert moved[distance(mouse, point) > 3 * RADIUS / 10].max() < 0.005 < 0.3 < moved.max()
+
+
+def test_a_whole_head_and_a_transform_to_start_from(session, tmp_path):
+    """The brain that register found drives, and the whole head is warped. The inverse includes the start."""
+    image = nib.load(session.files["moving"][0])
+    data = np.asarray(image.dataobj).copy()
+    brain = data > 0
+    near, far = (ndimage.binary_dilation(brain, iterations=k) for k in (1, 3))
+    data[far & ~near] = 1500  # a skull
+    nib.save(nib.Nifti1Image(data, AFFINE), tmp_path / "head.nii.gz")
+    bump = np.exp(-0.5 * (distance(session, [[0, 0, 0]]) / 20) ** 2)[..., None] * np.array([3.0, 0, 0])
+    Transform(bump.astype(np.float32), session.fixed, np.eye(4), session.moving).save(tmp_path / "start.nii.gz")
+    copy, summary = with_inputs(session, tmp_path, moving=tmp_path / "head.nii.gz",
+                                initial_transform=tmp_path / "start.nii.gz")
+    (copy / "summary.json").write_text(json.dumps(summary | {"stripped": ["moving"], "affine": np.eye(4).tolist()}))
+    with pytest.raises(InputError, match="has no moving_brain.nii.gz"):
+        Session(copy)
+    nib.save(nib.Nifti1Image(brain.astype(np.uint8), AFFINE), copy / "moving_brain.nii.gz")
+    headed = Session(copy)
+    correction = Correction(landmarks(session, [[35, 5, 0]], SHIFT))  # near the skull
+    state, alone = (one.corrected(correction) for one in (headed, session))
+    np.testing.assert_array_equal(state.displacement, alone.displacement)
+    assert state.warped.max() > 1000 > alone.warped.max()
+    result = corrected_result(headed, state)
+    assert result.summary["inverse_mm"] < 0.5
+    assert result.summary["similarity_after"] == pytest.approx(session.summary["similarity_after"], abs=0.01)
+    assert set(result.brains) == {"moving"}
