@@ -46,6 +46,8 @@ def main(arguments=None, prog="drivenmorph register"):
         fixed_mask=flags.fixed_mask,
         moving_mask=flags.moving_mask,
         landmarks=flags.landmarks,
+        extra_fixed=flags.extra_fixed or (),
+        extra_moving=flags.extra_moving or (),
         **settings(flags),
     )
     print("write ...", end=" ", flush=True)
@@ -98,6 +100,21 @@ def _images(add):
         help="CSV with columns fixed_x, fixed_y, fixed_z, moving_x, moving_y, moving_z in RAS mm and, where you like, "
         "name and radius: points of the fixed image and where each lies in the moving image. They drive the "
         "deformation around them, up to three radii of 10 mm",
+    )
+    add(
+        "--extra_fixed",
+        nargs="+",
+        action=program.Once,
+        metavar="FILE",
+        help="further images of the fixed brain, such as T2 beside T1, on any grid, aligned to --fixed. They drive "
+        "Demons, or the refinement after the network, together with --fixed",
+    )
+    add(
+        "--extra_moving",
+        nargs="+",
+        action=program.Once,
+        metavar="FILE",
+        help="the same for the moving brain: as many, in the same order",
     )
 
 

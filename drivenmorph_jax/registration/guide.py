@@ -43,7 +43,7 @@ def guide(deformed: Deformed) -> Deformed:
     used = [k for k in range(len(points)) if k not in left_out]
     if not used:
         return replace(deformed, landmarks_told=told)
-    u = demons.guided(deformed.fixed_on_grid[..., None], deformed.seen[..., None], deformed.u, points[used],
+    u = demons.guided(*deformed.channels, deformed.u, points[used],
                       targets[used], radius[used], iterations=ITERATIONS if deformed.stiffness == "low" else 0,
                       force=request.force if request.method == "demons" else "lncc", weights=deformed.weights)
     return replace(deformed, u=np.asarray(u), u_inverse=np.asarray(coarse_inverse(u, steps=INVERSE_STEPS)),

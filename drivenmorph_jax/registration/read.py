@@ -35,7 +35,7 @@ MOST_MASKED = 0.5  # share of an image's foreground that may be ignored
 class Request:
     """The arguments of `register`, whose docstring explains each field.
 
-    Raises InputError for an unknown method, force or contrast.
+    Raises InputError for an unknown method, force or contrast, and for extra channels that cannot be used.
     """
 
     fixed: Any
@@ -56,6 +56,8 @@ class Request:
     moving_mask: Any = None
     mask_sense: str = "ignore"
     landmarks: Any = None
+    extra_fixed: Any = ()
+    extra_moving: Any = ()
     geometry: str = "sform"
     memory: float | None = None
 
@@ -65,6 +67,19 @@ class Request:
             if getattr(self, name) not in choices:
                 *others, last = map(repr, choices)
                 raise InputError(f"{name} is {getattr(self, name)!r}: set it to {', '.join(others)} or {last}")
+        if len(self.extra["fixed"]) != len(self.extra["moving"]):
+            raise InputError(f"extra_fixed has {len(self.extra['fixed'])} images and extra_moving "
+                             f"{len(self.extra['moving'])}: give the same number of both, in the same order")
+        if self.extra["fixed"] and self.method == "drivenmorph" and self.refine_steps == 0:
+            raise InputError("extra_fixed and extra_moving drive the refinement, and refine_steps is 0: leave it out, or "
+                             "set method to 'demons'")
+
+    @property
+    def extra(self):
+        """{"fixed": the sources of its extra channels, "moving": the same}."""
+        found = {role: getattr(self, f"extra_{role}") for role in ("fixed", "moving")}
+        return {role: tuple(some) if isinstance(some, (list, tuple)) else () if some is None else (some,)
+                for role, some in found.items()}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,6 +99,7 @@ class Pair:
     moving_labels: Volume | None
     fixed_mask: Volume | None
     moving_mask: Volume | None
+    extra: tuple[tuple[Volume, Volume], ...]  # further channels of the fixed and of the moving image, on any grids
     given_affine: str | np.ndarray  # what to find, of AFFINES; or (4, 4), RAS mm
     start: Chain | Field | None  # a deformable transform to start from, in the lengths of the files
     landmarks: Landmarks | None  # in the lengths of the files
@@ -107,6 +123,8 @@ def read(request: Request) -> Pair:
             else load_labels(labels, image, request.geometry) for role, image in images.items()}
     maps |= {f"{role}_mask": None if (mask := getattr(request, f"{role}_mask")) is None
              else _ignored(mask, image, request) for role, image in images.items()}
+    extra = tuple(zip(*([load_image(source, request.geometry) for source in some] for some in request.extra.values()),
+                      strict=True))
     affine, start = _initial(request, images) if request.initial_transform is not None else (request.affine, None)
     if isinstance(affine, bool):
         affine = "affine" if affine else "none"
@@ -118,6 +136,7 @@ def read(request: Request) -> Pair:
     scale, steps = scale_of(millilitres(foreground(fixed.data), fixed.affine)), request.refine_steps
     volumes = {name: volume and scaled(volume, scale) for name, volume in (images | maps).items()}
     return Pair(request=request, **volumes, source=scaled(sources["moving"], scale), scale=scale,
+                extra=tuple(tuple(scaled(replace(x, data=anchored(x.data)), scale) for x in both) for both in extra),
                 given_affine=affine if isinstance(affine, str) else scaled_transform(affine, scale), start=start,
                 landmarks=None if request.landmarks is None else _landmarks(request.landmarks, sources),
                 refine_steps=REFINE_STEPS[request.method] if steps is None else steps,

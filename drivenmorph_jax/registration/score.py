@@ -86,6 +86,7 @@ def score(transferred: Transferred) -> Scored:
             pair.given_affine, str) else pair.affine.tolist(),
         "initial_transform": None if names is None else [
             str(name) for name in ([names] if isinstance(names, PATHS) else names)],
+        **{f"extra_{role}": [both[k].path for both in pair.extra] for k, role in enumerate(("fixed", "moving"))},
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
         **finite(numbers)}
