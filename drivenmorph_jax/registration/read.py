@@ -71,8 +71,8 @@ class Request:
             raise InputError(f"extra_fixed has {len(self.extra['fixed'])} images and extra_moving "
                              f"{len(self.extra['moving'])}: give the same number of both, in the same order")
         if self.extra["fixed"] and self.method == "drivenmorph" and self.refine_steps == 0:
-            raise InputError("extra_fixed and extra_moving drive the refinement, and refine_steps is 0: leave it out, or "
-                             "set method to 'demons'")
+            raise InputError("extra_fixed and extra_moving drive the refinement, and refine_steps is 0: leave it out, "
+                             "or set method to 'demons'")
 
     @property
     def extra(self):
