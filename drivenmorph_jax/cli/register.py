@@ -65,7 +65,18 @@ def settings(flags):
     """The arguments of `register` that the flags of `add_reading` and `add_method` set."""
     from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
-    names = ("strip", "method", "force", "contrast", "stiffness", "refine_steps", "mask_sense", "geometry", "memory")
+    names = (
+        "strip",
+        "method",
+        "force",
+        "contrast",
+        "stiffness",
+        "refine_steps",
+        "mask_sense",
+        "guide_labels",
+        "geometry",
+        "memory",
+    )
     return {name: getattr(flags, name) for name in names} | {
         "checkpoint": flags.checkpoint or SHIPPED,
         "affine": flags.affine or True,
@@ -98,8 +109,9 @@ def _images(add):
         "--landmarks",
         metavar="FILE",
         help="CSV with columns fixed_x, fixed_y, fixed_z, moving_x, moving_y, moving_z in RAS mm and, where you like, "
-        "name and radius: points of the fixed image and where each lies in the moving image. They drive the "
-        "deformation around them, up to three radii of 10 mm",
+        "name, radius, weight and curve: points of the fixed image and where each lies in the moving image. Rows of "
+        "one name in the column curve are a line in both images. They drive the deformation around them, up to three "
+        "radii of 10 mm",
     )
     add(
         "--extra_fixed",
@@ -181,6 +193,14 @@ def add_method(add):
         "averaged, N iterations by local correlation follow, and two passes of the network register the residual. "
         "0: the network runs once, forward, in a quarter of the time. With --method demons, N iterations follow at "
         "the end, by MIND with --force mind. Default: 10; with --method demons 0",
+    )
+    add(
+        "--guide_labels",
+        nargs="+",
+        action=program.Once,
+        metavar="LABEL",
+        help="structures whose borders in the two label maps are brought to each other: 17, or 10=49 for label 10 of "
+        "the fixed image and 49 of the moving one. They drive the deformation up to 15 mm around",
     )
     add(
         "--memory",

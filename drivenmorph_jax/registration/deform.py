@@ -35,6 +35,7 @@ class Deformed(Prepared):
     force: np.ndarray
     counted: jax.Array | None  # (D, H, W) bool, True at voxels outside both masks; None without masks
     landmarks_told: tuple[dict, ...] = ()  # of each landmark, see `registration.guide`
+    labels_told: tuple[dict, ...] = ()  # of each pair of labels
 
 
 def deform(prepared: Prepared) -> Deformed:

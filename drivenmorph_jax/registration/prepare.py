@@ -39,16 +39,8 @@ def prepare(planned: Planned) -> Prepared:
 
     Raises InputError where the moving image does not overlap the fixed one, or an extra channel its image.
     """
-    shape, grid = planned.shape, planned.grid
+    shape, grid, on_working_grid = planned.shape, planned.grid, sampler(planned)
     sides = ((planned.fixed, planned.fixed_mask, None), (planned.moving, planned.moving_mask, planned.affine))
-    if planned.start is not None:
-        way = displacement_of(rescaled(planned.start, planned.scale), shape, grid)
-
-    def on_working_grid(volume, through, order=1):
-        if through is None or planned.start is None:
-            return jnp.asarray(resample(volume, shape, grid, through, order=order))
-        return jnp.asarray(pull_back(volume, way, grid, "linear" if order else "nearest"))
-
     images = [on_working_grid(smoothed(volume, planned.spacing), through) for volume, _, through in sides]
     masks = weights = distance = None
     if planned.masked:
@@ -70,6 +62,24 @@ def prepare(planned: Planned) -> Prepared:
         raise InputError(f"{planned.moving.path} does not overlap {planned.fixed.path} in world coordinates: {remedy}")
     return Prepared(**kept(planned), fixed_on_grid=f, moving_on_grid=m, extra_on_grid=extra, masks=masks,
                     weights=weights, distance=distance)
+
+
+def sampler(planned):
+    """A function (volume, through, order=1) that samples a Volume on the working grid (D, H, W), linearly or nearest.
+
+    `through` is None for a Volume of the fixed world, and the affine for one of the moving world. The latter is sampled
+    through the transform to start from, where there is one.
+    """
+    shape, grid = planned.shape, planned.grid
+    if planned.start is not None:
+        way = displacement_of(rescaled(planned.start, planned.scale), shape, grid)
+
+    def on_working_grid(volume, through, order=1):
+        if through is None or planned.start is None:
+            return jnp.asarray(resample(volume, shape, grid, through, order=order))
+        return jnp.asarray(pull_back(volume, way, grid, "linear" if order else "nearest"))
+
+    return on_working_grid
 
 
 def _extra(both, sides, on_working_grid, planned):
