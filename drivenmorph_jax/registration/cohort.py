@@ -78,7 +78,9 @@ def _checked(settings):
             raise InputError(f"{name} is no setting of all pairs of a cohort: " + (
                 "give the file of each pair in the column of this name" if name in ROLES else "leave it out"))
     request = Request(fixed=None, moving=None, **settings)
-    return {name: getattr(request, name) for name in SETTINGS} | {"checkpoint": os.path.abspath(request.checkpoint)}
+    labels = request.guide_labels and [str(one) for one in request.guide_labels]  # as JSON returns them
+    return {name: getattr(request, name) for name in SETTINGS} | {
+        "checkpoint": os.path.abspath(request.checkpoint), "guide_labels": labels}
 
 
 def _run(jobs, told):
