@@ -51,6 +51,7 @@ REGION = 3.0  # radii; beyond, nothing moves
 REACH = 2.0  # radii, h_k; more, up to REGION, where s_k is further than a radius
 FARTHEST = 1.5  # radii, the largest distance from x_k to s_k that a landmark can bridge
 BORDER_STEPS = 20  # steps of borders without images
+LAST_STEPS, LAST_SIGMA = 5, 1.0  # of borders alone, at the end, and the Gaussian of their force in voxels
 MOST = 200  # steps of the landmarks alone
 CLOSE = 0.05  # voxels, where they end
 DAMPING = 1e-4  # of the linear system, in which two landmarks at one place are one row twice
@@ -126,8 +127,9 @@ def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Ar
     """Continue a registration from the displacement u, so that phi maps points x_k to their targets t_k, and borders of
     structures to borders.
 
-    First the landmarks alone move, then `iterations` times all together, at last the landmarks again. u stays as it is
-    at all voxels that are further than `REGION` radii from every point and border, unless it has folds there.
+    First the landmarks alone move, then `iterations` times all together, at last the borders alone and the landmarks
+    alone. u stays as it is at all voxels that are further than `REGION` radii from every point and border, unless it
+    has folds there.
 
     Args:
       fixed, moving: (*space, C), with values of about 0 to 1. The sides are even.
@@ -159,16 +161,18 @@ def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Ar
     psi, step = jnp.zeros((*(n // STRIDE for n in space), 3)), max_step / STRIDE
     psi = _by_landmarks(psi, near, near + trust[:, None] * (far - near), reached, step)
     if iterations or borders is not None:
-        weight = driven_by_images(psi.shape[:-1], near, region / STRIDE)
+        weight, lines = driven_by_images(psi.shape[:-1], near, region / STRIDE), None
         if borders is not None:
-            borders = borders[0], _warped(borders[1], u)
+            lines = borders[0], _warped(borders[1], u)
             weight = jnp.maximum(weight, _around_borders(borders[0], REGION * border_radius - STRIDE))
-        psi = _by_both(f, _warped(m, u), psi, near, far, reached, weight, trust, borders, REACH * border_radius,
+        psi = _by_both(f, _warped(m, u), psi, near, far, reached, weight, trust, lines, REACH * border_radius,
                        iterations=iterations or BORDER_STEPS, driven=driven if iterations else None, max_step=max_step,
                        scale=settings["scale"], sigma_fluid=settings["sigma_fluid"],
                        sigma_diffusion=settings["sigma_diffusion"])
     psi = _by_landmarks(psi, near, _softly(psi, near, far, trust), reached, step)
     u = unfolded(_composed(u, psi))
+    if borders is not None:
+        u = unfolded(_by_borders(u, *borders, REACH * border_radius, max_step))
     return unfolded(_by_landmarks(u, points, _softly(u, points, targets, trust), reach, max_step))
 
 
@@ -267,6 +271,16 @@ def _by_landmarks(u, points, targets, reach, max_step):
         return (state[0] < MOST) & (remaining(state[1], points, targets).max() > CLOSE)
 
     return jax.lax.while_loop(going_on, step, (0, u, points))[1]
+
+
+@partial(jax.jit, static_argnames="max_step")
+def _by_borders(u, fixed, moving, reach, max_step):
+    """phi = id + u after `LAST_STEPS` steps of the borders alone, on the grid of the images."""
+    def step(_, u):
+        force = border_force(fixed, warp(moving, u), max_step, reach)
+        return compositional_update(u, gaussian_smooth(force, LAST_SIGMA), UPDATE_STEPS)
+
+    return jax.lax.fori_loop(0, LAST_STEPS, step, u)
 
 
 def _lacking(u, points, targets, near):
