@@ -211,6 +211,19 @@ def test_a_table_that_cannot_be_used_is_refused(text, words, study, tmp_path, mo
     assert status == 2 and not (tmp_path / "out").exists()
 
 
+def test_files_of_one_pair_are_columns_and_no_settings(study, tmp_path):
+    (study / "l.csv").write_text("fixed_x\n")
+    (study / "guided.csv").write_text("fixed,moving,landmarks,extra_fixed\nfixed.nii.gz,m0.nii.gz,l.csv,m1.nii.gz\n")
+    pairs = pairs_of_table(study / "guided.csv")
+    assert pairs["m0_to_fixed"]["landmarks"] == str(study / "l.csv")
+    states = cohort.register_cohort(pairs, tmp_path / "out", **FAST)
+    assert "extra_fixed has 1 images and extra_moving 0" in states["m0_to_fixed"]["error"]
+    for name, words in (("landmarks", "the column of this name"), ("initial_transform", "leave it out")):
+        with pytest.raises(InputError, match=f"{name} is no setting of all pairs .*{words}"):
+            cohort.register_cohort(pairs, tmp_path / "none", **FAST, **{name: study / "l.csv"})
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(("flags", "word"), [
     (["--shard", "0/2"], "1/10"), (["--shard", "3/2"], "1/10"), (["--time_limit", "5"], "--scheduler"),
     (["--shard", "1/2", "--scheduler", "x"], "exclude"), (["--to", "t.nii"], "--bids"), (["--refine_steps", "-1"], "0"),
