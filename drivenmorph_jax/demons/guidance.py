@@ -123,7 +123,8 @@ def signed_distance(inside: np.ndarray) -> np.ndarray:
 def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Array, targets: chex.Array,
            radius: chex.Array, *, iterations: int = 20, force: str = "lncc", max_step: float = 1.0,
            weights: tuple[chex.Array, chex.Array] | None = None, trust: chex.Array | None = None,
-           borders: tuple[chex.Array, chex.Array] | None = None, border_radius: float = 5.0) -> jax.Array:
+           borders: tuple[chex.Array, chex.Array] | None = None, border_radius: float = 5.0,
+           around: chex.Array | None = None) -> jax.Array:
     """Continue a registration from the displacement u, so that phi maps points x_k to their targets t_k, and borders of
     structures to borders.
 
@@ -146,6 +147,8 @@ def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Ar
       borders: signed distances (*space, C), in voxels, from the borders of C structures of the fixed image, and of
         their partners in the moving image; see `signed_distance`.
       border_radius: in voxels. The force of a border ends at two radii; images drive the registration up to three.
+      around: (*space, 1), above 0 where images drive as well, beside what lies around the points; at 1 by all their
+        force.
 
     Returns:
       The displacement (*space, 3), in voxels, after `unfolded`.
@@ -162,6 +165,8 @@ def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Ar
     psi = _by_landmarks(psi, near, near + trust[:, None] * (far - near), reached, step)
     if iterations or borders is not None:
         weight, lines = driven_by_images(psi.shape[:-1], near, region / STRIDE), None
+        if around is not None:
+            weight = jnp.maximum(weight, average_pool(around, STRIDE))
         if borders is not None:
             lines = borders[0], _warped(borders[1], u)
             weight = jnp.maximum(weight, _around_borders(borders[0], REGION * border_radius - STRIDE))
