@@ -136,7 +136,7 @@ def _transferred(session, state, prepared, transform, start):
     if prepared.masks is not None:
         of_fixed, of_moving = prepared.masks
         counted = ~(of_fixed | (warp(of_moving[..., None].astype(jnp.float32), u)[..., 0] > 0))
-    told = tuple({name: one[name] for name in ("name", "fixed", "weight", "before_mm", "left_out")} for one in state.told)
+    told = tuple({name: value for name, value in one.items() if name != "after_mm"} for one in state.told)
     summary = session.summary
     deformed = unscaled(Deformed(
         **kept(prepared), contrast=summary["contrast"], correlation=None, seen=seen,
