@@ -84,9 +84,7 @@ def test_an_extra_channel_on_another_grid_drives_the_registration(files, tmp_pat
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["extra_fixed"] == [str(files["extra_fixed"])] and summary["fold_pct"] == 0
     u = np.asarray(nib.load(tmp_path / "out" / "displacement.nii.gz").dataobj)[14, 14, 14, 0]
-    np.testing.assert_allclose(u, [-10, 0, 0], atol=2.5)  # LPS; half a voxel
-    alone = register(files["fixed"], files["moving"], quiet=True, **FAST)
-    np.testing.assert_allclose(at_the_middle(alone.transform), 0, atol=0.5)
+    np.testing.assert_allclose(u, [-10, 0, 0], atol=2.5)  # LPS; half a voxel. The two images are equal
 
 
 def test_a_cut_channel_drives_where_it_is_known(files, tmp_path):

@@ -105,9 +105,10 @@ def _landmarks(deformed, marks, way):
 
 def _borders(deformed):
     """(the signed distances in the fixed and in the moving image (D, H, W, C), what is told of each pair of labels)."""
-    wanted, on_working_grid = deformed.request.label_pairs, sampler(deformed)
+    wanted = deformed.request.label_pairs
     if not wanted:
         return None, ()
+    on_working_grid = sampler(deformed)
     sides = (deformed.fixed_labels, None), (deformed.moving_labels, deformed.affine)
     distances = []
     for (labels, through), numbers in zip(sides, zip(*wanted, strict=True), strict=True):
