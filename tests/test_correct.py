@@ -26,7 +26,7 @@ from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import jacobian_determinant_of_displacement, pull_back
 
 SIDE, MM = 28, 5.0
-RADIUS = 11.0  # mm; a region of 14 voxels, and so the smallest cube
+RADIUS = 11.0  # mm; a region of 14 voxels, and so the smallest box
 POINTS, SHIFT = [[20.0, 5, 0]], [4.0, -2, 3]
 AFFINE = np.array([[-MM, 0, 0, 70], [0, MM, 0, -70], [0, 0, MM, -70], [0, 0, 0, 1]])
 FAST = {"method": "demons", "force": "intensity", "affine": "none", "quiet": True}
@@ -186,25 +186,25 @@ def test_nothing_changes_where_every_landmark_is_left_out(session):
 
 
 @pytest.mark.parametrize("turn", [0.0, 0.5])
-def test_a_field_on_a_cube_comes_back_to_an_anisotropic_and_oblique_grid(turn):
+def test_a_field_on_a_box_comes_back_to_an_anisotropic_and_oblique_grid(turn):
     """An affine move is sampled exactly by linear interpolation, on the way there and back."""
     rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
     affine, shape = from_matvec(rotation @ np.diag([-1.0, 2, 5]), [20.0, -10, 3]), (40, 20, 8)
     grid = from_matvec(rotation * 1.5, [-25.0, -15, 0])
-    cube = region.cube_around(np.array([4, 4, 4]), np.array([12, 12, 12]), grid)
-    assert cube.side == 32 and np.allclose(cube.voxels(apply_affine(grid, [8, 8, 8])), 15.5, atol=0.51)
-    part = region.part_within(cube, shape, affine)
+    box = region.box_around(np.array([4, 4, 4]), np.array([12, 12, 12]), grid)
+    assert box.shape == (32, 32, 32) and np.allclose(box.voxels(apply_affine(grid, [8, 8, 8])), 15.5, atol=0.51)
+    part = region.part_within(box, shape, affine)
     small = region.affine_of_part(affine, part)
     x = apply_affine(small, np.moveaxis(np.indices([one.stop - one.start for one in part]), 0, -1))
     field = x @ np.diag([0.01, 0.02, -0.01]) + [0.3, 0.2, 0.1]
-    there = region.on_cube(field, small, cube)
-    back = region.on_part(there @ np.linalg.inv(cube.affine[:3, :3]).T, cube, part, affine)
-    inside = ((v := cube.voxels(x)) > 0).all(-1) & (v < cube.side - 1).all(-1)
+    there = region.on_box(field, small, box)
+    back = region.on_part(there @ np.linalg.inv(box.affine[:3, :3]).T, box, part, affine)
+    inside = ((v := box.voxels(x)) > 0).all(-1) & (v < 31).all(-1)
     index = np.moveaxis(np.indices(inside.shape), 0, -1)
     core = inside & ((index > 0) & (index < np.array(inside.shape) - 1)).all(-1)
     assert core.sum() > 100
     np.testing.assert_allclose(back[core], field[core], atol=1e-4)
-    assert not back[~((v > -1) & (v < cube.side)).all(-1)].any()
+    assert not back[~((v > -1) & (v < 32)).all(-1)].any()
 
 
 def test_the_history_goes_back_and_forth(session, led, tmp_path):

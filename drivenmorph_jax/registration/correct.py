@@ -1,7 +1,7 @@
 """Corrections of a finished result: a person says what is wrong at a place, and the deformation is continued there.
 
 A correction has landmarks, a mask where the images are not to be trusted, and a stiffness. Landmarks and parts of the
-mask that do not reach each other are places by themselves. Each is computed in a cube around it, on voxels of the
+mask that do not reach each other are places by themselves. Each is computed in a box around it, on voxels of the
 working grid of Demons, see `registration.piece`. Let phi = T (id + n) be the transform
 of the result, T its affine, F the fixed and M the moving image. With a mask, n is first interpolated in it from its
 surroundings. Then
@@ -270,12 +270,12 @@ class Session:
         left_out = contradicting(marks.names, points, targets, lacked, SLACK / self.scale / self.spacing)
         used, pieces = np.array([k for k in range(len(points)) if k not in left_out], int), []
         places = list(self._places(points[used], radius[used] / self.spacing, correction.distrust))
-        for number, (cube, some, mask) in enumerate(places):
+        for number, (box, some, mask) in enumerate(places):
             def told(words, share, number=number):
                 tell(words, (number + share) / len(places))
 
             some = used[some]
-            pieces.append(self._piece(cube, points[some], targets[some], radius[some] / self.spacing, mask,
+            pieces.append(self._piece(box, points[some], targets[some], radius[some] / self.spacing, mask,
                                       correction.stiffness / self.spacing, told))
             left_out |= too_far(some[pieces[-1].far], lacked, radius)
         state = State(first.found, *joined(pieces, first.found), correction, [], joined_numbers(pieces))
@@ -286,7 +286,7 @@ class Session:
         return replace(state, told=told, numbers=state.numbers | {"seconds": time.perf_counter() - began})
 
     def _places(self, points, radius, distrust):
-        """The places of a correction that do not reach each other, as (cube, indices of landmarks, mask or None).
+        """The places of a correction that do not reach each other, as (box, indices of landmarks, mask or None).
 
         Points and radii are in voxels of the working grid.
         """
@@ -303,18 +303,18 @@ class Session:
         apart = region.APART * max(1.0, self.fixed.spacing.max() / self.spacing)
         for some in region.reaching(low, high, reach, apart):
             wide, parts = reach[some, None], some[some >= len(points)] - len(points) + 1
-            yield (region.cube_around((low[some] - wide).min(0), (high[some] + wide).max(0), self.grid),
+            yield (region.box_around((low[some] - wide).min(0), (high[some] + wide).max(0), self.grid),
                    some[some < len(points)], np.isin(labels, parts) if len(parts) else None)
 
-    def _piece(self, cube, points, targets, radius, mask, stiffness, tell):
+    def _piece(self, box, points, targets, radius, mask, stiffness, tell):
         """The `Piece` of a place. It is kept: of many places, a correction after it mostly changes one."""
-        asked = [np.array([cube.side, stiffness]), cube.affine, points, targets, radius]
+        asked = [np.array([*box.shape, stiffness]), box.affine, points, targets, radius]
         key = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in [
             *asked, np.zeros(0) if mask is None else np.packbits(mask)])).digest()
         if key not in self._pieces:
             while len(self._pieces) >= MOST_PIECES:
                 self._pieces.pop(next(iter(self._pieces)))
-            self._pieces[key] = piece_of(self, cube, points, targets, radius, mask, stiffness, tell)
+            self._pieces[key] = piece_of(self, box, points, targets, radius, mask, stiffness, tell)
         return self._pieces[key]
 
     def warm(self) -> None:

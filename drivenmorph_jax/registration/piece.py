@@ -1,4 +1,4 @@
-"""One place of a correction: its images and its deformation in a cube of voxels, and what of the result it changes.
+"""One place of a correction: its images and its deformation in a box of voxels, and what of the result it changes.
 
 The formulas are in `registration.correct`.
 """
@@ -51,19 +51,19 @@ class Piece:
     folded: tuple[int, int] = (0, 0)  # voxels of the brain in the region: those that fold, and all
 
 
-def piece_of(session, cube, points, targets, radius, mask, stiffness, tell) -> Piece:
-    """Compute the `Piece` of a cube. Points (N, 3), radii (N,) and the stiffness are in voxels of the working grid, the
+def piece_of(session, box, points, targets, radius, mask, stiffness, tell) -> Piece:
+    """Compute the `Piece` of a box. Points (N, 3), radii (N,) and the stiffness are in voxels of the working grid, the
     mask (X, Y, Z) is on the fixed grid, or None."""
     tell("images", 0.0)
-    work = _Work(session, cube, mask)
-    to_cube = np.linalg.inv(cube.affine) @ session.grid
-    far = work.placed(*(map_points(to_cube, x) for x in (points, targets)), radius)
+    work = _Work(session, box, mask)
+    to_box = np.linalg.inv(box.affine) @ session.grid
+    far = work.placed(*(map_points(to_box, x) for x in (points, targets)), radius)
     if far.all() and mask is None:
         return Piece(far)
     tell("deform", 0.15)
     n = work.deformed(0 if session.summary["stiffness"] == "high" else ITERATIONS, session.force, stiffness)
     tell("warp", 0.7)
-    piece = _pasted(session, cube, np.asarray(n - work.n), Piece(far))
+    piece = _pasted(session, box, np.asarray(n - work.n), Piece(far))
     tell("measure", 0.9)
     return replace(piece, **work.numbers(n, piece))
 
@@ -95,11 +95,11 @@ def joined_numbers(pieces):
     return numbers
 
 
-def _pasted(session, cube, move, piece):
-    """The `Piece` whose transform is T (id + n + move), with `move` in voxels of the cube."""
+def _pasted(session, box, move, piece):
+    """The `Piece` whose transform is T (id + n + move), with `move` in voxels of the box."""
     shape, affine, linear = session.fixed.data.shape, session.fixed.affine, session.transform.linear
-    part = region.part_within(cube, shape, affine)
-    shift = region.on_part(move, cube, part, affine)
+    part = region.part_within(box, shape, affine)
+    shift = region.on_part(move, box, part, affine)
     core = region.bounds(shift.any(-1), part)
     if core is region.NOWHERE:
         return piece
@@ -118,56 +118,56 @@ def _pasted(session, cube, move, piece):
 
 
 class _Work:
-    """A correction in its cube. Images are (side, side, side, 1), fields in voxels of the cube."""
+    """A correction in its box. Images are (D, H, W, 1), fields (D, H, W, 3) in voxels of the box."""
 
-    def __init__(self, session, cube, mask):
-        self.session, self.cube = session, cube
+    def __init__(self, session, box, mask):
+        self.session, self.box = session, box
         self.n = self._found()
         self.mask = None
         if mask is not None:
             volume = replace(session.fixed, data=mask.astype(np.uint8))
-            self.mask = jnp.asarray(resample(volume, cube.shape, cube.affine, order=0) > 0)[..., None]
+            self.mask = jnp.asarray(resample(volume, box.shape, box.affine, order=0) > 0)[..., None]
         self.start = self.n if self.mask is None else unfolded(fill(self.n, self.mask))
         self.images, self.weights = self._prepared()
 
     def _found(self):
         """n of the transform that was found."""
-        fixed, cube, linear = self.session.fixed, self.cube, self.session.transform.linear
-        part = region.part_within(cube, fixed.data.shape, fixed.affine)
+        fixed, box, linear = self.session.fixed, self.box, self.session.transform.linear
+        part = region.part_within(box, fixed.data.shape, fixed.affine)
         affine, back = region.affine_of_part(fixed.affine, part), np.linalg.inv(linear)
         there = self.session.transform.displacement[part]
         n = by_planes(there.shape, affine, lambda i, x: map_points(back, x + there[i]) - x)
-        return jnp.asarray(region.on_cube(n @ np.linalg.inv(cube.affine[:3, :3]).T.astype(np.float32), affine, cube))
+        return jnp.asarray(region.on_box(n @ np.linalg.inv(box.affine[:3, :3]).T.astype(np.float32), affine, box))
 
     def way(self, n):
-        """The displacement T (x + n) - x at the voxels of the cube, RAS mm."""
-        vectors, linear = np.asarray(n) @ self.cube.affine[:3, :3].T.astype(np.float32), self.session.transform.linear
-        return by_planes(vectors.shape, self.cube.affine, lambda i, x: map_points(linear, x + vectors[i]) - x)
+        """The displacement T (x + n) - x at the voxels of the box, RAS mm."""
+        vectors, linear = np.asarray(n) @ self.box.affine[:3, :3].T.astype(np.float32), self.session.transform.linear
+        return by_planes(vectors.shape, self.box.affine, lambda i, x: map_points(linear, x + vectors[i]) - x)
 
     def _prepared(self):
         """((F, M o phi), their weights), where phi is that of `start`."""
-        session, cube, way = self.session, self.cube, self.way(self.start)
+        session, box, way = self.session, self.box, self.way(self.start)
         (fixed, moving), (fixed_mask, moving_mask) = session.images, session.masks
-        images = [resample(fixed, cube.shape, cube.affine), pull_back(moving, way, cube.affine)]
+        images = [resample(fixed, box.shape, box.affine), pull_back(moving, way, box.affine)]
         images = [jnp.asarray(x)[..., None] for x in images]
         if session.curve is not None:
             images[1] = recoloured(images[1], session.curve)
-        nowhere = jnp.zeros((*cube.shape, 1), bool)
+        nowhere = jnp.zeros((*box.shape, 1), bool)
         outs = [nowhere if self.mask is None else self.mask, nowhere]
         if fixed_mask is not None:
-            outs[0] |= resample(fixed_mask, cube.shape, cube.affine, order=0)[..., None] > 0
+            outs[0] |= resample(fixed_mask, box.shape, box.affine, order=0)[..., None] > 0
         if moving_mask is not None:
-            outs[1] |= pull_back(moving_mask, way, cube.affine, "nearest")[..., None] > 0
+            outs[1] |= pull_back(moving_mask, way, box.affine, "nearest")[..., None] > 0
         images = [fill(x, out) if out.any() else x for x, out in zip(images, outs, strict=True)]
         for k, cut in enumerate(session.cut):
             if cut:
                 volume = scaled((session.pair.fixed, session.pair.moving)[k], 1 / session.scale)
-                outs[k] |= beyond(volume, cube.shape, cube.affine, (None, session.transform.linear)[k],
+                outs[k] |= beyond(volume, box.shape, box.affine, (None, session.transform.linear)[k],
                                   RIM / session.scale)[1][..., None]
         return images, tuple(1.0 - out for out in outs)
 
     def placed(self, points, targets, radius):
-        """Place landmarks, in voxels of the cube; returns which of them are out of reach (N,) bool. They are not used.
+        """Place landmarks, in voxels of the box; returns which of them are out of reach (N,) bool. They are not used.
 
         Landmarks AWAY, which want nothing, fill them up.
         """
@@ -198,7 +198,7 @@ class _Work:
 
     def _around(self):
         """w: how much images drive each voxel. It ends a voxel of `guided` sooner, which samples linearly."""
-        weight = driven_by_images(self.cube.shape, self.points, REGION * self.radius - STRIDE)
+        weight = driven_by_images(self.box.shape, self.points, REGION * self.radius - STRIDE)
         if self.mask is None:
             return weight
         far = ndimage.distance_transform_edt(~np.asarray(self.mask[..., 0]))
@@ -209,7 +209,7 @@ class _Work:
         """The numbers of a `Piece` whose deformation is n, by their names there."""
         session = self.session
         counted = (self.around * self.weights[0] * self.weights[1])[..., 0] > 0
-        after = jnp.asarray(pull_back(session.images[1], self.way(n), self.cube.affine))
+        after = jnp.asarray(pull_back(session.images[1], self.way(n), self.box.affine))
         if session.curve is not None:
             after = recoloured(after, session.curve)
         fixed, before = (x[..., 0] for x in self.images)

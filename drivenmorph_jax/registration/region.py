@@ -1,7 +1,7 @@
-"""The region of a correction: a cube of voxels around it, on which it is computed, and its way back to the fixed grid.
+"""The region of a correction: a box of voxels around it, on which it is computed, and its way back to the fixed grid.
 
-The voxels are those of the working grid of Demons, which is continued beyond its sides. Few sizes of the cube are used,
-since each is compiled for once.
+The voxels are those of the working grid of Demons, which is continued beyond its sides. Few lengths of a side are used,
+since each shape is compiled for once.
 """
 
 import itertools
@@ -15,39 +15,35 @@ from scipy.sparse.csgraph import connected_components
 
 from drivenmorph_jax.transforms.world import by_planes, channels_first, map_points
 
-SIDES = 32, 48, 80, 128, 192, 256  # voxels of a cube
+SIDES = 32, 48, 80, 128, 192, 256  # voxels
 PAD = 8  # voxels around what moves, as far as the windows of the force reach
 APART = 2.0  # voxels between places that are computed by themselves
 STILL = 1e-4  # voxels; what moves less does not move
 
 
 @dataclass(frozen=True, eq=False)
-class Cube:
-    """A cube of isotropic voxels in the fixed world."""
+class Box:
+    """A box of isotropic voxels in the fixed world."""
 
-    side: int
+    shape: tuple[int, int, int]
     affine: np.ndarray  # (4, 4), voxel to RAS mm
 
-    @property
-    def shape(self):
-        return (self.side,) * 3
-
     def voxels(self, points):
-        """Points (..., 3) of the fixed world in voxels of the cube."""
+        """Points (..., 3) of the fixed world in voxels of the box."""
         return map_points(np.linalg.inv(self.affine), points)
 
 
-def cube_around(low, high, grid):
-    """The smallest `Cube` of `SIDES` around the voxels from `low` to `high` (3,) of a grid with the affine `grid`.
+def box_around(low, high, grid):
+    """The smallest `Box` with sides of `SIDES` around voxels of a grid with the affine `grid`.
 
-    `PAD` voxels are left on each side. Its voxels are those of the grid.
+    The voxels go from `low` to `high` (3,), and `PAD` voxels are left on each side. The box has the voxels of the grid.
     """
     low, high = np.floor(low).astype(int), np.ceil(high).astype(int)
-    least = (high - low).max() + 1 + 2 * PAD
-    side = next((side for side in SIDES if side >= least), -(-least // 64) * 64)
+    shape = tuple(next((side for side in SIDES if side >= least), -(-least // 64) * 64)
+                  for least in (high - low + 1 + 2 * PAD).tolist())
     affine = grid.copy()
-    affine[:3, 3] = map_points(grid, (low + high - side + 1) // 2)
-    return Cube(int(side), affine)
+    affine[:3, 3] = map_points(grid, (low + high - shape + 1) // 2)
+    return Box(shape, affine)
 
 
 def reaching(low, high, reach, apart):
@@ -61,10 +57,10 @@ def reaching(low, high, reach, apart):
     return [np.flatnonzero(group == k) for k in range(number)]
 
 
-def part_within(cube, shape, affine):
-    """The slices of a grid (shape, affine) around its part within a cube, a voxel wider where there is one."""
-    corners = np.array(list(itertools.product((0, cube.side - 1), repeat=3)))
-    found = map_points(np.linalg.inv(affine) @ cube.affine, corners)
+def part_within(box, shape, affine):
+    """The slices of a grid (shape, affine) around its part within a box, a voxel wider where there is one."""
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in box.shape))))
+    found = map_points(np.linalg.inv(affine) @ box.affine, corners)
     low, high = np.floor(found.min(0)).astype(int) - 1, np.ceil(found.max(0)).astype(int) + 2
     return tuple(slice(int(np.clip(a, 0, n - 1)), int(np.clip(b, 1, n)))
                  for a, b, n in zip(low, high, shape, strict=True))
@@ -77,27 +73,27 @@ def affine_of_part(affine, part):
     return found
 
 
-def on_cube(field, affine, cube):
-    """A field (X, Y, Z, 3) on a grid with an affine, sampled linearly on a cube and clamped at the edge."""
-    matrix = np.linalg.inv(affine) @ cube.affine
+def on_box(field, affine, box):
+    """A field (X, Y, Z, 3) on a grid with an affine, sampled linearly on a box and clamped at the edge."""
+    matrix = np.linalg.inv(affine) @ box.affine
 
     def sampled(channel):
-        return ndimage.affine_transform(channel, matrix[:3, :3], matrix[:3, 3], cube.shape, order=1, mode="nearest",
+        return ndimage.affine_transform(channel, matrix[:3, :3], matrix[:3, 3], box.shape, order=1, mode="nearest",
                                         prefilter=False)
 
     with ThreadPoolExecutor(3) as pool:
         return np.stack(list(pool.map(sampled, channels_first(field))), -1)
 
 
-def on_part(move, cube, part, affine):
-    """A field `move` of a cube (side, side, side, 3), in its voxels, on a part of a grid with an affine, in RAS mm.
+def on_part(move, box, part, affine):
+    """A field `move` of a box (D, H, W, 3), in its voxels, on a part of a grid with an affine, in RAS mm.
 
-    It is sampled linearly, and 0 beyond the cube and where it is shorter than `STILL`.
+    It is sampled linearly, and 0 beyond the box and where it is shorter than `STILL`.
     """
-    channels, linear = channels_first(move), cube.affine[:3, :3].T.astype(np.float32)
+    channels, linear = channels_first(move), box.affine[:3, :3].T.astype(np.float32)
 
     def plane(_, x):
-        voxel = np.moveaxis(cube.voxels(x), -1, 0)
+        voxel = np.moveaxis(box.voxels(x), -1, 0)
         found = np.stack([ndimage.map_coordinates(c, voxel, order=1, mode="constant", prefilter=False)
                           for c in channels], -1)
         return np.where(np.linalg.norm(found, axis=-1, keepdims=True) < STILL, 0, found) @ linear
