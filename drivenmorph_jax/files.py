@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 from drivenmorph_jax.errors import InputError
@@ -119,6 +120,18 @@ def make_folder(path):
     except OSError as error:
         raise InputError(f"{path} cannot be made a folder ({error.strerror}): give another one") from error
     return Path(path)
+
+
+def checksum(path):
+    """The CRC-32 of a file, which tells whether it was changed; None where it cannot be read."""
+    found = 0
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                found = zlib.crc32(part, found)
+    except OSError:
+        return None
+    return found
 
 
 def stem(path):

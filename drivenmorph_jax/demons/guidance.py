@@ -32,7 +32,7 @@ from drivenmorph_jax.demons.classical import FORCES, UPDATE_STEPS, smoothed_forc
 from drivenmorph_jax.demons.forces import clip_length, scale_longest
 from drivenmorph_jax.demons.multistart import weighted
 from drivenmorph_jax.demons.updates import compositional_update
-from drivenmorph_jax.fields.grid import identity_grid, resize_field, spatial_shape
+from drivenmorph_jax.fields.grid import average_pool, identity_grid, resize_field, spatial_shape
 from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.unfold import unfolded
@@ -81,7 +81,7 @@ def landmark_force(shape: tuple[int, ...], points: chex.Array, wanted: chex.Arra
 
 def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Array, targets: chex.Array,
            radius: chex.Array, *, iterations: int = 20, force: str = "lncc", max_step: float = 1.0,
-           weights: tuple[chex.Array, chex.Array] | None = None) -> jax.Array:
+           weights: tuple[chex.Array, chex.Array] | None = None, around: chex.Array | None = None) -> jax.Array:
     """Continue a registration from the displacement u, so that phi maps points x_k to their targets t_k.
 
     First the landmarks alone move, then `iterations` times landmarks and images together, at last the landmarks again.
@@ -97,6 +97,8 @@ def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Ar
       force: of the images, a name of `FORCES`.
       max_step: the bound L of a step, in voxels.
       weights: as in `refine`.
+      around: (*space, 1), above 0 where images drive as well, beside what lies around the points; at 1 by all their
+        force.
 
     Returns:
       The displacement (*space, 3), in voxels, after `unfolded`.
@@ -111,12 +113,32 @@ def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Ar
     psi, step = jnp.zeros((*(n // STRIDE for n in space), 3)), max_step / STRIDE
     psi = _by_landmarks(psi, *coarse, step)
     if iterations:
-        psi = _by_both(f, _warped(m, u), psi, *coarse, region / STRIDE, iterations=iterations,
+        weight = driven_by_images(psi.shape[:-1], coarse[0], region / STRIDE)
+        if around is not None:
+            weight = jnp.maximum(weight, average_pool(around, STRIDE))
+        psi = _by_both(f, _warped(m, u), psi, *coarse, weight, iterations=iterations,
                        driven=driven, max_step=max_step, scale=settings["scale"], sigma_fluid=settings["sigma_fluid"],
                        sigma_diffusion=settings["sigma_diffusion"])
         psi = _by_landmarks(psi, *coarse, step)
     u = unfolded(_composed(u, psi))
     return unfolded(_by_landmarks(u, points, targets, reach, max_step))
+
+
+@partial(jax.jit, static_argnames="shape")
+def driven_by_images(shape: tuple[int, ...], points: chex.Array, region: chex.Array) -> jax.Array:
+    """How much images drive each voxel: (*shape, 1), the largest of min(1, 2 K(|x - x_k| / g_k)) over the points.
+
+    Args:
+      shape: of the grid.
+      points: x_k (N, 3), in voxels.
+      region: g_k (N,), in voxels.
+    """
+    grid = identity_grid(shape)
+
+    def widened(k, weight):
+        return jnp.maximum(weight, jnp.minimum(1, 2 * kernel(jnp.linalg.norm(grid - points[k], axis=-1) / region[k])))
+
+    return jax.lax.fori_loop(0, len(points), widened, jnp.zeros(shape))[..., None]
 
 
 def out_of_reach(u: chex.Array, points: chex.Array, targets: chex.Array, radius: chex.Array) -> np.ndarray:
@@ -191,17 +213,11 @@ def _by_landmarks(u, points, targets, reach, max_step):
 
 
 @partial(jax.jit, static_argnames=("iterations", "driven", "max_step", "scale"))
-def _by_both(fixed, warped, psi, points, targets, reach, region, *, iterations, driven, max_step, scale, sigma_fluid,
+def _by_both(fixed, warped, psi, points, targets, reach, weight, *, iterations, driven, max_step, scale, sigma_fluid,
              sigma_diffusion):
-    """psi after steps of landmarks and images together. `warped` is the moving image after phi, and psi, the points and
-    the lengths are in voxels of a grid that is `STRIDE` times coarser."""
+    """psi after steps of landmarks and images together. `warped` is the moving image after phi, and psi, the points,
+    the lengths and the weight of the images are those of a grid that is `STRIDE` times coarser."""
     space, bound = spatial_shape(psi), max_step / STRIDE
-    grid = identity_grid(space)
-
-    def widened(k, weight):
-        return jnp.maximum(weight, jnp.minimum(1, 2 * kernel(jnp.linalg.norm(grid - points[k], axis=-1) / region[k])))
-
-    weight = jax.lax.fori_loop(0, len(points), widened, jnp.zeros(space))[..., None]
 
     def step(_, state):
         psi, near = state

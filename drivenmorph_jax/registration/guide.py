@@ -30,14 +30,10 @@ def guide(deformed: Deformed) -> Deformed:
     points, targets = (map_points(to_voxel, x) for x in (scale * marks.fixed, aligned(scale * marks.moving)))
     radius = np.where(np.isnan(marks.radius), RADIUS, scale * marks.radius) / spacing
     lacked = np.asarray(demons.remaining(deformed.u, points, targets))
-    left_out = {k: f"contradicts landmark {marks.names[other]}" for k, other in demons.contradictory(
-        points, targets, lacked, SLACK / spacing).items()}
+    left_out = contradicting(marks.names, points, targets, lacked, SLACK / spacing)
     far = demons.out_of_reach(deformed.u, points, targets, radius)
-    left_out |= {k: f"is {lacked[k] * spacing / scale:.1f} mm away, too far for its radius of "
-                    f"{radius[k] * spacing / scale:.1f} mm" for k in np.flatnonzero(far) if k not in left_out}
-    for k, why in left_out.items():
-        warnings.warn(InputWarning(f"landmark {marks.names[k]} {why}, and is left out; correct or delete it, or change "
-                                   "its radius"), stacklevel=2)
+    left_out |= too_far(set(np.flatnonzero(far)) - set(left_out), *(x * spacing / scale for x in (lacked, radius)))
+    warn(marks.names, left_out)
     told = tuple({"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k] * spacing / scale),
                   "left_out": left_out.get(k)} for k, name in enumerate(marks.names))
     used = [k for k in range(len(points)) if k not in left_out]
@@ -48,3 +44,21 @@ def guide(deformed: Deformed) -> Deformed:
                       force=request.force if request.method == "demons" else "lncc", weights=deformed.weights)
     return replace(deformed, u=np.asarray(u), u_inverse=np.asarray(coarse_inverse(u, steps=INVERSE_STEPS)),
                    landmarks_told=told)
+
+
+def contradicting(names, points, targets, lacked, slack):
+    """{index: why it is left out} of landmarks that contradict others, see `demons.contradictory`."""
+    return {k: f"contradicts landmark {names[other]}"
+            for k, other in demons.contradictory(points, targets, lacked, slack).items()}
+
+
+def too_far(far, lacked, radius):
+    """{index: why it is left out} of the landmarks with the indices `far`; lengths (N,) in mm."""
+    return {k: f"is {lacked[k]:.1f} mm away, too far for its radius of {radius[k]:.1f} mm" for k in far}
+
+
+def warn(names, left_out):
+    """Warn of each landmark that is left out."""
+    for k, why in left_out.items():
+        warnings.warn(InputWarning(f"landmark {names[k]} {why}, and is left out; correct or delete it, or change its "
+                                   "radius"), stacklevel=3)

@@ -8,6 +8,7 @@ import numpy as np
 
 from drivenmorph_jax.demons import FORCES
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import checksum
 from drivenmorph_jax.images.geometry import checked
 from drivenmorph_jax.images.intensity import anchored, foreground
 from drivenmorph_jax.images.reading import PATHS, load_image, load_labels, load_mask
@@ -18,13 +19,15 @@ from drivenmorph_jax.transforms.affine import KINDS
 from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.maps import Chain, Field
 from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
-from drivenmorph_jax.transforms.reading import read_chain
+from drivenmorph_jax.transforms.reading import BACK, read_chain
 from drivenmorph_jax.transforms.world import map_points
 
 REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
 CHOICES = {"strip": ("auto", "yes", "no"), "method": tuple(REFINE_STEPS), "force": tuple(FORCES),
            "contrast": ("auto", "same", "other"), "stiffness": ("auto", "low", "high"),
            "mask_sense": ("ignore", "use")}
+FILES = ("fixed", "moving", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask", "initial_transform",
+         "landmarks")
 AFFINES = *KINDS, "none"  # none: the world coordinates agree
 SIZES = 100, 20_000  # ml; outside, lengths are scaled
 TYPICAL = 1300  # ml
@@ -89,6 +92,7 @@ class Pair:
     landmarks: Landmarks | None  # in the lengths of the files
     refine_steps: int
     network: tuple[Any, Any, dict] | None  # (config, params, about) of `network.inference.load_checkpoint`
+    inputs: dict  # see `inputs_of`
 
     @property
     def masked(self):
@@ -121,7 +125,23 @@ def read(request: Request) -> Pair:
                 given_affine=affine if isinstance(affine, str) else scaled_transform(affine, scale), start=start,
                 landmarks=None if request.landmarks is None else _landmarks(request.landmarks, sources),
                 refine_steps=REFINE_STEPS[request.method] if steps is None else steps,
-                network=load_checkpoint(request.checkpoint) if request.method == "drivenmorph" else None)
+                network=load_checkpoint(request.checkpoint) if request.method == "drivenmorph" else None,
+                inputs=inputs_of(request))
+
+
+def inputs_of(request):
+    """{role: [{"path", "crc32"} of each file]} of the files of a request, by which a change of theirs is found.
+
+    What is no file, such as an array, has neither.
+    """
+    found = {}
+    for role in FILES:
+        given = getattr(request, role)
+        if given is not None:
+            files = given if isinstance(given, (list, tuple)) else [given]
+            found[role] = [{"path": str(file), "crc32": checksum(str(file).removesuffix(BACK))}
+                           if isinstance(file, PATHS) else {"path": None, "crc32": None} for file in files]
+    return found
 
 
 def _initial(request, images):
@@ -133,15 +153,19 @@ def _initial(request, images):
 
 def _landmarks(source, images):
     """The landmarks of a request. Raises InputError where one lies outside its image, as points in LPS do."""
-    found = read_landmarks(source)
+    return within(read_landmarks(source), images, f"{source}: " if isinstance(source, PATHS) else "")
+
+
+def within(landmarks, images, file=""):
+    """The landmarks, where each point lies in its image of {"fixed": Volume, "moving": Volume}. Else it raises
+    InputError, whose sentence begins with `file`."""
     for role, image in images.items():
-        voxels = map_points(np.linalg.inv(image.affine), getattr(found, role))
+        voxels = map_points(np.linalg.inv(image.affine), getattr(landmarks, role))
         outside = ((voxels < -0.5) | (voxels > np.array(image.data.shape) - 0.5)).any(1)
         if outside.any():
-            file = f"{source}: " if isinstance(source, PATHS) else ""
-            raise InputError(f"{file}the {role} point of landmark {found.names[outside.argmax()]} lies outside "
+            raise InputError(f"{file}the {role} point of landmark {landmarks.names[outside.argmax()]} lies outside "
                              f"{image.path}; give points in RAS mm, or delete it")
-    return found
+    return landmarks
 
 
 def _ignored(source, image, request):

@@ -1,7 +1,7 @@
 """The result of a registration, and its files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +62,8 @@ class Result:
                                  page.definitions(self.summary["definitions"])])
         return path
 
-    def save(self, out: str | Path, formats: Sequence[str] = ("itk",), bids: Sequence[str] | None = None) -> None:
+    def save(self, out: str | Path, formats: Sequence[str] = ("itk",), bids: Sequence[str] | None = None,
+             beside: Callable[[Path], None] | None = None) -> None:
         """Write all files of the registration to the folder `out`, as `drivenmorph register` does.
 
         They replace the files of an earlier registration there as a whole: first all are written to a folder inside,
@@ -74,6 +75,7 @@ class Result:
             warps .mgz and the affine .lta; "fsl" relative warps; "spm" deformations y_; "afni" displacements in LPS mm.
           bids: (prefix, moving space, fixed space), such as ("sub-01", "T1w", "MNI152NLin2009cAsym"): the transforms
             are named as BIDS derivatives, sub-01_from-T1w_to-MNI152NLin2009cAsym_mode-image_xfm.
+          beside: function of a folder that writes further files into it, which then belong to the result.
 
         Raises InputError where a file cannot be written, or `former_files` refuses the folder.
         """
@@ -90,12 +92,14 @@ class Result:
                 written = pool.submit(volumes, new)
                 self.overview(new / "overview.png")
                 self._page(new / "report.html", new / "overview.png")
+                if beside is not None:
+                    beside(new)
                 written.result()
             files = sorted(path.name for path in new.iterdir())
             (out / SUMMARY).unlink(missing_ok=True)
             for name in former:
                 (out / name).unlink(missing_ok=True)
-        self.summary["files"] = files
+        self.summary.update(formats=list(formats), bids=None if bids is None else list(bids), files=files)
         write_json(out / SUMMARY, self.summary)
 
     def _save_images(self, out):
@@ -110,13 +114,17 @@ class Result:
         write_force(out / "force.nii.gz", self.force, self.transform.grid, FORCE_IS[by])
 
 
+def transform_names(bids=None):
+    """The names of the files of a transform and of its inverse, without endings; `bids` is that of `Result.save`."""
+    if not bids:
+        return "displacement", "inverse_displacement"
+    prefix, *spaces = bids
+    return tuple(f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1]))
+
+
 def save_transforms(out, transform, formats, bids=None):
     """Write a `Transform` and its inverse to the folder `out`; `formats` and `bids` are those of `Result.save`."""
-    names = ["displacement", "inverse_displacement"]
-    if bids:
-        prefix, *spaces = bids
-        names = [f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1])]
-    for name, one in zip(names, (transform, transform.inverse), strict=True):
+    for name, one in zip(transform_names(bids), (transform, transform.inverse), strict=True):
         if "itk" in formats:
             one.save(out / f"{name}.nii.gz")
         if "ras" in formats:

@@ -20,6 +20,7 @@ from drivenmorph_jax.runtime.provenance import environment
 from drivenmorph_jax.transforms.world import displacement_of, pull_back
 
 WINDOW = 9  # side of the boxes of the reported local correlation, in voxels
+SETTINGS = "force", "convention", "mask_sense", "geometry"  # what a later correction needs of the request
 DEFINITIONS = {
     "scale": "All lengths were multiplied by it while registering; not 1 for the brains of small animals. Every number "
              "here is in the lengths of the files.",
@@ -69,8 +70,8 @@ def score(transferred: Transferred) -> Scored:
     uncertain = uncertainty(there) * inside / np.float32(pair.scale)
     numbers = {
         "agreement": pair.agreement,
-        "similarity_before": _similarity(pair.fixed_on_grid, pair.moving_on_grid, pair.counted),
-        "similarity_after": _similarity(pair.fixed_on_grid, moved, pair.counted),
+        "similarity_before": similarity(pair.fixed_on_grid, pair.moving_on_grid, pair.counted),
+        "similarity_after": similarity(pair.fixed_on_grid, moved, pair.counted),
         "fold_pct": float(100 * np.mean(jacobian <= 0)),
         "sdlogj": float(np.log(np.maximum(jacobian, 1e-9)).std()),
         "inverse_mm": metrics.inverse_consistency(pair.u, pair.u_inverse, (pair.spacing,) * 3,
@@ -86,6 +87,7 @@ def score(transferred: Transferred) -> Scored:
             pair.given_affine, str) else pair.affine.tolist(),
         "initial_transform": None if names is None else [
             str(name) for name in ([names] if isinstance(names, PATHS) else names)],
+        "inputs": pair.inputs, "settings": {name: getattr(request, name) for name in SETTINGS},
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
         **finite(numbers)}
@@ -120,5 +122,6 @@ def _mean_lncc(fixed, moving, weight):
     return lncc(fixed[None, ..., None], moving[None, ..., None], WINDOW, weight)
 
 
-def _similarity(fixed, moving, counted):
+def similarity(fixed, moving, counted):
+    """The mean squared local correlation of two images (D, H, W) where `counted` (bool) is True; None: everywhere."""
     return float(_mean_lncc(fixed, moving, None if counted is None else counted[None].astype(jnp.float32)))

@@ -47,10 +47,16 @@ def strip(pair: Pair) -> Stripped:
     heads = {role: image for role, image in images.items() if _to_strip(image, choice)}
     stripped = [image for role, image in images.items() if role not in heads]
     tight = len(heads) == 1 and not has_rim(stripped[0])
-    brains = {role: _brain(image, tight) for role, image in heads.items()}
-    found = {role: _within(image, brains[role]) for role, image in heads.items()}
-    return Stripped(**kept(pair) | found, **{f"{role}_head": heads.get(role) for role in images},
-                    **{f"{role}_brain": brains.get(role) for role in images})
+    return stripped_by(pair, {role: _brain(image, tight) for role, image in heads.items()})
+
+
+def stripped_by(pair: Pair, brains) -> Stripped:
+    """A pair and {role: mask of its brain} of the images that show whole heads."""
+    roles = "fixed", "moving"
+    found = {role: _within(getattr(pair, role), brain) for role, brain in brains.items()}
+    return Stripped(**kept(pair) | found,
+                    **{f"{role}_head": getattr(pair, role) if role in brains else None for role in roles},
+                    **{f"{role}_brain": brains.get(role) for role in roles})
 
 
 def brain_mask(image: Source, geometry: str = "sform") -> nibabel.Nifti1Image:

@@ -1,0 +1,452 @@
+"""Corrections of a finished result: a person says what is wrong at a place, and the deformation is continued there.
+
+A correction has landmarks, a mask where the images are not to be trusted, and a stiffness. It is computed in a cube
+around them, on voxels of the working grid of Demons, see `registration.region`. Let phi = T (id + n) be the transform
+of the result, T its affine, F the fixed and M the moving image. With a mask, n is first interpolated in it from its
+surroundings. Then
+
+  n <- n o psi              psi from `demons.guided`, of the landmarks and of the images F and M o phi around them
+  n <- n, interpolated in the mask again
+  n <- n + w (K_s * n - n)  K_s a Gaussian of the stiffness s, w from 1 at the landmarks and the mask to 0
+  n <- n o psi'             psi' of the landmarks alone, so that they hold
+  n <- unfolded(n)
+
+w = min(1, 2 K(d / g)) at the distance d, K the function of Wendland in `demons.guidance`. g is three radii of a
+landmark, and `AROUND` of the mask. Beyond g nothing changes.
+
+Each correction starts from the result as it was found, not from the correction before it. So a history is a list of
+corrections, each of which can be computed by itself.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import jax.numpy as jnp
+import nibabel
+import numpy as np
+from scipy import ndimage
+
+from drivenmorph_jax import demons
+from drivenmorph_jax.demons.guidance import FARTHEST, REGION, driven_by_images, kernel
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.fields.inverse import inverse_at
+from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.fields.unfold import unfolded
+from drivenmorph_jax.fields.warp import compose
+from drivenmorph_jax.files import checksum
+from drivenmorph_jax.images.contrast import conditional_mean, recoloured
+from drivenmorph_jax.images.field_of_view import beyond, cut_faces
+from drivenmorph_jax.images.intensity import background, foreground, normalise
+from drivenmorph_jax.images.masks import fill
+from drivenmorph_jax.images.reading import load_mask
+from drivenmorph_jax.images.volume import resample, same_grid, smoothed
+from drivenmorph_jax.images.working_grid import coarse_factor
+from drivenmorph_jax.registration import region
+from drivenmorph_jax.registration.align import RIM
+from drivenmorph_jax.registration.guide import ITERATIONS, RADIUS, SLACK, contradicting, too_far, warn
+from drivenmorph_jax.registration.plan import demons_grid
+from drivenmorph_jax.registration.read import MOST_MASKED, Request, read, scaled, scaled_grid, within
+from drivenmorph_jax.registration.result import SUMMARY, transform_names
+from drivenmorph_jax.registration.score import similarity
+from drivenmorph_jax.registration.strip import stripped_by
+from drivenmorph_jax.transforms.points import Landmarks
+from drivenmorph_jax.transforms.reading import BACK
+from drivenmorph_jax.transforms.transform import Transform
+from drivenmorph_jax.transforms.world import (
+    by_planes,
+    displacement_of,
+    jacobian_determinant_of_displacement,
+    map_points,
+    pull_back,
+    sample,
+    unfolded_in_world,
+)
+
+AROUND = 20.0  # mm around a mask, within which images drive the deformation again
+PLACES = 8  # landmarks are filled up to a multiple of it, since each number of them is compiled for once
+AWAY = -1000.0  # voxels; where those that fill up lie, out of reach of all others
+NONE = Landmarks((), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0))
+FIELDS = {"itk": ".nii.gz", "ras": "_ras.nii.gz"}  # formats that keep the displacement, and the ends of their files
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What a person asks for. All of it is in force at once: a later correction has all landmarks that are to hold."""
+
+    landmarks: Landmarks | None = None  # RAS mm; radius in mm, nan for the default
+    distrust: np.ndarray | None = None  # (X, Y, Z) bool on the grid of the fixed image: there images give no force
+    stiffness: float = 0.0  # mm, standard deviation of the Gaussian that smooths the deformation; 0: as the method does
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A result with a correction, or as it was found. Arrays lie on the grid of the fixed image."""
+
+    found: tuple[np.ndarray, np.ndarray, np.ndarray]  # displacement, warped image and Jacobian as they were found
+    region: tuple[slice, slice, slice]  # outside, nothing differs from `found`
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # the three of them in the region
+    correction: Correction | None  # None: as it was found
+    told: list  # of each landmark, as summary.json has it under "landmarks"
+    numbers: dict  # similarity_before and similarity_after in the region, fold_pct there, seconds
+
+    @property
+    def displacement(self) -> np.ndarray:
+        """(X, Y, Z, 3) from the fixed to the moving world, affine and deformable, RAS mm."""
+        return self._whole(0)
+
+    @property
+    def warped(self) -> np.ndarray:
+        """(X, Y, Z), the whole moving image on the grid of the fixed one."""
+        return self._whole(1)
+
+    @property
+    def jacobian(self) -> np.ndarray:
+        """(X, Y, Z), the determinant of the total transform."""
+        return self._whole(2)
+
+    def _whole(self, k):
+        if self.parts is None:
+            return self.found[k]
+        whole = self.found[k].copy()
+        whole[self.region] = self.parts[k]
+        return whole
+
+
+class Session:
+    """A finished result, opened for corrections. Lengths are those of the files.
+
+    Raises InputError where the folder holds no result of this version, where a file of it or an image is missing, or
+    where an image was changed since.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.summary = _summary(self.folder)
+        self.check()
+        settings, self.files = self.summary["settings"], {
+            role: [one["path"] for one in files] for role, files in self.summary["inputs"].items()}
+        self.transform = Transform.load(self.path(_field_name(self.summary)))
+        masks = {role: self.files[role][0] for role in ("fixed_mask", "moving_mask") if role in self.files}
+        pair = read(Request(fixed=self.files["fixed"][0], moving=self.files["moving"][0], **masks, method="demons",
+                            affine=self.transform.linear, force=settings["force"], mask_sense=settings["mask_sense"],
+                            geometry=settings["geometry"]))
+        self.scale = pair.scale
+        self.fixed, self.moving = (scaled(image, 1 / self.scale) for image in (pair.fixed, pair.source))
+        if not same_grid(self.transform.grid, self.fixed):
+            raise InputError(f"{self.transform.grid.path} does not lie on the grid of {self.fixed.path}: run register "
+                             "again")
+        self.pair = stripped_by(pair, {role: self._brain(role, pair) for role in self.summary["stripped"]})
+        shape, grid, spacing = demons_grid(self.pair.fixed)
+        self.shape, self.grid, self.spacing = shape, scaled_grid(grid, 1 / self.scale), spacing / self.scale
+
+    def check(self):
+        """Raises InputError where the result or an image is not what it was when the result was made and opened."""
+        if self.summary != _summary(self.folder):
+            raise InputError(f"{self.folder} holds another result than it did when it was opened: open it again")
+        for role, files in self.summary["inputs"].items():
+            for path, crc32 in ((one["path"], one["crc32"]) for one in files):
+                if path is None:
+                    raise InputError(f"{self.folder} was made from an image in memory, which a correction has to read "
+                                     f"again: save the {role.replace('_', ' ')} to a file and run register with it")
+                found = checksum(path.removesuffix(BACK))
+                if found is None:
+                    raise InputError(f"{path}, which {self.folder / SUMMARY} names, cannot be read: put it back, or "
+                                     "start from the folder where register was run")
+                if found != crc32:
+                    raise InputError(f"{path} was changed since {self.folder} was made from it: put the former file "
+                                     "back, or run register again")
+
+    def path(self, name):
+        """The path of a file of the result. Raises InputError where it is missing."""
+        if not (self.folder / name).is_file():
+            raise InputError(f"{self.folder} has no {name}, which belongs to its result: run register again")
+        return self.folder / name
+
+    def _brain(self, role, pair):
+        """The mask of a brain that register found."""
+        image = getattr(pair, role)
+        return scaled(load_mask(self.path(f"{role}_brain.nii.gz"), scaled(image, 1 / self.scale)), self.scale)
+
+    @cached_property
+    def first(self) -> State:
+        """The result as it was found."""
+        found = [self.transform.displacement]
+        for name in ("warped.nii.gz", "jacobian.nii.gz"):
+            found.append(np.asarray(nibabel.load(self.path(name)).dataobj, np.float32))
+            if found[-1].shape != self.fixed.data.shape:
+                raise InputError(f"{self.folder / name} does not lie on the grid of {self.fixed.path}: run register "
+                                 "again")
+        return State(tuple(found), region.NOWHERE, None, None, self.summary.get("landmarks", []), {})
+
+    # What corrections have in common, computed when the first one needs it.
+
+    @cached_property
+    def images(self):
+        """The brains of the fixed and the moving image as Volumes, smoothed for the working grid, values in [0, 1]."""
+        spacing = self.spacing * self.scale
+        return tuple(scaled(replace(one, data=normalise(smoothed(one, spacing).data)), 1 / self.scale)
+                     for one in (self.pair.fixed, self.pair.moving))
+
+    @cached_property
+    def masks(self):
+        """The Volumes that are above 0 where the fixed and the moving image do not count, or None."""
+        return tuple(one and scaled(one, 1 / self.scale) for one in (self.pair.fixed_mask, self.pair.moving_mask))
+
+    @cached_property
+    def _cut(self):
+        """Of the two images, whether tissue is cut at a face of the grid."""
+        return [np.isfinite(cut_faces(one)).any() for one in (self.pair.fixed, self.pair.moving)]
+
+    @cached_property
+    def _brain_voxels(self):
+        return foreground(self.pair.fixed.data)
+
+    @cached_property
+    def curve(self):
+        """For images of different contrast: the values of the fixed image for those of the moving one; else None."""
+        if self.summary["contrast"] == "same":
+            return None
+        coarser = coarse_factor(self.spacing * self.scale)
+        shape, grid = [n // coarser for n in self.shape], self.grid @ np.diag([coarser] * 3 + [1])
+        way = displacement_of(self.transform.map, shape, grid)
+        mask = self.masks[0]
+        return conditional_mean(resample(self.images[0], shape, grid), pull_back(self.images[1], way, grid),
+                                None if mask is None else 1.0 - (resample(mask, shape, grid, order=0) > 0))
+
+    # A correction.
+
+    def corrected(self, correction: Correction, progress: Callable[[str, float], None] | None = None) -> State:
+        """The result with a correction. It starts from the result as it was found.
+
+        Args:
+          correction: the `Correction`.
+          progress: function of what is done next, in words, and of the share of the work that is done.
+
+        Raises InputError where nothing is asked for, where a landmark lies outside its image, or where the mask lies on
+        another grid or leaves out most of the brain. A landmark that contradicts another or is out of reach is left
+        out, with a warning.
+        """
+        began, tell = time.perf_counter(), progress or (lambda words, share: None)
+        self._checked(correction)
+        tell("read", 0.0)
+        first, marks = self.first, correction.landmarks or NONE
+        back, to_voxel = np.linalg.inv(self.transform.linear), np.linalg.inv(self.grid)
+        points, targets = (map_points(to_voxel, x) for x in (marks.fixed, map_points(back, marks.moving)))
+        lacked = np.linalg.norm(_moved(first.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
+        radius = np.where(np.isnan(marks.radius), RADIUS / self.scale, marks.radius)
+        slack = SLACK / self.scale / self.spacing
+        left_out = contradicting(marks.names, points, targets, lacked, slack)
+        used = [k for k in range(len(points)) if k not in left_out]
+        state = State(first.found, region.NOWHERE, None, correction, [], {})
+        if used or correction.distrust is not None:
+            cube = self._cube(points[used], radius[used] / self.spacing, correction.distrust)
+            places = [cube.voxels(x) for x in (marks.fixed, map_points(back, marks.moving))]
+            tell("images", 0.05)
+            work = _Work(self, cube, correction.distrust)
+            far = work.placed(*(x[used] for x in places), radius[used] / self.spacing)
+            left_out |= too_far({used[k] for k in np.flatnonzero(far)}, lacked, radius)
+            tell("deform", 0.2)
+            n = work.deformed(0 if self.summary["stiffness"] == "high" else ITERATIONS, self.force,
+                              correction.stiffness / self.spacing)
+            tell("warp", 0.7)
+            state = self._pasted(state, cube, np.asarray(n - work.n))
+            tell("measure", 0.9)
+            state = replace(state, numbers=work.numbers(state))
+        warn(marks.names, left_out)
+        after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
+        told = [{"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k]),
+                 "after_mm": float(after[k]), "left_out": left_out.get(k)} for k, name in enumerate(marks.names)]
+        tell("done", 1.0)
+        return replace(state, told=told, numbers=state.numbers | {"seconds": time.perf_counter() - began})
+
+    @property
+    def force(self):
+        """The name of the force of the images."""
+        return self.summary["settings"]["force"] if self.summary["method"] == "demons" else "lncc"
+
+    def _checked(self, correction):
+        """Raises InputError where a correction cannot be made."""
+        marks, mask = correction.landmarks, correction.distrust
+        if (marks is None or not marks.names) and (mask is None or not mask.any()):
+            raise InputError("the correction asks for nothing: give landmarks, or a mask of where not to trust the "
+                             "images; the stiffness alone has no place")
+        if marks is not None:
+            within(marks, {"fixed": self.fixed, "moving": self.moving})
+        if mask is not None:
+            if mask.shape != self.fixed.data.shape:
+                raise InputError(f"the mask of where not to trust the images has {mask.shape} voxels, not those of "
+                                 f"{self.fixed.path}, {self.fixed.data.shape}: give one on the grid of that image")
+            share = np.mean(mask[self._brain_voxels])
+            if share > MOST_MASKED:
+                raise InputError(f"the mask of where not to trust the images holds {share:.0%} of the brain, which "
+                                 "leaves too little to go by: make it smaller")
+
+    def _cube(self, points, radius, distrust):
+        """The `Cube` around landmarks, in voxels of the working grid, and around a mask."""
+        corners = [points - REGION * radius[:, None], points + REGION * radius[:, None]]
+        if distrust is not None and distrust.any():
+            box = np.array([[s.start, s.stop - 1] for s in ndimage.find_objects(distrust.astype(np.uint8))[0]])
+            grid = np.stack(np.meshgrid(*box, indexing="ij"), -1).reshape(-1, 3)
+            found = map_points(np.linalg.inv(self.grid) @ self.fixed.affine, grid)
+            wide = AROUND / self.scale / self.spacing
+            corners += [found - wide, found + wide]
+        corners = np.concatenate(corners)
+        return region.cube_around(corners.min(0), corners.max(0), self.grid)
+
+    def _pasted(self, state, cube, move):
+        """A `State` whose transform is T (id + n + move), with `move` in voxels of a cube."""
+        shape, affine, linear = self.fixed.data.shape, self.fixed.affine, self.transform.linear
+        part = region.part_within(cube, shape, affine)
+        shift = region.on_part(move, cube, part, affine)
+        changed = shift.any(-1)
+        core = region.bounds(changed, part)
+        if core is region.NOWHERE:
+            return state
+        displacement, warped, jacobian = state.found
+        wide = region.widened(core, shape, 2)  # the Jacobian sees a voxel further, and has its own border there
+        there = displacement[wide].copy()
+        there[region.inside(core, wide)] += shift[region.inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
+        placed = region.affine_of_part(affine, wide)
+        there = unfolded_in_world(there, placed, linear)
+        changed = (there != displacement[wide]).any(-1)
+        moved = pull_back(self.moving, there, placed, outside=background(self.moving.data))
+        determinant = jacobian_determinant_of_displacement(there, placed)
+        near = ndimage.binary_dilation(changed, np.ones((3, 3, 3)))
+        return replace(state, region=wide, parts=(
+            there, np.where(changed, moved, warped[wide]), np.where(near, determinant, jacobian[wide])))
+
+
+class _Work:
+    """A correction in its cube. Images are (side, side, side, 1), fields in voxels of the cube."""
+
+    def __init__(self, session, cube, distrust):
+        self.session, self.cube = session, cube
+        self.n = self._found()
+        self.mask = None
+        if distrust is not None and distrust.any():
+            volume = replace(session.fixed, data=distrust.astype(np.uint8))
+            self.mask = jnp.asarray(resample(volume, cube.shape, cube.affine, order=0) > 0)[..., None]
+        self.start = self.n if self.mask is None else unfolded(fill(self.n, self.mask))
+        self.images, self.weights = self._prepared()
+
+    def _found(self):
+        """n of the transform that was found."""
+        fixed, cube, linear = self.session.fixed, self.cube, self.session.transform.linear
+        part = region.part_within(cube, fixed.data.shape, fixed.affine)
+        affine, back = region.affine_of_part(fixed.affine, part), np.linalg.inv(linear)
+        there = self.session.transform.displacement[part]
+        n = by_planes(there.shape, affine, lambda i, x: map_points(back, x + there[i]) - x)
+        return jnp.asarray(region.on_cube(n @ np.linalg.inv(cube.affine[:3, :3]).T.astype(np.float32), affine, cube))
+
+    def way(self, n):
+        """The displacement T (x + n) - x at the voxels of the cube, RAS mm."""
+        vectors, linear = np.asarray(n) @ self.cube.affine[:3, :3].T.astype(np.float32), self.session.transform.linear
+        return by_planes(vectors.shape, self.cube.affine, lambda i, x: map_points(linear, x + vectors[i]) - x)
+
+    def _prepared(self):
+        """((F, M o phi), their weights), where phi is that of `start`."""
+        session, cube, way = self.session, self.cube, self.way(self.start)
+        (fixed, moving), (fixed_mask, moving_mask) = session.images, session.masks
+        images = [resample(fixed, cube.shape, cube.affine), pull_back(moving, way, cube.affine)]
+        images = [jnp.asarray(x)[..., None] for x in images]
+        if session.curve is not None:
+            images[1] = recoloured(images[1], session.curve)
+        nowhere = jnp.zeros((*cube.shape, 1), bool)
+        outs = [nowhere if self.mask is None else self.mask, nowhere]
+        if fixed_mask is not None:
+            outs[0] |= resample(fixed_mask, cube.shape, cube.affine, order=0)[..., None] > 0
+        if moving_mask is not None:
+            outs[1] |= pull_back(moving_mask, way, cube.affine, "nearest")[..., None] > 0
+        images = [fill(x, out) if out.any() else x for x, out in zip(images, outs, strict=True)]
+        for k, cut in enumerate(session._cut):
+            if cut:
+                volume = scaled((session.pair.fixed, session.pair.moving)[k], 1 / session.scale)
+                outs[k] |= beyond(volume, cube.shape, cube.affine, (None, session.transform.linear)[k],
+                                  RIM / session.scale)[1][..., None]
+        return images, tuple(1.0 - out for out in outs)
+
+    def placed(self, points, targets, radius):
+        """Place landmarks, in voxels of the cube; returns which of them are out of reach (N,) bool. They are not used.
+
+        Landmarks AWAY, which want nothing, fill them up.
+        """
+        more = max(-(-len(points) // PLACES), 1) * PLACES - len(points)
+        away = np.full((more, 3), AWAY)
+        points, targets = np.concatenate([points, away]), np.concatenate([targets, away + self.start[0, 0, 0]])
+        radius = np.concatenate([radius, np.full(more, radius.mean() if len(radius) else PLACES)])
+        between, found = (np.array(x) for x in inverse_at(self.start, *(jnp.asarray(x, jnp.float32) for x in (
+            targets, points)), 100))
+        far = ~found | (np.linalg.norm(between - points, axis=-1) > FARTHEST * radius)
+        points[far], between[far], targets[far] = AWAY, AWAY, AWAY + np.asarray(self.start[0, 0, 0])
+        self.points, self.between, self.targets, self.radius = (
+            jnp.asarray(x, jnp.float32) for x in (points, between, targets, radius))
+        return far[:len(far) - more]
+
+    def deformed(self, iterations, force, stiffness):
+        """n with the correction. `stiffness` is in voxels."""
+        weight = self.around = self._around()
+        psi = demons.guided(*self.images, jnp.zeros_like(self.n), self.points, self.between, self.radius,
+                            iterations=iterations, force=force, weights=self.weights, around=self.around)
+        n = compose(self.start, psi)
+        if self.mask is not None:
+            n = fill(n, self.mask)
+        if stiffness:
+            n = n + weight * (gaussian_smooth(n, stiffness) - n)
+        return demons.guided(*self.images, n, self.points, self.targets, self.radius, iterations=0, force=force,
+                             weights=self.weights)
+
+    def _around(self):
+        """w: how much images drive each voxel."""
+        weight = driven_by_images(self.cube.shape, self.points, REGION * self.radius)
+        if self.mask is None:
+            return weight
+        far = ndimage.distance_transform_edt(~np.asarray(self.mask[..., 0]))
+        reach = AROUND / self.session.scale / self.session.spacing
+        return jnp.maximum(weight, jnp.minimum(1, 2 * kernel(jnp.asarray(far, jnp.float32) / reach))[..., None])
+
+    def numbers(self, state):
+        """The numbers of a `State`."""
+        session, cube = self.session, self.cube
+        counted = (self.around * self.weights[0] * self.weights[1])[..., 0] > 0
+        part = region.part_within(cube, session.fixed.data.shape, session.fixed.affine)
+        affine = region.affine_of_part(session.fixed.affine, part)
+        way = region.on_cube(state.displacement[part], affine, cube)
+        after = jnp.asarray(pull_back(session.images[1], way, cube.affine))
+        if session.curve is not None:
+            after = recoloured(after, session.curve)
+        fixed, before = (x[..., 0] for x in self.images)
+        folded = state.jacobian[state.region][session._brain_voxels[state.region]] <= 0
+        return {"similarity_before": similarity(fixed, before, counted), "similarity_after": similarity(
+            fixed, after, counted), "fold_pct": float(100 * folded.mean()) if folded.size else 0.0}
+
+
+def _moved(displacement, grid, points):
+    """Points (N, 3) of the fixed world in the moving one, by a displacement (X, Y, Z, 3) on the grid of a Volume."""
+    return points + sample(np.moveaxis(displacement, -1, 0), map_points(np.linalg.inv(grid.affine), points))
+
+
+def _summary(folder):
+    """The content of summary.json of a result. Raises InputError where there is none that can be corrected."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text())
+        found["files"], found["fixed"], found["moving"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder} holds no result of register: give the folder that was its --out") from error
+    if "inputs" not in found:
+        raise InputError(f"{folder} was made by an earlier version, which did not keep what a correction needs: run "
+                         "register again")
+    return found
+
+
+def _field_name(summary):
+    """The name of the file with the displacement. Raises InputError where the result has it in other formats only."""
+    name = transform_names(summary["bids"])[0]
+    for form, end in FIELDS.items():
+        if form in summary["formats"]:
+            return name + end
+    raise InputError(f"{SUMMARY} says that the transform was written as {', '.join(summary['formats'])} only: run "
+                     "register again, with itk among its --formats")

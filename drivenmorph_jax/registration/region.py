@@ -1,0 +1,106 @@
+"""The region of a correction: a cube of voxels around it, on which it is computed, and its way back to the fixed grid.
+
+The voxels are those of the working grid of Demons, which is continued beyond its sides. Few sizes of the cube are used,
+since each is compiled for once.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from drivenmorph_jax.transforms.world import by_planes, channels_first, map_points
+
+SIDES = 32, 48, 80, 128, 192, 256  # voxels of a cube
+PAD = 8  # voxels around what moves, as far as the windows of the force reach
+STILL = 1e-4  # voxels; what moves less does not move
+
+
+@dataclass(frozen=True, eq=False)
+class Cube:
+    """A cube of isotropic voxels in the fixed world."""
+
+    side: int
+    affine: np.ndarray  # (4, 4), voxel to RAS mm
+
+    @property
+    def shape(self):
+        return (self.side,) * 3
+
+    def voxels(self, points):
+        """Points (..., 3) of the fixed world in voxels of the cube."""
+        return map_points(np.linalg.inv(self.affine), points)
+
+
+def cube_around(low, high, grid):
+    """The smallest `Cube` of `SIDES` around the voxels from `low` to `high` (3,) of a grid with the affine `grid`.
+
+    `PAD` voxels are left on each side. Its voxels are those of the grid.
+    """
+    low, high = np.floor(low).astype(int), np.ceil(high).astype(int)
+    least = (high - low).max() + 1 + 2 * PAD
+    side = next((side for side in SIDES if side >= least), -(-least // 64) * 64)
+    affine = grid.copy()
+    affine[:3, 3] = map_points(grid, (low + high - side + 1) // 2)
+    return Cube(int(side), affine)
+
+
+def part_within(cube, shape, affine):
+    """The slices of a grid (shape, affine) around its part within a cube, a voxel wider where there is one."""
+    corners = np.array(list(itertools.product((0, cube.side - 1), repeat=3)))
+    found = map_points(np.linalg.inv(affine) @ cube.affine, corners)
+    low, high = np.floor(found.min(0)).astype(int) - 1, np.ceil(found.max(0)).astype(int) + 2
+    return tuple(slice(int(np.clip(a, 0, n - 1)), int(np.clip(b, 1, n)))
+                 for a, b, n in zip(low, high, shape, strict=True))
+
+
+def affine_of_part(affine, part):
+    """The affine of the part of a grid that slices cut out."""
+    found = np.array(affine, float)
+    found[:3, 3] = map_points(affine, [one.start for one in part])
+    return found
+
+
+def on_cube(field, affine, cube):
+    """A field (X, Y, Z, 3) on a grid with an affine, sampled linearly on a cube and clamped at the edge."""
+    matrix = np.linalg.inv(affine) @ cube.affine
+    return np.stack([ndimage.affine_transform(c, matrix[:3, :3], matrix[:3, 3], cube.shape, order=1, mode="nearest",
+                                              prefilter=False) for c in channels_first(field)], -1)
+
+
+def on_part(move, cube, part, affine):
+    """A field `move` of a cube (side, side, side, 3), in its voxels, on a part of a grid with an affine, in RAS mm.
+
+    It is sampled linearly, and 0 beyond the cube and where it is shorter than `STILL`.
+    """
+    channels, linear = channels_first(move), cube.affine[:3, :3].T.astype(np.float32)
+
+    def plane(_, x):
+        voxel = np.moveaxis(cube.voxels(x), -1, 0)
+        found = np.stack([ndimage.map_coordinates(c, voxel, order=1, mode="constant", prefilter=False)
+                          for c in channels], -1)
+        return np.where(np.linalg.norm(found, axis=-1, keepdims=True) < STILL, 0, found) @ linear
+
+    return by_planes((*(one.stop - one.start for one in part), 3), affine_of_part(affine, part), plane)
+
+
+def widened(part, shape, by):
+    """The slices of a part of a grid of `shape`, wider by `by` voxels on each side where there are so many."""
+    return tuple(slice(max(one.start - by, 0), min(one.stop + by, n)) for one, n in zip(part, shape, strict=True))
+
+
+def inside(inner, outer):
+    """The slices of the part `inner` of a grid, counted from the beginning of the part `outer`."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
+
+
+def bounds(marked, part):
+    """The slices of a grid around the voxels that are marked in a part of it; empty slices where none is."""
+    found = ndimage.find_objects(marked.astype(np.uint8))
+    if not found:
+        return NOWHERE
+    return tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(part, found[0], strict=True))
+
+
+NOWHERE = (slice(0, 0),) * 3
