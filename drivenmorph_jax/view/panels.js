@@ -9,6 +9,18 @@ export const canvas = name => by(name).querySelector("canvas");
 let result, overlay = "", middle, listeners = [];
 
 
+// NiiVue compiles some fifty programs for each panel, most of them for renderings, meshes and filters, of which the page
+// has none. Without their content they take no time.
+const UNUSED = /rayDir|vClr|\bdX\b|labelTex|usampler3D|activeIndex|sampler2D volume/;
+const NOTHING = "#version 300 es\nprecision highp float;\nout vec4 colour;\nvoid main() { colour = vec4(0.0); }";
+
+function lean(canvas) {
+  const gl = canvas.getContext("webgl2", {alpha: true, antialias: false}), source = gl.shaderSource.bind(gl);
+  gl.shaderSource = (shader, text) => source(shader,
+    gl.getShaderParameter(shader, gl.SHADER_TYPE) === gl.FRAGMENT_SHADER && UNUSED.test(text) ? NOTHING : text);
+  return canvas;
+}
+
 async function file(name) {
   const found = await fetch(`${name}.nii`);
   if (!found.ok) throw new Error(await found.text());
@@ -25,7 +37,7 @@ export async function open(told) {
       isOrientationTextVisible: true, showAllOrientationMarkers: true, fontColor: [1, 1, 0.6, 1],
       crosshairColor: [1, 0.2, 0.2, 0.8], isRadiologicalConvention: false, logLevel: "error"});
     for (const [colours, table] of Object.entries(result.colours)) view.addColormap(colours, table);
-    await view.attachToCanvas(canvas(name)); performance.mark(name + " attached");
+    await view.attachToCanvas(lean(canvas(name)), false); performance.mark(name + " attached");
     view.setSliceType(Number(by("slices").value));
     views[name] = view;
     const got = await files[name]; performance.mark(name + " got"); await draw(name, got); performance.mark(name + " drawn");

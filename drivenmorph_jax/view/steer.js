@@ -105,21 +105,27 @@ async function mark(name) {
 }
 
 function list() {
-  const told = new Map((now?.told ?? []).map(one => [one.name, one]));
-  by("landmarks").replaceChildren(!marks.length ? "" : table(
-    ["landmark", "radius (mm)", "mm before", "mm after", "", "", ""], marks.map((one, k) => {
-      const found = told.get(one.name), name = element("input"), size = element("input");
-      name.value = one.name;
-      name.setAttribute("aria-label", `Name of ${one.name}`);
-      name.addEventListener("change", () => { one.name = name.value; });
-      Object.assign(size, {type: "number", min: 1, max: 100, step: "any", placeholder: radius, value: one.radius ?? ""});
-      size.setAttribute("aria-label", `Radius of ${one.name} in mm`);
-      size.addEventListener("change", () => { one.radius = size.value === "" ? null : Number(size.value); });
-      return row([name, size, found ? found.before_mm.toFixed(1) : "", found ? found.after_mm.toFixed(1) : "",
-        button("show", () => go(one.fixed), `Show ${one.name}`),
-        button("delete", () => { marks.splice(k, 1); list(); by("add").focus(); }, `Delete ${one.name}`),
-        found?.left_out ? element("span", `left out: it ${found.left_out}`, "warn") : ""]);
-    })));
+  const told = new Map((now?.told ?? []).map(one => [one.name, one])), mine = new Set(marks.map(one => one.name));
+  const entry = (one, name, size, drop) => {
+    const found = told.get(one.name);
+    return row([name, size, found ? found.before_mm.toFixed(1) : "", found ? found.after_mm.toFixed(1) : "",
+      button("show", () => go(one.fixed), `Show ${one.name}`), drop,
+      found?.left_out ? element("span", `left out: it ${found.left_out}`, "warn") : ""]);
+  };
+  const rows = [...told.values()].filter(one => !mine.has(one.name)).map(one => entry(one, one.name, "", ""));
+  rows.push(...marks.map((one, k) => {
+    const name = element("input"), size = element("input");
+    name.value = one.name;
+    name.setAttribute("aria-label", `Name of ${one.name}`);
+    name.addEventListener("change", () => { one.name = name.value; });
+    Object.assign(size, {type: "number", min: 1, max: 100, step: "any", placeholder: radius, value: one.radius ?? ""});
+    size.setAttribute("aria-label", `Radius of ${one.name} in mm`);
+    size.addEventListener("change", () => { one.radius = size.value === "" ? null : Number(size.value); });
+    const drop = () => { marks.splice(k, 1); list(); by("add").focus(); };
+    return entry(one, name, size, button("delete", drop, `Delete ${one.name}`));
+  }));
+  by("landmarks").replaceChildren(rows.length ? table(
+    ["landmark", "radius (mm)", "mm before", "mm after", "", "", ""], rows) : "");
 }
 
 // Paint: balls of voxels in NiiVue's drawing, which the fixed and the warped image share.
@@ -131,6 +137,7 @@ function drawing() {
 
 function shared() {
   for (const view of [views.fixed, views.warped]) {
+    if (!view.drawBitmap) view.createEmptyDrawing();  // which makes the texture
     view.drawBitmap = views.fixed.drawBitmap;
     view.setDrawOpacity(0.45);
     view.refreshDrawing(true);

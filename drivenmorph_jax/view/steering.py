@@ -10,12 +10,14 @@ import sys
 import threading
 import traceback
 import zlib
+from pathlib import Path
 
 import numpy as np
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import finite
-from drivenmorph_jax.registration.correct import Correction, History, Session
+from drivenmorph_jax.registration.correct import Correction, Session
+from drivenmorph_jax.registration.history import History
 from drivenmorph_jax.transforms.points import Landmarks
 from drivenmorph_jax.transforms.world import channels_first, map_points, sample
 from drivenmorph_jax.view.layers import Shown
