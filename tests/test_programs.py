@@ -87,7 +87,7 @@ def test_help_does_not_wait_for_jax(arguments):
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["registr"], "did you mean register?"),
-    (["fly"], "register, cohort, template, label, apply, strip, view, train, eval, prepare")])
+    (["fly"], "register, cohort, template, label, apply, strip, view, correct, train, eval, prepare")])
 def test_an_unknown_command_is_refused(arguments, said):
     with pytest.raises(InputError, match=re.escape(said)):
         main.main(arguments)

@@ -5,7 +5,7 @@ import difflib
 import sys
 from functools import partial
 
-from drivenmorph_jax.cli import apply, cohort, label, prepare, register, strip, template, train, view
+from drivenmorph_jax.cli import apply, cohort, correct, label, prepare, register, strip, template, train, view
 from drivenmorph_jax.cli import eval as evaluate
 from drivenmorph_jax.cli.program import run
 from drivenmorph_jax.errors import InputError
@@ -20,6 +20,7 @@ COMMANDS = {
     "apply": apply,
     "strip": strip,
     "view": view,
+    "correct": correct,
     "train": train,
     "eval": evaluate,
     "prepare": prepare,

@@ -20,7 +20,9 @@ corrections, each of which can be computed by itself.
 
 import json
 import time
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,18 +44,19 @@ from drivenmorph_jax.images.contrast import conditional_mean, recoloured
 from drivenmorph_jax.images.field_of_view import beyond, cut_faces
 from drivenmorph_jax.images.intensity import background, foreground, normalise
 from drivenmorph_jax.images.masks import fill
-from drivenmorph_jax.images.reading import load_mask
+from drivenmorph_jax.images.reading import Source, load_mask
 from drivenmorph_jax.images.volume import resample, same_grid, smoothed
 from drivenmorph_jax.images.working_grid import coarse_factor
 from drivenmorph_jax.registration import region
 from drivenmorph_jax.registration.align import RIM
+from drivenmorph_jax.registration.export import corrected_result
 from drivenmorph_jax.registration.guide import ITERATIONS, RADIUS, SLACK, contradicting, too_far, warn
 from drivenmorph_jax.registration.plan import demons_grid
 from drivenmorph_jax.registration.read import MOST_MASKED, Request, read, scaled, scaled_grid, within
-from drivenmorph_jax.registration.result import SUMMARY, transform_names
+from drivenmorph_jax.registration.result import SUMMARY, former_files, transform_names
 from drivenmorph_jax.registration.score import similarity
 from drivenmorph_jax.registration.strip import stripped_by
-from drivenmorph_jax.transforms.points import Landmarks
+from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
 from drivenmorph_jax.transforms.reading import BACK
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import (
@@ -129,7 +132,7 @@ class Session:
         self.check()
         settings, self.files = self.summary["settings"], {
             role: [one["path"] for one in files] for role, files in self.summary["inputs"].items()}
-        self.transform = Transform.load(self.path(_field_name(self.summary)))
+        self.transform = Transform.load(self.path(_field_names(self.summary)[0]))
         masks = {role: self.files[role][0] for role in ("fixed_mask", "moving_mask") if role in self.files}
         pair = read(Request(fixed=self.files["fixed"][0], moving=self.files["moving"][0], **masks, method="demons",
                             affine=self.transform.linear, force=settings["force"], mask_sense=settings["mask_sense"],
@@ -182,6 +185,19 @@ class Session:
                                  "again")
         return State(tuple(found), region.NOWHERE, None, None, self.summary.get("landmarks", []), {})
 
+    @cached_property
+    def identity(self) -> int:
+        """The CRC-32 of the displacement, by which a history knows its result."""
+        return zlib.crc32(np.ascontiguousarray(self.transform.displacement))
+
+    @property
+    def inverse_displacement(self):
+        """The displacement of the inverse as it was found, on the grid of the moving image, RAS mm."""
+        found = Transform.load(self.path(_field_names(self.summary)[1]))
+        if not same_grid(found.grid, self.moving):
+            raise InputError(f"{found.grid.path} does not lie on the grid of {self.moving.path}: run register again")
+        return found.displacement
+
     # What corrections have in common, computed when the first one needs it.
 
     @cached_property
@@ -219,6 +235,16 @@ class Session:
 
     # A correction.
 
+    def correction(self, landmarks: str | Path | None = None, distrust: Source | None = None,
+                   stiffness: float = 0.0) -> Correction:
+        """The `Correction` of a table of landmarks and of a mask on the grid of the fixed image, as files.
+
+        Raises InputError where a file cannot be used.
+        """
+        mask = None if distrust is None else load_mask(distrust, self.fixed, self.summary["settings"]["geometry"])
+        return Correction(None if landmarks is None else read_landmarks(landmarks),
+                          None if mask is None else mask.data > 0, stiffness)
+
     def corrected(self, correction: Correction, progress: Callable[[str, float], None] | None = None) -> State:
         """The result with a correction. It starts from the result as it was found.
 
@@ -230,7 +256,7 @@ class Session:
         another grid or leaves out most of the brain. A landmark that contradicts another or is out of reach is left
         out, with a warning.
         """
-        began, tell = time.perf_counter(), progress or (lambda words, share: None)
+        began, tell = time.perf_counter(), progress or _silent
         self._checked(correction)
         tell("read", 0.0)
         first, marks = self.first, correction.landmarks or NONE
@@ -260,8 +286,43 @@ class Session:
         after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         told = [{"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k]),
                  "after_mm": float(after[k]), "left_out": left_out.get(k)} for k, name in enumerate(marks.names)]
-        tell("done", 1.0)
         return replace(state, told=told, numbers=state.numbers | {"seconds": time.perf_counter() - began})
+
+    def warm(self) -> None:
+        """Compile what a correction of usual size needs, by one that changes nothing. It can run in a thread."""
+        middle = np.argwhere(self._brain_voxels).mean(0).round().astype(int)
+        point = map_points(self.fixed.affine, middle[None])
+        mask = np.zeros(self.fixed.data.shape, bool)
+        mask[tuple(middle)] = True
+        there = _moved(self.first.displacement, self.fixed, point)
+        with suppress(InputError):  # where the middle has no partner
+            self.corrected(Correction(Landmarks(("middle",), point, there, np.array([np.nan])), mask, 1.0))
+
+    def save(self, history, out: str | Path, progress: Callable[[str, float], None] | None = None) -> None:
+        """Write all files of the correction that is in force in a `History`, as register writes them, and the history.
+
+        They replace those of an earlier result in the folder `out` as a whole, as in `Result.save`. The formats and the
+        names of the transforms are those of the result. `progress` is that of `corrected`.
+
+        Raises InputError where no correction is in force, where a file cannot be read any more or written, or where
+        `out` is the folder of the result.
+        """
+        self.check()
+        self.check_out(out)
+        if history.current is None:
+            raise InputError("no correction is in force, so that there is nothing to write: make one, or redo it")
+        tell = progress or _silent
+        state = history.current.state or self.corrected(history.current.correction, tell)
+        tell("inverse, score and check", 0.0)
+        result = corrected_result(self, state)
+        tell("write", 0.7)
+        result.save(out, self.summary["formats"], self.summary["bids"], history.write)
+
+    def check_out(self, out):
+        """Raises InputError where a corrected result cannot be written to the folder `out`."""
+        if Path(out).resolve() == self.folder.resolve():
+            raise InputError(f"{out} is the folder of the result, from which its corrections start: give another --out")
+        former_files(out)
 
     @property
     def force(self):
@@ -424,6 +485,10 @@ class _Work:
             fixed, after, counted), "fold_pct": float(100 * folded.mean()) if folded.size else 0.0}
 
 
+def _silent(words, share):
+    """The progress that nobody wants to see."""
+
+
 def _moved(displacement, grid, points):
     """Points (N, 3) of the fixed world in the moving one, by a displacement (X, Y, Z, 3) on the grid of a Volume."""
     return points + sample(np.moveaxis(displacement, -1, 0), map_points(np.linalg.inv(grid.affine), points))
@@ -442,11 +507,10 @@ def _summary(folder):
     return found
 
 
-def _field_name(summary):
-    """The name of the file with the displacement. Raises InputError where the result has it in other formats only."""
-    name = transform_names(summary["bids"])[0]
+def _field_names(summary):
+    """The names of the files of the transform and its inverse. Raises InputError where no format of theirs keeps it."""
     for form, end in FIELDS.items():
         if form in summary["formats"]:
-            return name + end
+            return [name + end for name in transform_names(summary["bids"])]
     raise InputError(f"{SUMMARY} says that the transform was written as {', '.join(summary['formats'])} only: run "
                      "register again, with itk among its --formats")

@@ -34,7 +34,7 @@ class Transferred(Deformed):
 def transfer(deformed: Deformed) -> Transferred:
     """Compute the total transform, affine and deformable. It warps the moving image and its labels. Its Jacobian
     determinant and the force are given on the same grid. From here on, lengths are those of the files."""
-    deformed = _unscaled(deformed)
+    deformed = unscaled(deformed)
     fixed, moving, grid, affine = deformed.fixed, deformed.moving, deformed.grid, deformed.affine
     displacement, backward = _displacements(deformed)
     vectors = force_on_grid(fixed.data.shape, fixed.affine, deformed.force, grid)
@@ -62,7 +62,7 @@ def _displacements(deformed):
                                    linear) for maps, volume, linear in ways)
 
 
-def _unscaled(deformed):
+def unscaled(deformed):
     """The same with the lengths of the files."""
     if deformed.scale == 1:
         return deformed
