@@ -12,8 +12,8 @@ import numpy as np
 OCTAVES = 2.0  # the colours of the Jacobian determinant go from 2^-2 to 2^2
 UNCERTAIN = 4.0  # mm, the end of the colours of the uncertainty
 STEPS = 32767  # of the numbers in a file: 16 bits take half of the time of 32
-# Tables of colours as NiiVue takes them: red, green, blue and opacity at places I from 0 to 255. NiiVue shows an overlay
-# wherever its opacity is not 0, so what says little is 0.
+# Tables of colours as NiiVue takes them: red, green, blue and opacity at places I from 0 to 255. NiiVue shows an
+# overlay wherever its opacity is not 0, so what says little is 0.
 COLOURS = {
     "lengths": {"R": [0, 40, 60, 200, 250, 255], "G": [0, 15, 20, 50, 160, 255], "B": [0, 120, 140, 90, 20, 160],
                 "A": [0, 0, 255, 255, 255, 255], "I": [0, 12, 13, 100, 185, 255]},

@@ -70,7 +70,7 @@ class Job:
         (self.notes / FAILURE).unlink(missing_ok=True)
 
     def disown(self):
-        """Take from the result of the pair what says that it is done. The result itself stays until there is another."""
+        """Take from the result of the pair what says that it is done. The result stays until there is another."""
         if self.state()["status"] == DONE:
             summary = json.loads((self.folder / SUMMARY).read_text())
             del summary["made_from"]

@@ -2,15 +2,16 @@
 
 import json
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.registration.cohort_report import COLUMNS, ORDER
 from drivenmorph_jax.registration.decisions import ACCEPT, REDO, decide, read_table
-from drivenmorph_jax.registration.job import DONE, FAILED, MISSING
+from drivenmorph_jax.registration.job import DONE
 from drivenmorph_jax.view.news import News
 from drivenmorph_jax.view.steering import ResultPage
 
-ORDER = FAILED, MISSING, DONE
 OPEN = 2  # pages of pairs that stay in memory
 LONGEST = 10_000  # letters of a note
 
@@ -33,13 +34,12 @@ class CohortPage:
         return sorted(rows, key=lambda row: (known.get(row["status"], 0), -_whole(row.get("warnings"))))
 
     def _tell(self):
-        pairs = [{"number": None, "decision": "", "note": "", "warnings": "", "checks": "", "error": "", "dice_before": "",
-                  "dice_after": "", "similarity_before": "", "similarity_after": "", "fold_pct": "", **row}
-                 for row in self._rows()]
-        for pair in pairs:
-            if pair["status"] == DONE and pair["name"] in self.names:
-                pair["number"] = self.names.index(pair["name"])
+        pairs = [dict.fromkeys(COLUMNS, "") | row | {"number": self._number(row)} for row in self._rows()]
         self.news.tell(title=f"Cohort {self.folder.resolve().name}", pairs=pairs)
+
+    def _number(self, row):
+        """The number of a pair whose result can be opened, or None."""
+        return self.names.index(row["name"]) if row["status"] == DONE and row["name"] in self.names else None
 
     def content(self, name):
         """(bytes, type) of a name, or None."""
@@ -53,14 +53,17 @@ class CohortPage:
             if number not in self._open:
                 name = self.names[int(number)]
                 page = ResultPage(self.folder / name)
-                pairs = [pair for pair in self.news.content["pairs"] if pair["number"] is not None]
-                follow = [pair["number"] for before, pair in zip(pairs, pairs[1:]) if before["name"] == name]
-                page.pair = {"name": name, "next": follow[0] if follow else None}
-                for old in [key for key, one in self._open.items() if not one.news.content["busy"]][:1 - OPEN or None]:
-                    del self._open[old]
+                done = [pair["number"] for pair in self.news.content["pairs"] if pair["number"] is not None]
+                page.pair = {"name": name, "next": dict(pairwise(done)).get(int(number))}
+                idle = [key for key, one in self._open.items() if not one.news.content["busy"]]
+                for key in idle[:max(len(self._open) + 1 - OPEN, 0)]:
+                    del self._open[key]
                 self._open[number] = page
                 threading.Thread(target=page.prepare, daemon=True).start()
             return self._open[number]
+
+    def prepare(self):
+        """Nothing: the table is read."""
 
     def begin(self):
         """Look again what the table says. Called when a page is open."""

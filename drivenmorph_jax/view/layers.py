@@ -171,4 +171,5 @@ class Shown:
         return {"title": f"{Path(self.moving.path).name} to {Path(self.fixed.path).name}",
                 "middle": map_points(self.fixed.affine, np.array(self.fixed.data.shape) // 2).tolist(),
                 "colours": layers.COLOURS, "overlays": {name: vars(layers.OVERLAYS[name]) for name in self.maps()},
-                "radius": RADIUS, "checks": sorted(self.summary.get("checks", ()), key=lambda one: one["status"] == "ok")}
+                "radius": RADIUS,
+                "checks": sorted(self.summary.get("checks", ()), key=lambda one: one["status"] == "ok")}

@@ -1,4 +1,5 @@
 // The page of a result: opens the panels, lists the checks, and hears from the program.
+import { deciding } from "./decide.js";
 import { by, go, open } from "./panels.js";
 import { heard, steer } from "./steer.js";
 import { button, element, row, table } from "./table.js";
@@ -10,11 +11,23 @@ async function start() {
     if (name !== "labels") by("overlay").append(new Option(map.name, name));
   by("outline").hidden = !("labels" in result.overlays);
   checks(result.checks, {});
+  if (result.pair) pair(result.pair);
   await open(result);
   steer(result);
   listen();
   document.body.dataset.ready = "yes";
   checks(result.checks, await (await fetch("places.json")).json());
+}
+
+// In a cohort: the way to the others, and what is decided.
+async function pair({name, next}) {
+  const found = (await (await fetch("../pairs.json")).json()).find(one => one.name === name);
+  const all = element("a", "All pairs"), follow = element("a", "Next pair"), said = element("span");
+  all.href = "../";
+  follow.href = `../${next}/`;
+  said.setAttribute("role", "status");
+  by("pair").append(all, next === null ? "" : follow, ...deciding(found, "../", words => { said.textContent = words; }), said);
+  by("pair").hidden = false;
 }
 
 function checks(found, places) {

@@ -17,9 +17,14 @@ import webbrowser
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
+from pathlib import Path
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.registration.pairs import TABLE
+from drivenmorph_jax.registration.result import SUMMARY
 from drivenmorph_jax.view import niivue
+from drivenmorph_jax.view.cohort import CohortPage
+from drivenmorph_jax.view.steering import ResultPage
 
 LOOPBACK = "127.0.0.1"
 GRACE = 5.0  # seconds without a page after which the server ends; a page that is loaded again takes less
@@ -31,8 +36,10 @@ HEADERS = {
                                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+JSON = "application/json"
 SCRIPT, STYLE, HTML = (f"text/{kind}; charset=utf-8" for kind in ("javascript", "css", "html"))
-PARTS = {"page.css": STYLE} | {f"{name}.js": SCRIPT for name in ("page", "panels", "steer", "table")}
+SCRIPTS = "page", "panels", "steer", "table", "decide", "cohort"
+PARTS = {"page.css": STYLE} | {f"{name}.js": SCRIPT for name in SCRIPTS}
 
 
 class Server(ThreadingHTTPServer):
@@ -87,50 +94,52 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self):
-        if (asked := self._asked()) is None:
-            return None
-        page, name = asked
-        if name == "alive":
-            return self._stay(page)
-        try:
-            found = self.server.content(page, name)
-        except InputError as error:
-            return self._answer(409, str(error).encode(), "text/plain; charset=utf-8")
-        return self._answer(200, *found) if found else self._answer(404)
+        self._answered(self._get)
 
     def do_POST(self):
-        if (asked := self._asked()) is None:
-            return None
-        page, name = asked
-        try:
-            length = int(self.headers.get("Content-Length", -1))
-            if length > LONGEST:
-                return self._answer(413)
-            content = json.loads(self.rfile.read(length)) if length >= 0 else None
-        except ValueError:
-            content = None
-        if not isinstance(content, dict) or self.headers.get("Content-Type") != "application/json":
-            return self._answer(400)
-        try:
-            status, found = 200, page.act(name, content)
-        except InputError as error:
-            status, found = 409, {"error": str(error)}
-        return self._answer(404) if found is None else self._answer(status, json.dumps(found).encode(),
-                                                                    "application/json")
+        self._answered(self._post)
 
-    def _asked(self):
-        """(the page, the name below it) of a request; None where it is refused, which is then answered."""
+    def _answered(self, act):
+        """Answer what the function says: a status, bytes and a type; unless it has answered, which is None."""
+        try:
+            found = self._refused() or act(*self._place())
+        except InputError as error:
+            found = 409, json.dumps({"error": str(error)}).encode(), JSON
+        if found is not None:
+            self._answer(*found)
+
+    def _refused(self):
+        """What is answered to the page of another site."""
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host not in self.server.hosts or origin not in (None, f"http://{host}") or self.headers.get(
                 "Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            return self._answer(403, b"refused\n")
+            return 403, b"refused\n"
+
+    def _place(self):
+        """(the page that is asked for, or None; the name below it)."""
         _, token, *numbers, name = self.path.split("/") if self.path.count("/") > 1 else ("", "", "")
-        page = None
-        if secrets.compare_digest(token.encode(), self.server.token.encode()):
-            page = self.server.page
-            for number in numbers:
-                page = page and page.page(number)
-        return self._answer(404) if page is None else (page, name)
+        page = self.server.page if secrets.compare_digest(token.encode(), self.server.token.encode()) else None
+        for number in numbers:
+            page = page and page.page(number)
+        return page, name
+
+    def _get(self, page, name):
+        if page is not None and name == "alive":
+            return self._stay(page)
+        return (200, *found) if (found := page and self.server.content(page, name)) else (404,)
+
+    def _post(self, page, name):
+        try:
+            length = int(self.headers["Content-Length"])
+            if not 0 <= length <= LONGEST:
+                return 413, b"too long\n"
+            content = json.loads(self.rfile.read(length))
+        except (TypeError, ValueError):
+            content = None
+        if not isinstance(content, dict) or self.headers.get("Content-Type") != JSON:
+            return 400, b"not understood\n"
+        found = page and page.act(name, content)
+        return (404,) if found is None else (200, json.dumps(found).encode(), JSON)
 
     def _answer(self, status, body=b"not found\n", kind="text/plain"):
         self.send_response(status)
@@ -175,15 +184,20 @@ def script():
     return niivue.module().encode()
 
 
+def opened(folder):
+    """The page of the result or the cohort in a folder. Raises InputError where it holds neither."""
+    if (Path(folder) / TABLE).is_file() and not (Path(folder) / SUMMARY).is_file():
+        return CohortPage(folder)
+    return ResultPage(folder)
+
+
 def view(folder, port=0, browser=True):
-    """Show the page of a result folder until it is closed, or until Ctrl-C.
+    """Show the page of the folder of a result or of a cohort until it is closed, or until Ctrl-C.
 
-    Raises InputError where the folder holds no result, NiiVue is missing, or the port is in use.
+    Raises InputError where the folder holds neither, NiiVue is missing, or the port is in use.
     """
-    from drivenmorph_jax.view.steering import ResultPage
-
     script()  # refused at once
-    page = ResultPage(folder)
+    page = opened(folder)
     with Server(page, port) as server:
         threading.Thread(target=page.prepare, daemon=True).start()
         print(f"{folder} is shown at {server.address}\nIt ends when the page is closed, or by Ctrl-C.", flush=True)

@@ -76,6 +76,7 @@ function choose(name) {
   tool = tool === name ? "" : name;
   fixed = null;
   for (const id of ["add", "paint", "erase"]) by(id).setAttribute("aria-pressed", String(id === tool));
+  if (tool) ask("warm").catch(quiet);
   if (tool && by("mode").value !== "side") { by("mode").value = "side"; mode(); }
   say(tool === "add" ? "Click on a structure in the fixed image." : tool === "paint" ?
     "Drag over what is not to be trusted, in the fixed or the warped image." : tool === "erase" ?

@@ -17,13 +17,12 @@ import numpy as np
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import finite
 from drivenmorph_jax.registration.correct import Correction, Session
-from drivenmorph_jax.registration.history import History
+from drivenmorph_jax.registration.history import HISTORY, History
 from drivenmorph_jax.transforms.points import Landmarks
 from drivenmorph_jax.transforms.world import channels_first, map_points, sample
 from drivenmorph_jax.view.layers import Shown
 from drivenmorph_jax.view.news import News
 
-HISTORY = "history.json"
 BUSY = "the program is at work: wait until it has ended"
 
 
@@ -34,10 +33,12 @@ class ResultPage:
     """
 
     html = "page.html"
+    pair = None  # in a cohort: its name, and the number of the next one
 
     def __init__(self, folder):
         self.shown = Shown(folder)
-        self._files, self._making, self._begun = {}, threading.Lock(), threading.Lock()
+        self._files, self._making, self._asking = {}, threading.Lock(), threading.Lock()
+        self._begun, self._warmed, self._computing = threading.Lock(), threading.Lock(), threading.Lock()
         self._session = self._history = None
         self._states = {}  # of the history, by their numbers
         self.news = News(able=False, busy=None, said="", warn=False, made=0, **self._told(None))
@@ -47,7 +48,7 @@ class ResultPage:
     def content(self, name):
         """(bytes, type) of a name, or None."""
         if name == "result.json":
-            return json.dumps(self.shown.described()).encode(), "application/json"
+            return json.dumps(self.shown.described() | {"pair": self.pair}).encode(), "application/json"
         if name == "places.json":
             return json.dumps(self.shown.places()).encode(), "application/json"
         layer, told = name.removesuffix(".nii"), self.news.content
@@ -85,20 +86,27 @@ class ResultPage:
 
     def act(self, name, asked):
         """Do what a page asks for, and return the answer, a dictionary. Raises InputError where it cannot be done."""
+        acts = {"go": self._go, "undo": self._undo, "redo": self._redo, "export": self._export}
+        if name not in (*acts, "point", "warm"):
+            return None
+        told = self.news.content
+        if not told["able"]:
+            raise InputError(BUSY if told["busy"] else told["said"])
         if name == "point":
             return {"moving": self._carried(asked.get("panel"), _point(asked.get("place")))}
-        acts = {"go": self._go, "undo": self._undo, "redo": self._redo, "export": self._export}
-        if name not in acts:
-            return None
-        if not self.news.content["able"] or self.news.content["busy"]:
-            raise InputError(BUSY if self.news.content["busy"] else self.news.content["said"])
-        words, work = acts[name](asked)
-        self._work(words, work)
+        if name == "warm":
+            if self._warmed.acquire(blocking=False):
+                threading.Thread(target=self._warm, daemon=True).start()
+        else:
+            self._work(*acts[name](asked))
         return {}
 
     def _work(self, words, work):
-        """Do something in a thread of its own, one at a time, and tell the pages."""
-        with self._making:
+        """Do something in a thread of its own, one at a time, and tell the pages.
+
+        Raises InputError where another work goes on.
+        """
+        with self._asking:
             if self.news.content["busy"]:
                 raise InputError(BUSY)
             self.news.tell(busy=words, said="", warn=False)
@@ -116,26 +124,43 @@ class ResultPage:
         threading.Thread(target=run, daemon=True).start()
 
     def _open(self):
+        said = None
         try:
             session = Session(self.shown.folder)
-            found = self.shown.folder / HISTORY
-            self._history = History.read(found) if found.exists() else History(session.folder)
+            if "corrected" in session.summary:
+                of = session.summary["corrected"]["result"]
+                raise InputError(f"It is a correction of {of}: correct that one further")
+            self._history = History.of(session)
+            if (self.shown.folder / HISTORY).exists():
+                try:
+                    self._history = History.read(self.shown.folder / HISTORY, session)
+                except InputError as error:
+                    said = f"{error}. The next correction begins another history in its place"
         except InputError as error:
-            raise InputError(f"It can be looked at only. {error}") from error
+            raise InputError(f"The result can be looked at only. {error}") from error
         self._session = session
-        self.news.tell(able=True)
         self._show()
+        self.news.tell(able=True)
+        return said
+
+    def _warm(self):
+        """Compile what a correction needs, while the first one is thought of."""
+        with self._computing:
+            self._session.warm()
+
+    def _corrected(self, correction):
+        with self._computing:
+            return self._session.corrected(correction, self._progress)
 
     def _go(self, asked):
         correction = self._asked(asked)
 
         def work():
-            state = self._session.corrected(correction, self._progress)
+            state = self._corrected(correction)
+            self._states = {k: one for k, one in self._states.items() if k <= self._history.at}
             self._history.add(correction, state)
-            self._states = {k: one for k, one in self._states.items() if k < self._history.at}
             self._states[self._history.at] = state
-            self._history.write(self.shown.folder)
-            self._show()
+            self._keep()
 
         return "correct", work
 
@@ -147,6 +172,10 @@ class ResultPage:
 
     def _move(self, step):
         step()
+        self._keep()
+
+    def _keep(self):
+        """Write the history, and show where it is."""
         self._history.write(self.shown.folder)
         self._show()
 
@@ -155,7 +184,7 @@ class ResultPage:
         at = self._history.at
         for k in (at - 1, at):
             if k > 0 and k not in self._states:
-                self._states[k] = self._session.corrected(self._history.steps[k - 1].correction, self._progress)
+                self._states[k] = self._corrected(self._history.steps[k - 1].correction)
         changed = at or self.news.content["at"]
         self.news.tell(made=self.news.content["made"] + bool(changed), **self._told(self._history))
 
@@ -163,7 +192,8 @@ class ResultPage:
         out = free(self.shown.folder.with_name(f"{self.shown.folder.resolve().name}-corrected"))
 
         def work():
-            self._session.save(self._history, out)
+            with self._computing:
+                self._session.save(self._history, out, self._progress)
             return f"All files are in {out}"
 
         return "write the files", work
@@ -173,18 +203,18 @@ class ResultPage:
 
     def _told(self, history):
         """What the pages are told of a history."""
-        at = 0 if history is None else history.at
-        correction = history.correction if at else Correction()
-        marks, state = correction.landmarks, self._states.get(at) if at else None
+        step = None if history is None else history.current
+        correction, at = (Correction(), 0) if step is None else (step.correction, history.at)
+        marks = correction.landmarks
         return finite({
             "at": at, "before": at > 0, "stiffness": correction.stiffness, "distrust": correction.distrust is not None,
             "landmarks": [] if marks is None else [
                 {"name": name, "fixed": fixed.tolist(), "moving": moving.tolist(), "radius": float(radius)}
                 for name, fixed, moving, radius in zip(marks.names, marks.fixed, marks.moving, marks.radius,
                                                        strict=True)],
-            "told": self.shown.summary.get("landmarks", []) if state is None else state.told,
+            "told": self.shown.summary.get("landmarks", []) if step is None else step.told,
             "steps": [] if history is None else [
-                {"words": _words(step.correction), **step.numbers} for step in history.steps]})
+                {"words": _words(one.correction), **one.numbers} for one in history.steps]})
 
     def _asked(self, asked):
         """The `Correction` that a page asks for."""
@@ -213,8 +243,6 @@ class ResultPage:
 
     def _carried(self, panel, place):
         """Where the moving image has what a panel shows at a place: a point in RAS mm."""
-        if self._session is None:
-            raise InputError(BUSY)
         if panel == "moving":
             return map_points(self._session.transform.linear, place).tolist()
         at = self.news.content["at"] - (panel == "before")
