@@ -8,13 +8,14 @@ const number = x => x === "" ? "" : String(Number(Number(x).toPrecision(3)));
 function shown(pairs) {
   if (by("rows").contains(document.activeElement) && document.activeElement.matches("input")) return;  // a note is being written
   by("rows").replaceChildren(table(
-    ["pair", "status", "warnings", "which", "similarity before", "after", "Dice before", "after", "J ≤ 0 (%)", "decision", "note"],
+    ["pair", "status", "decision", "note", "warnings", "which", "similarity before", "after", "Dice before", "after",
+      "J ≤ 0 (%)"],
     pairs.map(one => {
       const link = element(one.number === null ? "span" : "a", one.name);
       if (one.number !== null) link.href = `${one.number}/`;
-      return row([link, element("span", one.status, one.status === "done" ? "" : "warn"), one.warnings, one.error || one.checks,
-        number(one.similarity_before), number(one.similarity_after), number(one.dice_before), number(one.dice_after),
-        number(one.fold_pct), ...deciding(one, "", say)]);
+      return row([link, element("span", one.status, one.status === "done" ? "" : "warn"), ...deciding(one, "", () => {}, say),
+        one.warnings, one.error || one.checks, number(one.similarity_before), number(one.similarity_after),
+        number(one.dice_before), number(one.dice_after), number(one.fold_pct)]);
     })));
 }
 

@@ -17,7 +17,7 @@ from drivenmorph_jax.images.intensity import anchored, foreground
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import resample
 from drivenmorph_jax.registration.guide import RADIUS
-from drivenmorph_jax.registration.result import SUMMARY
+from drivenmorph_jax.registration.result import SUMMARY, transform_names
 from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import by_planes, map_points
@@ -55,22 +55,25 @@ class Shown:
         return np.asarray(nibabel.load(self.folder / name).dataobj, np.float32)
 
     @cached_property
-    def _affine(self):
-        return read_affine(self.folder / "affine.tfm") if "affine.tfm" in self._files else None
+    def linear(self):
+        """The affine part T (4, 4) of the transform; None where no file has it."""
+        if "affine.tfm" in self._files:
+            return read_affine(self.folder / "affine.tfm")
+        return None if self._transform is None else Transform.load(self._transform, fixed=self.fixed).linear
 
     @cached_property
     def images(self):
         """{name: voxels (X, Y, Z)} of the three images, in the order in which the page needs them."""
         shape, affine = self.fixed.data.shape, self.fixed.affine
         return {"fixed": self.fixed.data, "warped": self._read("warped.nii.gz"),
-                "moving": resample(self.moving, shape, affine, self._affine)}
+                "moving": resample(self.moving, shape, affine, self.linear)}
 
     def maps(self, state=None):
         """{name: function that gives what `layers.overlay` takes} of the overlays."""
         found = {}
         if "force.nii.gz" in self._files:
             found["force"] = lambda: self._read("force.nii.gz")[:, :, :, 0]
-        if self._transform and self._affine is not None:
+        if self._transform:
             found["displacement"] = lambda: self._without_affine(self._total if state is None else state.displacement)
         if "jacobian.nii.gz" in self._files:
             found["jacobian"] = lambda: self._read("jacobian.nii.gz") if state is None else state.jacobian
@@ -83,9 +86,10 @@ class Shown:
 
     @cached_property
     def _transform(self):
-        names = [name for name in sorted(self._files) if name == "displacement.nii.gz" or
-                 name.endswith("_mode-image_xfm.nii.gz")]
-        return self.folder / names[0] if names else None
+        """The file of the transform, or None where the result has it in other formats only."""
+        name = transform_names(self.summary.get("bids"))[0]
+        found = [f"{name}{end}" for end in (".nii.gz", "_ras.nii.gz", ".h5") if f"{name}{end}" in self._files]
+        return self.folder / found[0] if found else None
 
     @property
     def _total(self):
@@ -93,7 +97,7 @@ class Shown:
 
     def _without_affine(self, total):
         """T^-1 phi(x) - x in mm: the transform without its affine T."""
-        back = np.linalg.inv(self._affine)
+        back = np.linalg.inv(self.linear)
         return by_planes(total.shape, self.fixed.affine, lambda i, x: map_points(back, x + total[i]) - x)
 
     @cached_property
@@ -146,8 +150,7 @@ class Shown:
                 raise ValueError
             found = np.zeros(self.fixed.data.shape, bool)
             found[self.box] = np.asarray(image.dataobj) > 0
-        except (ValueError, EOFError, OSError, nibabel.wrapstruct.WrapStructError,
-                nibabel.filebasedimages.ImageFileError) as error:
+        except Exception as error:  # damaged bytes make nibabel raise exceptions of nearly any kind
             raise InputError("the page sent a drawing that does not lie on its images: load the page again") from error
         return found
 

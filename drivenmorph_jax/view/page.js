@@ -26,7 +26,8 @@ async function pair({name, next}) {
   all.href = "../";
   follow.href = `../${next}/`;
   said.setAttribute("role", "status");
-  by("pair").append(all, next === null ? "" : follow, ...deciding(found, "../", words => { said.textContent = words; }), said);
+  const say = words => { said.textContent = words; };
+  by("pair").append(all, next === null ? "" : follow, ...deciding(found, "../", () => say("kept in cohort.csv"), say), said);
   by("pair").hidden = false;
 }
 

@@ -95,7 +95,7 @@ export function tell() {
     else if (value) numbers.push(map.unit === "mm" ? `${map.name.toLowerCase()} ${value.toFixed(2)} mm`
       : `${map.name.toLowerCase()} ${(2 ** value).toFixed(2)}`);
   }
-  const letters = ["RL", "AP", "SI"].map((ends, k) => `${ends[middle[k] < 0 ? 1 : 0]} ${Math.abs(middle[k]).toFixed(1)}`);
+  const letters = ["RL", "AP", "SI"].map((ends, k) => `${ends[middle[k] <= -0.05 ? 1 : 0]} ${Math.abs(middle[k]).toFixed(1)}`);
   by("status").textContent = `${letters.join(", ")} mm: ${numbers.join(", ")}`;
 }
 

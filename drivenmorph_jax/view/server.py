@@ -46,6 +46,7 @@ class Server(ThreadingHTTPServer):
     """The server of a page. `address` is where it is."""
 
     daemon_threads = True
+    ended = False
 
     def __init__(self, page, port: int = 0):
         self.page, self.token = page, secrets.token_urlsafe(24)
@@ -56,6 +57,10 @@ class Server(ThreadingHTTPServer):
             raise InputError(f"port {port} cannot be used ({error.strerror}): give another --port, or none") from error
         self.hosts = {f"{name}:{self.server_port}" for name in (LOOPBACK, "localhost")}
         self.address = f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
+
+    def server_close(self):
+        self.ended = True  # which the open connections look at
+        super().server_close()
 
     def handle_error(self, request, client_address):
         """A browser may end a connection before it has all."""
@@ -158,15 +163,16 @@ class Handler(BaseHTTPRequestHandler):
         page.begin()
         seen = None
         try:
-            while True:
+            while not self.server.ended:
                 number, content = page.news.wait(seen, BEAT)
                 text = ": alive" if number == seen else f"data: {json.dumps(content)}"
                 seen = number
                 self.wfile.write(f"{text}\n\n".encode())
                 self.wfile.flush()
         except OSError:
-            self.close_connection = True
+            pass  # the page was closed
         finally:
+            self.close_connection = True
             self.server.page_closed()
 
     def log_message(self, *_):

@@ -72,6 +72,9 @@ class ResultPage:
         known = layer in self.shown.images or layer in self.shown.maps(state)
         return self.shown.file(layer, state) if known else None
 
+    def page(self, number):
+        """None: there is no page below this one."""
+
     def prepare(self):
         """Make what the page needs first."""
         for name in self.shown.images:
@@ -244,7 +247,7 @@ class ResultPage:
     def _carried(self, panel, place):
         """Where the moving image has what a panel shows at a place: a point in RAS mm."""
         if panel == "moving":
-            return map_points(self._session.transform.linear, place).tolist()
+            return map_points(self.shown.linear, place).tolist()
         at = self.news.content["at"] - (panel == "before")
         state = self._states.get(at, self._session.first)
         voxel = map_points(np.linalg.inv(self.shown.fixed.affine), place[None])

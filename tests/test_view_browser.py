@@ -1,0 +1,228 @@
+"""The page of a result and of a cohort in a browser: Chromium without a screen, where it is installed.
+
+PICTURES=folder make test writes the pictures of docs/view.md there; see `test_the_tour`.
+"""
+
+import shutil
+from importlib.util import find_spec
+
+import nibabel as nib
+import numpy as np
+import pytest
+from test_view import AFFINE, SWOLLEN, Quick, folder, quick, result, serving, told  # noqa: F401, fixtures among them
+from test_view import cohort as cohort_folder  # noqa: F401
+
+from drivenmorph_jax.registration import decisions
+from drivenmorph_jax.registration.history import HISTORY
+from drivenmorph_jax.view import server, steering
+
+FLAGS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+         "--disable-angle-features=warmUpPipelineCacheAtLink"]  # a third less work for a page
+WAIT = 60_000  # ms
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Chromium, or a reason to skip."""
+    if find_spec("ipyniivue") is None:
+        pytest.skip("ipyniivue, which carries NiiVue, is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None or find_spec("playwright") is None:
+        pytest.skip("a Chromium and the package playwright are not installed")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        one = play.chromium.launch(executable_path=found, args=FLAGS)
+        yield one
+        one.close()
+
+
+@pytest.fixture
+def tab(chromium):
+    """A tab that fails where the page has an error or asks for something from elsewhere."""
+    from playwright.sync_api import expect
+    expect.set_options(timeout=WAIT)
+    page, asked, faults = chromium.new_page(viewport={"width": 1000, "height": 700}), [], []
+    page.set_default_timeout(WAIT)
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
+    yield page
+    page.close()
+    assert not faults and asked and all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in asked)
+
+
+def says(page, place, text):
+    from playwright.sync_api import expect
+    expect(page.locator(place)).to_contain_text(text)
+
+
+def load(page, address, able=True):
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]")
+    if able:
+        page.wait_for_selector("#add:enabled")
+
+
+def click(page, panel, x, y):
+    """Click at a part of the width and the height of a panel."""
+    box = page.locator(f"#{panel} canvas").bounding_box()
+    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+
+
+def inside(page, what):
+    """What a script of the page's own modules returns."""
+    return page.evaluate(f"import('./panels.js').then(({{ by, canvas, place, views }}) => {what})")
+
+
+def place(page):
+    return np.array(inside(page, "place()"))
+
+
+def painted(page, panel="fixed"):
+    """The number of painted voxels of a panel."""
+    return inside(page, f"views.{panel}.drawBitmap?.reduce((sum, x) => sum + (x > 0), 0) ?? 0")
+
+
+def test_images_maps_and_checks(folder, tab):  # noqa: F811
+    with serving(steering.ResultPage(folder / "out")) as one:
+        load(tab, one.address, able=False)
+        assert tab.title() == "moving.nii.gz to fixed.nii.gz"
+        says(tab, "#said", "The result can be looked at only.")
+        assert "<b>Range</b>." in tab.inner_text("#checks") and "<i>two" in tab.inner_text("#landmarks")
+        tab.locator("#checks button").first.click()  # of the check "stretch"
+        x, y, z = nib.affines.apply_affine(AFFINE, SWOLLEN)
+        here = f"{'RL'[int(x < 0)]} {abs(x):.1f}, {'AP'[int(y < 0)]} {abs(y):.1f}, {'SI'[int(z < 0)]} {abs(z):.1f} mm"
+        assert tab.inner_text("#status").startswith(here)
+        tab.select_option("#overlay", "jacobian")
+        says(tab, "#status", "jacobian determinant 4.00")
+        assert tab.inner_text("#legend").split()[:5] == ["1/4", "1/2", "1", "2", "4"]
+        tab.check("#labels")
+        says(tab, "#legend", "Label outlines")
+        tab.select_option("#overlay", "displacement")
+        says(tab, "#status", "displacement 3.00 mm")
+        assert "Displacement (mm)" in tab.inner_text("#legend")
+        for mode, visible in (("swipe", False), ("blink", False), ("side", True)):
+            tab.select_option("#mode", mode)
+            assert tab.is_visible("#moving") == visible and tab.is_visible("#swipe") == (mode == "swipe")
+        for width in (1280, 390):  # nothing is cut off, and every panel has its place
+            tab.set_viewport_size({"width": width, "height": 700})
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            boxes = [tab.locator(f"#{name} canvas").bounding_box() for name in ("fixed", "warped", "moving")]
+            assert all(box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] > 300 for box in boxes)
+            assert len({(box["x"], box["y"]) for box in boxes}) == 3
+
+
+def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chromium):  # noqa: F811
+    with serving(steering.ResultPage(result)) as one:
+        load(tab, one.address)
+        tab.click("#add")
+        says(tab, "#said", "Click on a structure in the fixed image.")
+        click(tab, "warped", 0.2, 0.3)
+        says(tab, "#said", "Click in the fixed image first.")
+        click(tab, "fixed", 0.2, 0.3)
+        says(tab, "#said", "Now click on the same structure")
+        fixed = place(tab)
+        click(tab, "moving", 0.24, 0.32)
+        says(tab, "#said", "landmark 1 is added")
+        moving = one.page.act("point", {"panel": "moving", "place": place(tab).tolist()})["moving"]
+        tab.get_by_label("Radius of landmark 1 in mm").fill("7")
+        tab.click("#paint")
+        box = tab.locator("#fixed canvas").bounding_box()
+        spots = [(box["x"] + x * box["width"], box["y"] + 0.25 * box["height"]) for x in (0.6, 0.7)]
+        tab.mouse.move(*spots[0])
+        tab.mouse.down()
+        tab.mouse.move(*spots[1], steps=4)
+        tab.mouse.up()
+        number = painted(tab)
+        assert number > 100 and painted(tab, "warped") == number
+        tab.click("#go")
+        says(tab, "#history", "1 (shown): 1 landmark, not to be trusted where painted; similarity there 0.250 before")
+        asked = one.page._history.current.correction
+        np.testing.assert_allclose(asked.landmarks.fixed[0], fixed, atol=1e-3)
+        np.testing.assert_allclose(asked.landmarks.moving[0], moving, atol=1e-3)
+        assert asked.landmarks.radius.tolist() == [7] and asked.distrust.sum() == number
+        assert asked.distrust[tuple(np.rint(nib.affines.apply_affine(np.linalg.inv(AFFINE), place(tab))).astype(int))]
+        says(tab, "#status", "before")  # the old result beside the new one
+        value, before = (float(tab.inner_text("#status").split(f"{name} ")[1].split(",")[0]) for name in ("warped", "before"))
+        assert value == pytest.approx(2 * before, rel=1e-2)
+        other = chromium.new_page()  # a second tab shows the same
+        load(other, one.address)
+        says(other, "#history", "1 (shown)")
+        assert painted(other) == number
+        other.click("#undo")
+        says(tab, "#history", "1: 1 landmark")
+        assert tab.is_enabled("#redo") and tab.is_disabled("#undo") and painted(tab) == 0
+        tab.keyboard.press("r")
+        says(other, "#history", "1 (shown)")
+        other.close()
+        tab.click("#export")
+        says(tab, "#said", f"All files are in {result}-corrected")
+        assert (result.parent / "result-corrected" / HISTORY).is_file()
+    says(tab, "#status", "The program has ended.")
+    with serving(steering.ResultPage(result)) as one:
+        load(tab, one.address)
+        says(tab, "#history", "1 (shown)")
+        assert painted(tab) == number and tab.get_by_label("Name of landmark 1").input_value() == "landmark 1"
+        (result / "summary.json").write_text((result / "summary.json").read_text().replace("demons", "drivenmorph"))
+        tab.click("#go")
+        says(tab, "#said", "holds another result than it did when it was opened")
+
+
+def test_the_keyboard_alone(result, tab):  # noqa: F811
+    with serving(steering.ResultPage(result)) as one:
+        load(tab, one.address)
+
+        def focus(panel):
+            for _ in range(40):
+                if tab.evaluate(f"document.activeElement === document.querySelector('#{panel} canvas')"):
+                    break
+                tab.keyboard.press("Tab")
+            assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"  # it is seen where
+
+        focus("fixed")
+        start = place(tab)
+        for key in ("ArrowRight", "ArrowUp", "Shift+ArrowUp", "PageUp", "PageUp"):
+            tab.keyboard.press(key)
+        np.testing.assert_allclose(place(tab) - start, [1, 2, 6], atol=1e-3)
+        fixed = place(tab)
+        tab.keyboard.press("l")
+        focus("warped")
+        tab.keyboard.press("ArrowLeft")
+        assert np.allclose(place(tab), fixed - [1, 0, 0], atol=1e-3)
+        tab.keyboard.press("l")
+        says(tab, "#said", "landmark 1 is added")
+        tab.keyboard.press("d")
+        number = painted(tab)
+        assert number == pytest.approx(4 / 3 * np.pi * 6**3 / 8, rel=0.1)  # a ball of 6 mm, of voxels of 8 mm³
+        tab.keyboard.press("Shift+D")
+        assert painted(tab) == 0
+        tab.keyboard.press("g")
+        says(tab, "#history", "1 (shown): 1 landmark;")
+        mark = one.page._history.current.correction.landmarks
+        np.testing.assert_allclose(mark.fixed[0], fixed, atol=1e-3)
+        tab.keyboard.press("u")
+        says(tab, "#history", "1: 1 landmark;")
+        tab.keyboard.press("r")
+        says(tab, "#history", "1 (shown)")
+
+
+def test_a_cohort(cohort_folder, quick, tab):  # noqa: F811
+    with serving(server.opened(cohort_folder)) as one:
+        tab.goto(one.address)
+        tab.wait_for_selector("#rows table")
+        assert tab.inner_text("#rows tr:nth-child(2)").startswith("broken\tfailed")
+        tab.get_by_label("Decision on good").select_option("accept")
+        tab.get_by_label("Note on good").fill('fine, "so far"')
+        tab.keyboard.press("Tab")
+        says(tab, "#status", "4 pairs, 1 decided")
+        tab.click("text=<b>bad")
+        tab.wait_for_selector("body[data-ready]")
+        tab.get_by_label("Decision on <b>bad").select_option("redo")
+        says(tab, "#pair", "kept in cohort.csv")
+        tab.click("text=Next pair")
+        tab.wait_for_selector("body[data-ready]")
+        assert tab.get_by_label("Note on good").input_value() == 'fine, "so far"'
+        tab.click("text=All pairs")
+        says(tab, "#status", "4 pairs, 2 decided")
+        found = decisions.decisions(cohort_folder)
+    assert found["good"] == {"decision": "accept", "note": 'fine, "so far"'} and found["<b>bad"]["decision"] == "redo"
