@@ -33,7 +33,7 @@ import numpy as np
 from scipy import ndimage
 
 from drivenmorph_jax import demons
-from drivenmorph_jax.demons.guidance import FARTHEST, REGION, driven_by_images, kernel
+from drivenmorph_jax.demons.guidance import FARTHEST, REGION, STRIDE, driven_by_images, kernel
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.fields.smooth import gaussian_smooth
@@ -44,7 +44,7 @@ from drivenmorph_jax.images.contrast import conditional_mean, recoloured
 from drivenmorph_jax.images.field_of_view import beyond, cut_faces
 from drivenmorph_jax.images.intensity import background, foreground, normalise
 from drivenmorph_jax.images.masks import fill
-from drivenmorph_jax.images.reading import Source, load_mask
+from drivenmorph_jax.images.reading import Source, load_labels, load_mask
 from drivenmorph_jax.images.volume import resample, same_grid, smoothed
 from drivenmorph_jax.images.working_grid import coarse_factor
 from drivenmorph_jax.registration import region
@@ -89,9 +89,9 @@ class Correction:
 class State:
     """A result with a correction, or as it was found. Arrays lie on the grid of the fixed image."""
 
-    found: tuple[np.ndarray, np.ndarray, np.ndarray]  # displacement, warped image and Jacobian as they were found
+    found: tuple[np.ndarray | None, ...]  # displacement, warped image, Jacobian, warped labels as they were found
     region: tuple[slice, slice, slice]  # outside, nothing differs from `found`
-    parts: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # the three of them in the region
+    parts: tuple[np.ndarray | None, ...] | None  # the same in the region
     correction: Correction | None  # None: as it was found
     told: list  # of each landmark, as summary.json has it under "landmarks"
     numbers: dict  # similarity_before and similarity_after in the region, fold_pct there, seconds
@@ -111,8 +111,13 @@ class State:
         """(X, Y, Z), the determinant of the total transform."""
         return self._whole(2)
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(X, Y, Z), the moving label map on the grid of the fixed image, int32; None where the result has none."""
+        return self._whole(3)
+
     def _whole(self, k):
-        if self.parts is None:
+        if self.parts is None or self.parts[k] is None:
             return self.found[k]
         whole = self.found[k].copy()
         whole[self.region] = self.parts[k]
@@ -177,13 +182,23 @@ class Session:
     @cached_property
     def first(self) -> State:
         """The result as it was found."""
+        names = {"warped.nii.gz": np.float32, "jacobian.nii.gz": np.float32}
+        if self.labels is not None:
+            names["warped_labels.nii.gz"] = np.int32
         found = [self.transform.displacement]
-        for name in ("warped.nii.gz", "jacobian.nii.gz"):
-            found.append(np.asarray(nibabel.load(self.path(name)).dataobj, np.float32))
+        for name, kind in names.items():
+            found.append(np.asarray(nibabel.load(self.path(name)).dataobj, kind))
             if found[-1].shape != self.fixed.data.shape:
                 raise InputError(f"{self.folder / name} does not lie on the grid of {self.fixed.path}: run register "
                                  "again")
+        found += [None] * (4 - len(found))
         return State(tuple(found), region.NOWHERE, None, None, self.summary.get("landmarks", []), {})
+
+    @cached_property
+    def labels(self):
+        """The label map of the moving image as a Volume, or None."""
+        path = self.files.get("moving_labels")
+        return path and load_labels(path[0], self.moving, self.summary["settings"]["geometry"])
 
     @cached_property
     def identity(self) -> int:
@@ -257,6 +272,7 @@ class Session:
         out, with a warning.
         """
         began, tell = time.perf_counter(), progress or _silent
+        self.check()
         self._checked(correction)
         tell("read", 0.0)
         first, marks = self.first, correction.landmarks or NONE
@@ -275,13 +291,14 @@ class Session:
             work = _Work(self, cube, correction.distrust)
             far = work.placed(*(x[used] for x in places), radius[used] / self.spacing)
             left_out |= too_far({used[k] for k in np.flatnonzero(far)}, lacked, radius)
-            tell("deform", 0.2)
-            n = work.deformed(0 if self.summary["stiffness"] == "high" else ITERATIONS, self.force,
-                              correction.stiffness / self.spacing)
-            tell("warp", 0.7)
-            state = self._pasted(state, cube, np.asarray(n - work.n))
-            tell("measure", 0.9)
-            state = replace(state, numbers=work.numbers(state))
+            if not far.all() or work.mask is not None:
+                tell("deform", 0.2)
+                n = work.deformed(0 if self.summary["stiffness"] == "high" else ITERATIONS, self.force,
+                                  correction.stiffness / self.spacing)
+                tell("warp", 0.7)
+                state = self._pasted(state, cube, np.asarray(n - work.n))
+                tell("measure", 0.9)
+                state = replace(state, numbers=work.numbers(state))
         warn(marks.names, left_out)
         after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         told = [{"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k]),
@@ -367,18 +384,20 @@ class Session:
         core = region.bounds(changed, part)
         if core is region.NOWHERE:
             return state
-        displacement, warped, jacobian = state.found
+        displacement, warped, jacobian, labels = state.found
         wide = region.widened(core, shape, 2)  # the Jacobian sees a voxel further, and has its own border there
         there = displacement[wide].copy()
         there[region.inside(core, wide)] += shift[region.inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
         placed = region.affine_of_part(affine, wide)
         there = unfolded_in_world(there, placed, linear)
         changed = (there != displacement[wide]).any(-1)
-        moved = pull_back(self.moving, there, placed, outside=background(self.moving.data))
-        determinant = jacobian_determinant_of_displacement(there, placed)
         near = ndimage.binary_dilation(changed, np.ones((3, 3, 3)))
+        image = pull_back(self.moving, there, placed, outside=background(self.moving.data))
         return replace(state, region=wide, parts=(
-            there, np.where(changed, moved, warped[wide]), np.where(near, determinant, jacobian[wide])))
+            there, np.where(changed, image, warped[wide]),
+            np.where(near, jacobian_determinant_of_displacement(there, placed), jacobian[wide]),
+            None if labels is None else np.where(changed, pull_back(self.labels, there, placed, "nearest"),
+                                                 labels[wide])))
 
 
 class _Work:
@@ -461,12 +480,12 @@ class _Work:
                              weights=self.weights)
 
     def _around(self):
-        """w: how much images drive each voxel."""
-        weight = driven_by_images(self.cube.shape, self.points, REGION * self.radius)
+        """w: how much images drive each voxel. It ends a voxel of `guided` sooner, which samples linearly."""
+        weight = driven_by_images(self.cube.shape, self.points, REGION * self.radius - STRIDE)
         if self.mask is None:
             return weight
         far = ndimage.distance_transform_edt(~np.asarray(self.mask[..., 0]))
-        reach = AROUND / self.session.scale / self.session.spacing
+        reach = max(AROUND / self.session.scale / self.session.spacing - STRIDE, 1)
         return jnp.maximum(weight, jnp.minimum(1, 2 * kernel(jnp.asarray(far, jnp.float32) / reach))[..., None])
 
     def numbers(self, state):

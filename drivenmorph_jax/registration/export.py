@@ -26,7 +26,6 @@ from drivenmorph_jax.transforms.world import (
     displacement_of,
     force_on_grid,
     map_points,
-    pull_back,
     unfolded_in_world,
 )
 
@@ -64,10 +63,12 @@ def corrected_result(session, state) -> Result:
 def _read(session, state):
     """(the pair with its labels, mask of distrust, landmarks and start; this start in the lengths of the files)."""
     pair, files, settings, scale = session.pair, session.files, session.summary["settings"], session.scale
-    images = {"fixed": session.fixed, "moving": session.moving}
-    pair = replace(pair, landmarks=state.correction.landmarks, **{
-        f"{role}_labels": scaled(load_labels(files[f"{role}_labels"][0], image, settings["geometry"]), scale)
-        for role, image in images.items() if f"{role}_labels" in files})
+    pair = replace(pair, landmarks=state.correction.landmarks)
+    if session.labels is not None:
+        pair = replace(pair, moving_labels=scaled(session.labels, scale))
+    if "fixed_labels" in files:
+        labels = load_labels(files["fixed_labels"][0], session.fixed, settings["geometry"])
+        pair = replace(pair, fixed_labels=scaled(labels, scale))
     distrust = state.correction.distrust
     if distrust is not None:
         mask = distrust if pair.fixed_mask is None else distrust | (pair.fixed_mask.data > 0)
@@ -123,10 +124,8 @@ def _transferred(session, state, prepared, transform, start):
     deformed = unscaled(Deformed(
         **kept(prepared), contrast=summary["contrast"], correlation=None, seen=seen, stiffness=summary["stiffness"],
         agreement=summary["agreement"], u=u, u_inverse=u_inverse, force=force, counted=counted, landmarks_told=told))
-    labels = deformed.moving_labels
-    return Transferred(
-        **kept(deformed), transform=transform, warped=state.warped, jacobian=state.jacobian, vectors=vectors,
-        warped_labels=None if labels is None else pull_back(labels, transform.displacement, fixed.affine, "nearest"))
+    return Transferred(**kept(deformed), transform=transform, warped=state.warped, warped_labels=state.labels,
+                       jacobian=state.jacobian, vectors=vectors)
 
 
 def _summary(session, state, new):

@@ -58,6 +58,11 @@ class History:
         """The step that is in force; None where it is the result as it was found."""
         return self.steps[self.at - 1] if self.at else None
 
+    @property
+    def correction(self) -> Correction | None:
+        """The correction that is in force, or None."""
+        return self.current and self.current.correction
+
     def add(self, correction: Correction, state: State) -> None:
         """Add a correction, which is then in force. Steps that were undone are forgotten."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,334 @@
+"""Corrections of a finished result: landmarks hold, nothing else moves, and a history makes the same files again."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.affines import apply_affine, from_matvec
+from scipy import ndimage
+from test_programs import refused, run
+
+import correct as program
+from drivenmorph_jax.errors import InputError, InputWarning
+from drivenmorph_jax.registration import region
+from drivenmorph_jax.registration.correct import Correction, Session
+from drivenmorph_jax.registration.history import History
+from drivenmorph_jax.registration.register import register
+from drivenmorph_jax.transforms.points import Landmarks
+from drivenmorph_jax.transforms.transform import Transform
+from drivenmorph_jax.transforms.world import jacobian_determinant_of_displacement, pull_back
+
+SIDE, MM = 28, 5.0
+AFFINE = np.array([[-MM, 0, 0, 70], [0, MM, 0, -70], [0, 0, MM, -70], [0, 0, 0, 1]])
+FAST = {"method": "demons", "force": "intensity", "affine": "none", "quiet": True}
+
+
+def brain(path, stretch, labels=False):
+    x = (np.moveaxis(np.indices((SIDE,) * 3), 0, -1) - SIDE / 2) / [stretch, 1.1, 1]
+    data = np.select([(radius := np.linalg.norm(x, axis=-1)) < 4, radius < 7, radius < 10], [3, 9, 6], 0)
+    nib.save(nib.Nifti1Image((data if labels else 100 * data).astype(np.int16), AFFINE), path)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder with two images, a label map, and the folder "result" of their registration."""
+    folder = tmp_path_factory.mktemp("study")
+    brain(folder / "fixed.nii.gz", 1.1)
+    brain(folder / "moving.nii.gz", 0.95)
+    brain(folder / "moving_seg.nii.gz", 0.95, labels=True)
+    register(str(folder / "fixed.nii.gz"), str(folder / "moving.nii.gz"), fixed_labels=None,
+             moving_labels=str(folder / "moving_seg.nii.gz"), **FAST).save(folder / "result")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(study):
+    return Session(study / "result")
+
+
+def landmarks(session, points, shift, radius=12.0, names="abcdef"):
+    """Landmarks whose partners lie `shift` away from where the result has them."""
+    points = np.array(points, float)
+    moving = Transform(session.first.displacement, session.fixed, session.transform.linear).points(points) + shift
+    return Landmarks(tuple(names[:len(points)]), points, moving, np.broadcast_to(radius, len(points)).astype(float))
+
+
+def distance(session, points):
+    x = apply_affine(session.fixed.affine, np.moveaxis(np.indices(session.fixed.data.shape), 0, -1))
+    return np.min([np.linalg.norm(x - point, axis=-1) for point in points], 0)
+
+
+POINTS, SHIFT = [[20.0, 5, 0], [-15, -10, 5]], [4.0, -2, 3]
+
+
+@pytest.fixture(scope="module")
+def led(session):
+    """A state with two landmarks."""
+    return session.corrected(Correction(landmarks(session, POINTS, SHIFT)))
+
+
+def test_landmarks_hold_and_nothing_moves_elsewhere(session, led):
+    before, far = session.first, distance(session, POINTS) > 3 * 12
+    assert [one["name"] for one in led.told] == ["a", "b"] and not any(one["left_out"] for one in led.told)
+    for one in led.told:
+        assert one["before_mm"] == pytest.approx(np.linalg.norm(SHIFT), abs=1e-3) and one["after_mm"] < 0.5
+    moved = np.linalg.norm(led.displacement - before.displacement, axis=-1)
+    assert moved[far].max() < 0.05 and moved.max() > 3 and led.jacobian.min() > 0
+    outside = np.ones(far.shape, bool)
+    outside[led.region] = False
+    assert outside.any()
+    for name in ("displacement", "warped", "jacobian", "labels"):
+        np.testing.assert_array_equal(getattr(led, name)[outside], getattr(before, name)[outside])
+
+
+def test_the_state_is_what_the_formulas_give_for_its_displacement(session, led):
+    affine = session.fixed.affine
+    np.testing.assert_allclose(led.warped, pull_back(session.moving, led.displacement, affine), atol=1e-2)
+    np.testing.assert_allclose(led.jacobian, jacobian_determinant_of_displacement(led.displacement, affine), atol=1e-5)
+    np.testing.assert_array_equal(led.labels, pull_back(session.labels, led.displacement, affine, "nearest"))
+    assert led.numbers["fold_pct"] == 0 and 0 < led.numbers["similarity_before"] <= 1
+
+
+def test_the_same_correction_gives_the_same_bits(session, led):
+    told = []
+    again = session.corrected(led.correction, lambda words, share: told.append((words, share)))
+    np.testing.assert_array_equal(again.displacement, led.displacement)
+    assert told[0] == ("read", 0.0) and [share for _, share in told] == sorted(share for _, share in told)
+
+
+def bumped(session, study, folder, middle, length):
+    """The session of a copy of the result, whose displacement has a bump of that length (mm) around a point."""
+    copy = shutil.copytree(study / "result", folder / "bumped")
+    bump = np.exp(-0.5 * (distance(session, [middle]) / 6) ** 2)[..., None] * np.array([length, 0, 0])
+    there = (session.first.displacement + bump).astype(np.float32)
+    Transform(there, session.fixed, session.transform.linear, session.moving, -there).save(
+        copy / "displacement.nii.gz")
+    return Session(copy)
+
+
+def test_where_images_are_not_trusted_the_field_is_that_of_the_surroundings(session, study, tmp_path):
+    """A bump that no image asks for goes, and what lies beyond its surroundings stays."""
+    middle = [0.0, -10, 0]
+    wrong = bumped(session, study, tmp_path, middle, 8.0)
+    ball = distance(wrong, [middle]) < 18
+    state = wrong.corrected(Correction(distrust=ball))
+    error = np.linalg.norm(wrong.first.displacement - session.first.displacement, axis=-1)
+    left = np.linalg.norm(state.displacement - session.first.displacement, axis=-1)
+    assert error[ball].max() > 7 and left[ball].max() < 2.5 and state.jacobian.min() > 0
+    far = ndimage.distance_transform_edt(~ball) * MM > 20
+    np.testing.assert_allclose(state.displacement[far], wrong.first.displacement[far], atol=0.05)
+    assert state.told == []
+
+
+def test_stiffness_smooths_where_the_correction_acts(session, led):
+    def bending(state):
+        n = state.displacement - session.first.displacement
+        return np.linalg.norm([ndimage.laplace(n[..., k]) for k in range(3)], axis=0)[led.region].max()
+
+    stiff = session.corrected(Correction(led.correction.landmarks, stiffness=6.0))
+    roughness = [np.abs(ndimage.laplace(state.displacement[..., 0])).mean() for state in (led, stiff)]
+    assert roughness[1] < 0.9 * roughness[0] and stiff.jacobian.min() > 0
+    assert max(one["after_mm"] for one in stiff.told) < 0.5
+
+
+def test_contradictory_and_distant_landmarks_are_named_and_not_obeyed(session, led):
+    marks = landmarks(session, [[20, 5, 0], [-15, -10, 5], [22, 7, 2], [0, 30, 0]],
+                      [SHIFT, SHIFT, [-25, 0, 0], [0, 0, 20]], [12, 12, 12, 8])
+    with pytest.warns(InputWarning, match="landmark (c contradicts landmark a|d is 20.0 mm away)"):
+        state = session.corrected(Correction(marks))
+    assert [one["left_out"] for one in state.told[:2]] == [None, None]
+    assert state.told[2]["left_out"] == "contradicts landmark a"
+    assert "too far for its radius of 8.0 mm" in state.told[3]["left_out"]
+    np.testing.assert_allclose(state.displacement, led.displacement, atol=0.02)  # as without the two
+
+
+def test_nothing_changes_where_every_landmark_is_left_out(session):
+    with pytest.warns(InputWarning, match="too far"):
+        state = session.corrected(Correction(landmarks(session, POINTS[:1], [0, 40, 0])))
+    assert state.region == region.NOWHERE and state.displacement is session.first.displacement
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.5])
+def test_a_field_on_a_cube_comes_back_to_an_anisotropic_and_oblique_grid(turn):
+    """An affine move is sampled exactly by linear interpolation, on the way there and back."""
+    rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+    affine, shape = from_matvec(rotation @ np.diag([-1.0, 2, 5]), [20.0, -10, 3]), (40, 20, 8)
+    grid = from_matvec(rotation * 1.5, [-25.0, -15, 0])
+    cube = region.cube_around(np.array([4, 4, 4]), np.array([12, 12, 12]), grid)
+    assert cube.side == 32 and np.allclose(cube.voxels(apply_affine(grid, [8, 8, 8])), 15.5, atol=0.51)
+    part = region.part_within(cube, shape, affine)
+    small = region.affine_of_part(affine, part)
+    x = apply_affine(small, np.moveaxis(np.indices([one.stop - one.start for one in part]), 0, -1))
+    field = x @ np.diag([0.01, 0.02, -0.01]) + [0.3, 0.2, 0.1]
+    there = region.on_cube(field, small, cube)
+    back = region.on_part(there @ np.linalg.inv(cube.affine[:3, :3]).T, cube, part, affine)
+    inside = ((v := cube.voxels(x)) > 0).all(-1) & (v < cube.side - 1).all(-1)
+    index = np.moveaxis(np.indices(inside.shape), 0, -1)
+    core = inside & ((index > 0) & (index < np.array(inside.shape) - 1)).all(-1)
+    assert core.sum() > 100
+    np.testing.assert_allclose(back[core], field[core], atol=1e-4)
+    assert not back[~((v > -1) & (v < cube.side)).all(-1)].any()
+
+
+def test_the_history_goes_back_and_forth(session, led, tmp_path):
+    history = History.of(session)
+    assert history.current is None
+    ball = distance(session, POINTS) < 15
+    other = session.corrected(Correction(led.correction.landmarks, ball, 2.0))
+    history.add(led.correction, led)
+    history.add(other.correction, other)
+    history.undo()
+    assert history.current.state is led and len(history.steps) == 2
+    history.redo()
+    history.redo()
+    assert history.current.state is other and history.at == 2
+    history.write(tmp_path)
+    (mask,) = tmp_path.glob("distrust-*.nii.gz")
+    found = History.read(tmp_path / "history.json", session)
+    assert found.at == 2 and [one.numbers for one in found.steps] == [led.numbers, other.numbers]
+    correction = found.correction
+    np.testing.assert_array_equal(correction.distrust, ball)
+    for name in ("fixed", "moving", "radius"):
+        np.testing.assert_array_equal(getattr(correction.landmarks, name), getattr(led.correction.landmarks, name))
+    assert correction.landmarks.names == ("a", "b") and correction.stiffness == 2 and found.current.told == other.told
+    np.testing.assert_array_equal(session.corrected(correction).displacement, other.displacement)
+    history.undo()
+    history.add(led.correction, led)  # the step that was undone is forgotten, and its mask goes
+    history.write(tmp_path)
+    assert len(history.steps) == 2 and not mask.exists()
+    for _ in range(3):
+        history.undo()
+    assert history.at == 0 and history.correction is None
+
+
+@pytest.mark.parametrize("change", [{"at": 5}, {"steps": [{}]}, {"displacement_crc32": 1}, None])
+def test_a_history_that_is_damaged_or_of_another_result_is_refused(session, led, tmp_path, change):
+    history = History.of(session)
+    history.add(led.correction, led)
+    history.write(tmp_path)
+    path = tmp_path / "history.json"
+    path.write_text("{" if change is None else json.dumps(json.loads(path.read_text()) | change))
+    words = "of another result" if change == {"displacement_crc32": 1} else "is no history of corrections"
+    with pytest.raises(InputError, match=words):
+        History.read(path, session)
+
+
+@pytest.fixture(scope="module")
+def exported(session, study, led):
+    """(folder of an export, its state): landmarks, a mask and a stiffness."""
+    history = History.of(session)
+    history.add(led.correction, led)
+    state = session.corrected(Correction(led.correction.landmarks, distance(session, [[0, -30, 0]]) < 12, 3.0))
+    history.add(state.correction, state)
+    session.save(history, study / "exported")
+    return study / "exported", state
+
+
+def test_the_export_has_all_files_of_register_and_the_history(exported, study, session):
+    out, state = exported
+    names, summary = {path.name for path in out.iterdir()}, json.loads((out / "summary.json").read_text())
+    new = names - {path.name for path in (study / "result").iterdir()}
+    assert len(new) == 2 and "history.json" in new and names - {"summary.json"} == set(summary["files"])
+    assert summary["landmarks"] == state.told and summary["fold_pct"] == 0 and summary["inverse_mm"] < 0.5
+    assert summary["corrected"]["stiffness"] == 3 and summary["corrected"]["distrust_voxels"] > 0
+    assert {one["name"] for one in summary["checks"]} > {"landmarks", "stretch", "inverse"}
+    assert summary["method"] == "demons" and summary["inputs"] == session.summary["inputs"]
+
+
+def test_the_files_are_those_of_the_state_and_the_inverse_leads_back(exported, session):
+    out, state = exported
+    again = Session(out)
+    for name in ("displacement", "warped", "jacobian", "labels"):
+        np.testing.assert_array_equal(getattr(again.first, name), getattr(state, name))
+    inside = state.warped > 0
+    inside &= ndimage.binary_erosion(inside, iterations=2)
+    points = apply_affine(session.fixed.affine, np.argwhere(inside)[::7])
+    there = Transform(state.displacement, session.fixed, session.transform.linear).points(points)
+    back = Transform(again.inverse_displacement, session.moving, np.linalg.inv(session.transform.linear)).points(there)
+    assert np.linalg.norm(back - points, axis=-1).mean() < 0.3  # mm, on voxels of 5 mm
+    unchanged = np.linalg.norm(again.inverse_displacement - session.inverse_displacement, axis=-1) == 0
+    assert unchanged.mean() > 0.2
+
+
+def test_the_history_on_the_command_line_gives_the_same_bits(exported, study, tmp_path, monkeypatch, capsys):
+    out, _ = exported
+    status, said = run(program, [study / "result", "--history", out / "history.json", "--out", tmp_path / "again"],
+                       monkeypatch, capsys)
+    assert not status and not said
+    for path in out.iterdir():
+        if path.name != "summary.json":  # which has seconds
+            assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_table_and_a_mask_on_the_command_line(led, study, tmp_path, monkeypatch, capsys, session):
+    marks = led.correction.landmarks
+    rows = [",".join([name, *(repr(float(x)) for x in (*fixed, *moving, 12))]) for name, fixed, moving in zip(
+        marks.names, marks.fixed, marks.moving, strict=True)]
+    header = "name,fixed_x,fixed_y,fixed_z,moving_x,moving_y,moving_z,radius"
+    (tmp_path / "l.csv").write_text("\n".join([header, *rows]))
+    correction = session.correction(tmp_path / "l.csv")
+    assert correction.distrust is None and correction.stiffness == 0
+    np.testing.assert_array_equal(correction.landmarks.moving, marks.moving)
+    nib.save(nib.Nifti1Image((distance(session, POINTS) < 15).astype(np.uint8), AFFINE), tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(session.correction(distrust=tmp_path / "mask.nii.gz").distrust,
+                                  distance(session, POINTS) < 15)
+    for flags, words in ((["--stiffness", "3"], "--stiffness alone has no place"),
+                         (["--history", "h.json", "--landmarks", "l.csv"], "--history excludes")):
+        status, said = run(program, [study / "result", "--out", tmp_path / "out", *flags], monkeypatch, capsys)
+        assert status == 2 and words in said
+    refused(*run(program, [study / "result", "--out", study / "result", "--landmarks", tmp_path / "l.csv"], monkeypatch,
+                 capsys), "another --out")
+
+
+def test_what_asks_for_nothing_or_for_too_much_is_refused(session, led):
+    shape = session.fixed.data.shape
+    for correction, words in (
+            (Correction(stiffness=3.0), "asks for nothing"),
+            (Correction(distrust=np.zeros(shape, bool)), "asks for nothing"),
+            (Correction(distrust=np.ones(shape, bool)), "holds 100% of the brain"),
+            (Correction(distrust=np.ones((3, 3, 3), bool)), "give one on the grid of that image"),
+            (Correction(Landmarks(("far",), np.full((1, 3), 500.0), np.zeros((1, 3)), np.array([np.nan]))),
+             "the fixed point of landmark far lies outside")):
+        with pytest.raises(InputError, match=words):
+            session.corrected(correction)
+    history = History.of(session)
+    with pytest.raises(InputError, match="no correction is in force"):
+        session.save(history, "nowhere")
+
+
+def test_a_result_whose_files_changed_is_refused(study, tmp_path, led):
+    copy = shutil.copytree(study / "result", tmp_path / "copy")
+    moving = tmp_path / "moving.nii.gz"
+    shutil.copy(study / "moving.nii.gz", moving)
+    summary = json.loads((copy / "summary.json").read_text())
+
+    def rewritten(**changes):
+        (copy / "summary.json").write_text(json.dumps(summary | changes))
+
+    inputs = summary["inputs"] | {"moving": [{"path": str(moving), "crc32": summary["inputs"]["moving"][0]["crc32"]}]}
+    rewritten(inputs=inputs)
+    opened = Session(copy)
+    brain(moving, 0.9)
+    for again in (lambda: Session(copy), lambda: opened.corrected(led.correction)):
+        with pytest.raises(InputError, match="moving.nii.gz was changed since"):
+            again()
+    moving.unlink()
+    with pytest.raises(InputError, match="moving.nii.gz, which .* names, cannot be read"):
+        Session(copy)
+    rewritten()
+    with pytest.raises(InputError, match="holds another result than it did"):
+        opened.check()
+    rewritten(inputs=inputs | {"moving": [{"path": None, "crc32": None}]})
+    with pytest.raises(InputError, match="made from an image in memory"):
+        Session(copy)
+    rewritten(formats=["h5"])
+    with pytest.raises(InputError, match="was written as h5 only"):
+        Session(copy)
+    del summary["inputs"]
+    rewritten()
+    with pytest.raises(InputError, match="made by an earlier version"):
+        Session(copy)
+    with pytest.raises(InputError, match="holds no result of register"):
+        Session(tmp_path)
