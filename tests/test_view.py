@@ -157,7 +157,8 @@ class Quick:
         self.folder, self.summary = Path(folder), json.loads((Path(folder) / "summary.json").read_text())
         self.fixed = load_image(self.summary["fixed"])
         self.transform = Transform.load(self.folder / "displacement.nii.gz")
-        voxels = [np.asarray(nib.load(self.folder / f"{name}.nii.gz").dataobj) for name in ("warped", "jacobian")]
+        voxels = [np.asarray(nib.load(self.folder / f"{name}.nii.gz").dataobj)
+                  for name in ("warped", "jacobian", "warped_labels")]
         self.first = State((self.transform.displacement, *voxels), NOWHERE, None, None, [], {})
 
     def warm(self):
@@ -175,7 +176,7 @@ class Quick:
         told = [{"name": name, "fixed": fixed.tolist(), "before_mm": 3.0, "after_mm": 0.0, "left_out": None}
                 for name, fixed in zip(marks.names, marks.fixed, strict=True)]
         move = np.float32(marks.moving[0] - marks.fixed[0])
-        parts = np.zeros_like(found[0]) + move, found[1] * 2, found[2] * 2
+        parts = np.zeros_like(found[0]) + move, found[1] * 2, found[2] * 2, found[3] * 2
         return State(found, tuple(slice(0, n) for n in SHAPE), parts, correction, told,
                      {"similarity_before": 0.25, "similarity_after": 0.5, "fold_pct": 0.0, "seconds": 0.1})
 
@@ -290,6 +291,7 @@ def test_a_correction_is_made_undone_redone_kept_and_exported(result):
         assert ask(one, "go", landmarks=[MARK], distrust=drawing, stiffness=2.5) == (200, {})
         found = told(one, lambda content: content["at"] == 1 and idle(content))
         assert found["landmarks"] == [MARK] and found["distrust"] and found["stiffness"] == 2.5 and found["before"]
+        assert found["maps"] == ["force", "displacement", "jacobian", "labels"]  # the uncertainty is that of another
         assert found["told"][0]["after_mm"] == 0 and found["steps"][0]["similarity_after"] == 0.5
         assert "1 landmark" in found["steps"][0]["words"] and "2.5 mm" in found["steps"][0]["words"]
         voxels = {name: nib.Nifti1Image.from_bytes(answer(one, f"/{one.token}/{name}.nii").body).get_fdata()

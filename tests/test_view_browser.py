@@ -63,6 +63,11 @@ def load(page, address, able=True):
         page.wait_for_selector("#add:enabled")
 
 
+def reaches(page, at):
+    """Wait until the page shows the state after `at` corrections."""
+    page.wait_for_selector(f"body[data-at='{at}']")
+
+
 def click(page, panel, x, y):
     """Click at a part of the width and the height of a panel."""
     box = page.locator(f"#{panel} canvas").bounding_box()
@@ -136,6 +141,7 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         number = painted(tab)
         assert number > 100 and painted(tab, "warped") == number
         tab.click("#go")
+        reaches(tab, 1)
         says(tab, "#history", "1 (shown): 1 landmark, not to be trusted where painted; similarity there 0.250 before")
         asked = one.page._history.current.correction
         np.testing.assert_allclose(asked.landmarks.fixed[0], fixed, atol=1e-3)
@@ -143,17 +149,18 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         assert asked.landmarks.radius.tolist() == [7] and asked.distrust.sum() == number
         assert asked.distrust[tuple(np.rint(nib.affines.apply_affine(np.linalg.inv(AFFINE), place(tab))).astype(int))]
         says(tab, "#status", "before")  # the old result beside the new one
-        value, before = (float(tab.inner_text("#status").split(f"{name} ")[1].split(",")[0]) for name in ("warped", "before"))
+        value, before = (float(tab.inner_text("#status").split(f"{name} ")[1].split(",")[0])
+                         for name in ("warped", "before"))
         assert value == pytest.approx(2 * before, rel=1e-2)
         other = chromium.new_page()  # a second tab shows the same
         load(other, one.address)
-        says(other, "#history", "1 (shown)")
+        reaches(other, 1)
         assert painted(other) == number
         other.click("#undo")
-        says(tab, "#history", "1: 1 landmark")
+        reaches(tab, 0)
         assert tab.is_enabled("#redo") and tab.is_disabled("#undo") and painted(tab) == 0
         tab.keyboard.press("r")
-        says(other, "#history", "1 (shown)")
+        reaches(other, 1)
         other.close()
         tab.click("#export")
         says(tab, "#said", f"All files are in {result}-corrected")
@@ -161,7 +168,7 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
     says(tab, "#status", "The program has ended.")
     with serving(steering.ResultPage(result)) as one:
         load(tab, one.address)
-        says(tab, "#history", "1 (shown)")
+        reaches(tab, 1)
         assert painted(tab) == number and tab.get_by_label("Name of landmark 1").input_value() == "landmark 1"
         (result / "summary.json").write_text((result / "summary.json").read_text().replace("demons", "drivenmorph"))
         tab.click("#go")
@@ -201,9 +208,9 @@ def test_the_keyboard_alone(result, tab):  # noqa: F811
         mark = one.page._history.current.correction.landmarks
         np.testing.assert_allclose(mark.fixed[0], fixed, atol=1e-3)
         tab.keyboard.press("u")
-        says(tab, "#history", "1: 1 landmark;")
+        reaches(tab, 0)
         tab.keyboard.press("r")
-        says(tab, "#history", "1 (shown)")
+        reaches(tab, 1)
 
 
 def test_a_cohort(cohort_folder, quick, tab):  # noqa: F811

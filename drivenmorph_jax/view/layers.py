@@ -79,7 +79,7 @@ class Shown:
             found["jacobian"] = lambda: self._read("jacobian.nii.gz") if state is None else state.jacobian
         if "uncertainty.nii.gz" in self._files and state is None:  # it is measured anew when a correction is exported
             found["uncertainty"] = lambda: self._read("uncertainty.nii.gz")
-        if "warped_labels.nii.gz" in self._files:
+        if "warped_labels.nii.gz" in self._files and (state is None or state.labels is not None):
             found["labels"] = lambda: (load_labels(self.folder / "warped_labels.nii.gz", self.fixed).data
                                        if state is None else state.labels)
         return found

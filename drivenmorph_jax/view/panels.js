@@ -99,6 +99,14 @@ export function tell() {
   by("status").textContent = `${letters.join(", ")} mm: ${numbers.join(", ")}`;
 }
 
+// The maps that the state of the result has.
+export function offer(maps) {
+  for (const option of by("overlay").options) option.disabled = option.value !== "" && !maps.includes(option.value);
+  if (by("overlay").selectedOptions[0].disabled) by("overlay").value = overlay = "";
+  by("outline").hidden = !maps.includes("labels");
+  if (by("outline").hidden) by("labels").checked = false;
+}
+
 // One change of the maps at a time, as each waits for its files; of changes that wait, the last one counts.
 let changing = Promise.resolve(), asked = 0;
 

@@ -1,9 +1,9 @@
 // Corrections: landmarks, paint where the images are not to be trusted, stiffness; and the history of what was asked for.
-import { by, canvas, change, go, mode, NAMES, onMove, overlays, place, views } from "./panels.js";
+import { by, canvas, change, go, mode, NAMES, offer, onMove, overlays, place, views } from "./panels.js";
 import { button, element, row, table } from "./table.js";
 
 const PAINT = 1;  // the value of painted voxels in NiiVue's drawing
-let now = null, tool = "", fixed = null, marks = [], radius;
+let now = null, wanted = null, drawn = Promise.resolve(), tool = "", fixed = null, marks = [], radius;
 
 export function steer(result) {
   radius = result.radius;
@@ -26,15 +26,21 @@ function say(words, warn = false) {
 }
 
 // What the program tells: the state of the result, or how far it is with the next.
-export async function heard(told) {
-  const last = now;
+export function heard(told) {
+  const worked = now?.busy;
   now = told;
   by("steer").hidden = false;
   if (told.busy) say(told.busy);
   else if (told.said) say(told.said, told.warn);
-  else if (last?.busy) say("");
+  else if (worked) say("");
   enable();
-  if (told.at === last?.at && told.made === last?.made) return;
+  if (told.at === wanted?.at && told.made === wanted?.made) return;
+  const first = !wanted;
+  wanted = told;
+  drawn = drawn.then(() => told === wanted ? shown(told, first) : undefined).catch(error => say(error.message, true));
+}
+
+async function shown(told, first) {
   marks = told.landmarks.map(one => ({...one}));
   by("stiffness").value = told.stiffness;
   stiff();
@@ -42,8 +48,10 @@ export async function heard(told) {
   by("third").value = told.before ? "before" : "moving";
   list();
   history();
-  if (last || told.before) await redraw();
-  await trusted();
+  offer(told.maps);
+  if (!first || told.before) await redraw();
+  await trusted(told);
+  document.body.dataset.at = told.at;
 }
 
 async function redraw() {
@@ -162,8 +170,8 @@ function ball(mm, on) {
 }
 
 // The drawing of the state, from the program.
-async function trusted() {
-  if (!now.distrust) {
+async function trusted(told) {
+  if (!told.distrust) {
     if (views.fixed.drawBitmap) { views.fixed.createEmptyDrawing(); shared(); }
     return;
   }

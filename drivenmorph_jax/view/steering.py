@@ -210,7 +210,8 @@ class ResultPage:
         correction, at = (Correction(), 0) if step is None else (step.correction, history.at)
         marks = correction.landmarks
         return finite({
-            "at": at, "before": at > 0, "stiffness": correction.stiffness, "distrust": correction.distrust is not None,
+            "at": at, "before": at > 0, "maps": list(self.shown.maps(self._states.get(at))),
+            "stiffness": correction.stiffness, "distrust": correction.distrust is not None,
             "landmarks": [] if marks is None else [
                 {"name": name, "fixed": fixed.tolist(), "moving": moving.tolist(), "radius": float(radius)}
                 for name, fixed, moving, radius in zip(marks.names, marks.fixed, marks.moving, marks.radius,
