@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 import nibabel
 import numpy as np
+from scipy import ndimage
+
+from drivenmorph_jax.images.intensity import anchored, foreground
 
 OCTAVES = 2.0  # the colours of the Jacobian determinant go from 2^-2 to 2^2
 UNCERTAIN = 4.0  # mm, the end of the colours of the uncertainty
+MARGIN = 2  # voxels of background around what images show
 STEPS = 32767  # of the numbers in a file: 16 bits take half of the time of 32
 # Tables of colours as NiiVue takes them: red, green, blue and opacity at places I from 0 to 255. NiiVue shows an
 # overlay wherever its opacity is not 0, so what says little is 0.
@@ -63,6 +67,13 @@ def overlay(name, x, brain):
     return np.where(brain, x, np.float32(0)), low, high
 
 
+def part(affine, box):
+    """The affine (4, 4) of a part of a grid that three slices cut out."""
+    found = np.array(affine, float)
+    found[:3, 3] = found[:3, :3] @ [one.start for one in box] + found[:3, 3]
+    return found
+
+
 def octaves(jacobian):
     """The logarithm to base 2 of determinants, which are taken for 2^-8 below it."""
     return np.log2(np.maximum(jacobian, np.float32(2.0**-8)))
@@ -76,6 +87,14 @@ def outlines(labels):
         out[1:][label[1:] > label[:-1]] = 1
         out[:-1][label[:-1] > label[1:]] = 1
     return edge
+
+
+def box(images):
+    """Three slices of the grid of images (X, Y, Z), outside of which none shows anything."""
+    seen = np.any([foreground(anchored(x)) for x in images], axis=0)
+    part, = ndimage.find_objects(seen.astype(np.uint8))
+    return tuple(slice(max(one.start - MARGIN, 0), min(one.stop + MARGIN, n))
+                 for one, n in zip(part, seen.shape, strict=True))
 
 
 def window(x):

@@ -13,17 +13,16 @@ from scipy import ndimage
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import layers, metrics
-from drivenmorph_jax.images.intensity import anchored, foreground
+from drivenmorph_jax.images.intensity import anchored
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import resample
 from drivenmorph_jax.registration.guide import RADIUS
 from drivenmorph_jax.registration.result import SUMMARY, transform_names
 from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.transform import Transform
-from drivenmorph_jax.transforms.world import by_planes, map_points
+from drivenmorph_jax.transforms.world import map_points, without_affine
 
 RIM = 4  # voxels of the brain at its border, where the confidence is low in any case
-MARGIN = 2  # voxels of background around what the images show
 # {check: the map in whose worst voxel it is looked at}
 PLACES = {"stretch": "jacobian", "inverse": "jacobian", "similarity": "confidence", "gain": "confidence",
           "agreement": "confidence", "landmarks": "landmarks"}
@@ -74,7 +73,8 @@ class Shown:
         if "force.nii.gz" in self._files:
             found["force"] = lambda: self._read("force.nii.gz")[:, :, :, 0]
         if self._transform:
-            found["displacement"] = lambda: self._without_affine(self._total if state is None else state.displacement)
+            found["displacement"] = lambda: without_affine(self._total if state is None else state.displacement,
+                                                           self.fixed.affine, self.linear)
         if "jacobian.nii.gz" in self._files:
             found["jacobian"] = lambda: self._read("jacobian.nii.gz") if state is None else state.jacobian
         if "uncertainty.nii.gz" in self._files and state is None:  # it is measured anew when a correction is exported
@@ -95,11 +95,6 @@ class Shown:
     def _total(self):
         return Transform.load(self._transform, fixed=self.fixed).displacement
 
-    def _without_affine(self, total):
-        """T^-1 phi(x) - x in mm: the transform without its affine T."""
-        back = np.linalg.inv(self.linear)
-        return by_planes(total.shape, self.fixed.affine, lambda i, x: map_points(back, x + total[i]) - x)
-
     @cached_property
     def brain(self):
         """(X, Y, Z) bool, the voxels of the fixed brain."""
@@ -108,10 +103,7 @@ class Shown:
     @cached_property
     def box(self):
         """Three slices of the grid of the fixed image, outside of which no image shows anything."""
-        seen = np.any([foreground(anchored(x)) for x in self.images.values()], axis=0)
-        part, = ndimage.find_objects(seen.astype(np.uint8))
-        return tuple(slice(max(one.start - MARGIN, 0), min(one.stop + MARGIN, n))
-                     for one, n in zip(part, seen.shape, strict=True))
+        return layers.box(self.images.values())
 
     @cached_property
     def windows(self):
@@ -133,9 +125,7 @@ class Shown:
     @cached_property
     def affine(self):
         """The affine (4, 4) of the box, from voxels to RAS mm."""
-        found = np.array(self.fixed.affine, float)
-        found[:3, 3] = map_points(found, np.array([one.start for one in self.box]))
-        return found
+        return layers.part(self.fixed.affine, self.box)
 
     def drawing(self, mask):
         """The bytes of a mask on the grid of the fixed image as a NIfTI file, in the box, for NiiVue's drawing."""
