@@ -48,12 +48,13 @@ def widget(images, maps, affine):
     views = {}
     for name, x in images.items():
         views[name] = ipyniivue.NiiVue(
-            height=HEIGHT, show_3d_crosshair=True, multiplanar_force_render=False, drag_and_drop_enabled=False,
-            multiplanar_show_render=ipyniivue.ShowRender.NEVER)
+            height=HEIGHT, drag_and_drop_enabled=False, show_3d_crosshair=True, crosshair_width=0.7,
+            crosshair_width_unit="percent", multiplanar_force_render=False, multiplanar_show_render=ipyniivue.ShowRender.NEVER,
+            show_all_orientation_markers=True)
         views[name].load_volumes([volume(name, x, *layers.window(x[box]), colormap="gray")])
     for view in views.values():
         view.broadcast_to([other for other in views.values() if other is not view], {"2d": True, "crosshair": True})
-    words = ipywidgets.Label()
+    words = ipywidgets.HTML()
     choice = ipywidgets.Dropdown(description="Map", options=[("none", ""), *(
         (layers.OVERLAYS[name].name, name) for name in maps)])
 
@@ -67,4 +68,4 @@ def widget(images, maps, affine):
     choice.observe(chosen, "value")
     panels = [ipywidgets.VBox([ipywidgets.Label(PANELS[name]), view], layout=ipywidgets.Layout(width="33%"))
               for name, view in views.items()]
-    return ipywidgets.VBox([ipywidgets.HBox([choice, words]), ipywidgets.HBox(panels)])
+    return ipywidgets.VBox([choice, ipywidgets.HBox(panels), words])
