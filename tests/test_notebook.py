@@ -38,7 +38,8 @@ def test_three_panels_with_one_crosshair(shown):
         place = np.rint(np.linalg.solve(AFFINE, affine[:, 3])[:3]).astype(int)  # of the box
         part = tuple(slice(a, a + n) for a, n in zip(place, x.shape, strict=True))
         np.testing.assert_allclose(x, times * IMAGE[part], atol=0.01 * times)
-        assert np.count_nonzero(IMAGE[part]) == np.count_nonzero(IMAGE) and view.volumes[0].cal_max > view.volumes[0].cal_min
+        assert np.count_nonzero(IMAGE[part]) == np.count_nonzero(IMAGE)
+        assert view.volumes[0].cal_max > view.volumes[0].cal_min
         assert view.other_nv == [other for other in views if other is not view] and view.sync_opts["crosshair"]
 
 

@@ -49,8 +49,8 @@ def widget(images, maps, affine):
     for name, x in images.items():
         views[name] = ipyniivue.NiiVue(
             height=HEIGHT, drag_and_drop_enabled=False, show_3d_crosshair=True, crosshair_width=0.7,
-            crosshair_width_unit="percent", multiplanar_force_render=False, multiplanar_show_render=ipyniivue.ShowRender.NEVER,
-            show_all_orientation_markers=True)
+            crosshair_width_unit="percent", show_all_orientation_markers=True, multiplanar_force_render=False,
+            multiplanar_show_render=ipyniivue.ShowRender.NEVER)
         views[name].load_volumes([volume(name, x, *layers.window(x[box]), colormap="gray")])
     for view in views.values():
         view.broadcast_to([other for other in views.values() if other is not view], {"2d": True, "crosshair": True})
