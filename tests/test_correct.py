@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -11,9 +12,13 @@ from scipy import ndimage
 from test_programs import refused, run
 
 import correct as program
+from drivenmorph_jax.demons.guidance import kernel
 from drivenmorph_jax.errors import InputError, InputWarning
-from drivenmorph_jax.registration import region
+from drivenmorph_jax.files import checksum
+from drivenmorph_jax.images.reading import load_image
+from drivenmorph_jax.registration import correct, region
 from drivenmorph_jax.registration.correct import Correction, Session
+from drivenmorph_jax.registration.export import corrected_result
 from drivenmorph_jax.registration.history import History
 from drivenmorph_jax.registration.register import register
 from drivenmorph_jax.transforms.points import Landmarks
@@ -21,6 +26,8 @@ from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import jacobian_determinant_of_displacement, pull_back
 
 SIDE, MM = 28, 5.0
+RADIUS = 11.0  # mm; a region of 14 voxels, and so the smallest cube
+POINTS, SHIFT = [[20.0, 5, 0]], [4.0, -2, 3]
 AFFINE = np.array([[-MM, 0, 0, 70], [0, MM, 0, -70], [0, 0, MM, -70], [0, 0, 0, 1]])
 FAST = {"method": "demons", "force": "intensity", "affine": "none", "quiet": True}
 
@@ -29,6 +36,14 @@ def brain(path, stretch, labels=False):
     x = (np.moveaxis(np.indices((SIDE,) * 3), 0, -1) - SIDE / 2) / [stretch, 1.1, 1]
     data = np.select([(radius := np.linalg.norm(x, axis=-1)) < 4, radius < 7, radius < 10], [3, 9, 6], 0)
     nib.save(nib.Nifti1Image((data if labels else 100 * data).astype(np.int16), AFFINE), path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_iterations():
+    """The tests compile hardly optimised code, and need little of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(correct, "ITERATIONS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +63,7 @@ def session(study):
     return Session(study / "result")
 
 
-def landmarks(session, points, shift, radius=12.0, names="abcdef"):
+def landmarks(session, points, shift, radius=RADIUS, names="abcdef"):
     """Landmarks whose partners lie `shift` away from where the result has them."""
     points = np.array(points, float)
     moving = Transform(session.first.displacement, session.fixed, session.transform.linear).points(points) + shift
@@ -60,20 +75,19 @@ def distance(session, points):
     return np.min([np.linalg.norm(x - point, axis=-1) for point in points], 0)
 
 
-POINTS, SHIFT = [[20.0, 5, 0], [-15, -10, 5]], [4.0, -2, 3]
-
-
 @pytest.fixture(scope="module")
 def led(session):
-    """A state with two landmarks."""
-    return session.corrected(Correction(landmarks(session, POINTS, SHIFT)))
+    """A state with a landmark."""
+    told = []
+    state = session.corrected(Correction(landmarks(session, POINTS, SHIFT)), lambda *one: told.append(one))
+    assert told[0] == ("read", 0.0) and [share for _, share in told] == sorted(share for _, share in told)
+    return state
 
 
 def test_landmarks_hold_and_nothing_moves_elsewhere(session, led):
-    before, far = session.first, distance(session, POINTS) > 3 * 12
-    assert [one["name"] for one in led.told] == ["a", "b"] and not any(one["left_out"] for one in led.told)
-    for one in led.told:
-        assert one["before_mm"] == pytest.approx(np.linalg.norm(SHIFT), abs=1e-3) and one["after_mm"] < 0.5
+    before, far, (one,) = session.first, distance(session, POINTS) > 3 * RADIUS, led.told
+    assert one["name"] == "a" and one["left_out"] is None
+    assert one["before_mm"] == pytest.approx(np.linalg.norm(SHIFT), abs=1e-3) and one["after_mm"] < 0.5
     moved = np.linalg.norm(led.displacement - before.displacement, axis=-1)
     assert moved[far].max() < 0.05 and moved.max() > 3 and led.jacobian.min() > 0
     outside = np.ones(far.shape, bool)
@@ -91,19 +105,10 @@ def test_the_state_is_what_the_formulas_give_for_its_displacement(session, led):
     assert led.numbers["fold_pct"] == 0 and 0 < led.numbers["similarity_before"] <= 1
 
 
-def test_the_same_correction_gives_the_same_bits(session, led):
-    told = []
-    again = session.corrected(led.correction, lambda words, share: told.append((words, share)))
-    np.testing.assert_array_equal(again.displacement, led.displacement)
-    assert told[0] == ("read", 0.0) and [share for _, share in told] == sorted(share for _, share in told)
-
-
-def bumped(session, study, folder, middle, length):
-    """The session of a copy of the result, whose displacement has a bump of that length (mm) around a point."""
-    copy = shutil.copytree(study / "result", folder / "bumped")
-    bump = np.exp(-0.5 * (distance(session, [middle]) / 6) ** 2)[..., None] * np.array([length, 0, 0])
-    there = (session.first.displacement + bump).astype(np.float32)
-    Transform(there, session.fixed, session.transform.linear, session.moving, -there).save(
+def changed(session, study, folder, displacement):
+    """The session of a copy of the result with another displacement."""
+    copy = shutil.copytree(study / "result", folder / "changed")
+    Transform(displacement.astype(np.float32), session.fixed, np.eye(4), session.moving).save(
         copy / "displacement.nii.gz")
     return Session(copy)
 
@@ -111,8 +116,9 @@ def bumped(session, study, folder, middle, length):
 def test_where_images_are_not_trusted_the_field_is_that_of_the_surroundings(session, study, tmp_path):
     """A bump that no image asks for goes, and what lies beyond its surroundings stays."""
     middle = [0.0, -10, 0]
-    wrong = bumped(session, study, tmp_path, middle, 8.0)
-    ball = distance(wrong, [middle]) < 18
+    bump = np.exp(-0.5 * (distance(session, [middle]) / 6) ** 2)[..., None] * np.array([8.0, 0, 0])
+    wrong = changed(session, study, tmp_path, session.first.displacement + bump)
+    ball = distance(wrong, [middle]) < 12
     state = wrong.corrected(Correction(distrust=ball))
     error = np.linalg.norm(wrong.first.displacement - session.first.displacement, axis=-1)
     left = np.linalg.norm(state.displacement - session.first.displacement, axis=-1)
@@ -122,25 +128,28 @@ def test_where_images_are_not_trusted_the_field_is_that_of_the_surroundings(sess
     assert state.told == []
 
 
-def test_stiffness_smooths_where_the_correction_acts(session, led):
-    def bending(state):
-        n = state.displacement - session.first.displacement
-        return np.linalg.norm([ndimage.laplace(n[..., k]) for k in range(3)], axis=0)[led.region].max()
-
-    stiff = session.corrected(Correction(led.correction.landmarks, stiffness=6.0))
-    roughness = [np.abs(ndimage.laplace(state.displacement[..., 0])).mean() for state in (led, stiff)]
-    assert roughness[1] < 0.9 * roughness[0] and stiff.jacobian.min() > 0
-    assert max(one["after_mm"] for one in stiff.told) < 0.5
+def test_stiffness_is_a_gaussian_where_the_correction_acts(session, study, tmp_path, monkeypatch):
+    """A wave loses exp(-2 pi^2 s^2 / length^2) of its height, where w is 1, and 1 - w (1 - that) of it elsewhere."""
+    monkeypatch.setattr(correct, "ITERATIONS", 0)
+    middle, length, height, stiffness = [0.0, 0, 0], 40.0, 3.0, 8.0
+    x = apply_affine(AFFINE, np.moveaxis(np.indices((SIDE,) * 3), 0, -1))[..., 0]
+    wave = height * np.sin(2 * np.pi * x / length)[..., None] * np.array([1.0, 0, 0])
+    waved = changed(session, study, tmp_path, wave)
+    marks = landmarks(waved, [middle], np.zeros(3))  # on a zero of the wave, so that it holds already
+    state = waved.corrected(Correction(marks, stiffness=stiffness))
+    away = distance(waved, [middle])
+    w = np.minimum(1, 2 * kernel(away / (3 * RADIUS - 2 * MM)))
+    loss = 1 - np.exp(-2 * (np.pi * stiffness / length) ** 2)
+    np.testing.assert_allclose(state.displacement, wave * (1 - w * loss)[..., None], atol=0.05 * height)
+    assert (w * loss).max() > 0.4 and state.told[0]["after_mm"] < 0.1 and state.jacobian.min() > 0
 
 
 def test_contradictory_and_distant_landmarks_are_named_and_not_obeyed(session, led):
-    marks = landmarks(session, [[20, 5, 0], [-15, -10, 5], [22, 7, 2], [0, 30, 0]],
-                      [SHIFT, SHIFT, [-25, 0, 0], [0, 0, 20]], [12, 12, 12, 8])
-    with pytest.warns(InputWarning, match="landmark (c contradicts landmark a|d is 20.0 mm away)"):
+    marks = landmarks(session, [*POINTS, [22, 7, 2], [12, 5, 3]], [SHIFT, [-25, 0, 0], [4, -2, 10]], [RADIUS] * 2 + [5])
+    with pytest.warns(InputWarning, match="landmark b contradicts landmark"):
         state = session.corrected(Correction(marks))
-    assert [one["left_out"] for one in state.told[:2]] == [None, None]
-    assert state.told[2]["left_out"] == "contradicts landmark a"
-    assert "too far for its radius of 8.0 mm" in state.told[3]["left_out"]
+    assert state.told[0]["left_out"] is None and "contradicts landmark" in state.told[1]["left_out"]
+    assert "is 11.0 mm away, too far for its radius of 5.0 mm" == state.told[2]["left_out"]
     np.testing.assert_allclose(state.displacement, led.displacement, atol=0.02)  # as without the two
 
 
@@ -176,7 +185,7 @@ def test_the_history_goes_back_and_forth(session, led, tmp_path):
     history = History.of(session)
     assert history.current is None
     ball = distance(session, POINTS) < 15
-    other = session.corrected(Correction(led.correction.landmarks, ball, 2.0))
+    other = replace(led, correction=Correction(led.correction.landmarks, ball, 2.0), numbers={"seconds": 0.1})
     history.add(led.correction, led)
     history.add(other.correction, other)
     history.undo()
@@ -192,8 +201,7 @@ def test_the_history_goes_back_and_forth(session, led, tmp_path):
     np.testing.assert_array_equal(correction.distrust, ball)
     for name in ("fixed", "moving", "radius"):
         np.testing.assert_array_equal(getattr(correction.landmarks, name), getattr(led.correction.landmarks, name))
-    assert correction.landmarks.names == ("a", "b") and correction.stiffness == 2 and found.current.told == other.told
-    np.testing.assert_array_equal(session.corrected(correction).displacement, other.displacement)
+    assert correction.landmarks.names == ("a",) and correction.stiffness == 2 and found.current.told == other.told
     history.undo()
     history.add(led.correction, led)  # the step that was undone is forgotten, and its mask goes
     history.write(tmp_path)
@@ -220,7 +228,7 @@ def exported(session, study, led):
     """(folder of an export, its state): landmarks, a mask and a stiffness."""
     history = History.of(session)
     history.add(led.correction, led)
-    state = session.corrected(Correction(led.correction.landmarks, distance(session, [[0, -30, 0]]) < 12, 3.0))
+    state = session.corrected(Correction(led.correction.landmarks, distance(session, [[20, -5, 0]]) < 8, 3.0))
     history.add(state.correction, state)
     session.save(history, study / "exported")
     return study / "exported", state
@@ -264,7 +272,7 @@ def test_the_history_on_the_command_line_gives_the_same_bits(exported, study, tm
 
 def test_a_table_and_a_mask_on_the_command_line(led, study, tmp_path, monkeypatch, capsys, session):
     marks = led.correction.landmarks
-    rows = [",".join([name, *(repr(float(x)) for x in (*fixed, *moving, 12))]) for name, fixed, moving in zip(
+    rows = [",".join([name, *(repr(float(x)) for x in (*fixed, *moving, RADIUS))]) for name, fixed, moving in zip(
         marks.names, marks.fixed, marks.moving, strict=True)]
     header = "name,fixed_x,fixed_y,fixed_z,moving_x,moving_y,moving_z,radius"
     (tmp_path / "l.csv").write_text("\n".join([header, *rows]))
@@ -332,3 +340,57 @@ def test_a_result_whose_files_changed_is_refused(study, tmp_path, led):
         Session(copy)
     with pytest.raises(InputError, match="holds no result of register"):
         Session(tmp_path)
+
+
+def with_inputs(session, folder, **files):
+    """A copy of the result in `folder` that was made from other files, by their roles."""
+    copy = shutil.copytree(session.folder, folder / "other")
+    summary = session.summary | {"inputs": session.summary["inputs"] | {
+        role: [{"path": str(path), "crc32": checksum(path)}] for role, path in files.items()}}
+    (copy / "summary.json").write_text(json.dumps(summary))
+    return copy, summary
+
+
+def test_the_brain_of_a_small_animal_is_corrected_in_its_own_lengths(session, tmp_path):
+    small, files = np.diag([0.1, 0.1, 0.1, 1]), {}
+    for role in ("fixed", "moving", "moving_labels"):
+        image = nib.load(session.files[role][0])
+        files[role] = tmp_path / f"{role}.nii.gz"
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), small @ image.affine), files[role])
+    copy, _ = with_inputs(session, tmp_path, **files)
+    grid = load_image(files["fixed"])
+    Transform(session.first.displacement / 10, grid, np.eye(4), grid).save(copy / "displacement.nii.gz")
+    mouse = Session(copy)
+    point = np.array(POINTS) / 10
+    state = mouse.corrected(Correction(landmarks(mouse, point, np.array(SHIFT) / 10, RADIUS / 10)))
+    moved = np.linalg.norm(state.displacement - mouse.first.displacement, axis=-1)
+    assert mouse.scale == 13 and state.told[0]["before_mm"] == pytest.approx(np.linalg.norm(SHIFT) / 10, abs=1e-3)
+    assert state.told[0]["after_mm"] < 0.05 and state.jacobian.min() > 0
+    assert moved[distance(mouse, point) > 3 * RADIUS / 10].max() < 0.005 < 0.3 < moved.max()
+
+
+def test_a_whole_head_and_a_transform_to_start_from(session, tmp_path):
+    """The brain that register found drives, and the whole head is warped. The inverse includes the start."""
+    image = nib.load(session.files["moving"][0])
+    data = np.asarray(image.dataobj).copy()
+    brain = data > 0
+    near, far = (ndimage.binary_dilation(brain, iterations=k) for k in (1, 3))
+    data[far & ~near] = 1500  # a skull
+    nib.save(nib.Nifti1Image(data, AFFINE), tmp_path / "head.nii.gz")
+    bump = np.exp(-0.5 * (distance(session, [[0, 0, 0]]) / 20) ** 2)[..., None] * np.array([3.0, 0, 0])
+    Transform(bump.astype(np.float32), session.fixed, np.eye(4), session.moving).save(tmp_path / "start.nii.gz")
+    copy, summary = with_inputs(session, tmp_path, moving=tmp_path / "head.nii.gz",
+                                initial_transform=tmp_path / "start.nii.gz")
+    (copy / "summary.json").write_text(json.dumps(summary | {"stripped": ["moving"], "affine": np.eye(4).tolist()}))
+    with pytest.raises(InputError, match="has no moving_brain.nii.gz"):
+        Session(copy)
+    nib.save(nib.Nifti1Image(brain.astype(np.uint8), AFFINE), copy / "moving_brain.nii.gz")
+    headed = Session(copy)
+    correction = Correction(landmarks(session, [[35, 5, 0]], SHIFT))  # near the skull
+    state, alone = (one.corrected(correction) for one in (headed, session))
+    np.testing.assert_array_equal(state.displacement, alone.displacement)
+    assert state.warped.max() > 1000 > alone.warped.max()
+    result = corrected_result(headed, state)
+    assert result.summary["inverse_mm"] < 0.5
+    assert result.summary["similarity_after"] == pytest.approx(session.summary["similarity_after"], abs=0.01)
+    assert set(result.brains) == {"moving"}

@@ -298,7 +298,7 @@ class Session:
                 tell("warp", 0.7)
                 state = self._pasted(state, cube, np.asarray(n - work.n))
                 tell("measure", 0.9)
-                state = replace(state, numbers=work.numbers(state))
+                state = replace(state, numbers=work.numbers(n, state))
         warn(marks.names, left_out)
         after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         told = [{"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k]),
@@ -488,18 +488,16 @@ class _Work:
         reach = max(AROUND / self.session.scale / self.session.spacing - STRIDE, 1)
         return jnp.maximum(weight, jnp.minimum(1, 2 * kernel(jnp.asarray(far, jnp.float32) / reach))[..., None])
 
-    def numbers(self, state):
-        """The numbers of a `State`."""
-        session, cube = self.session, self.cube
+    def numbers(self, n, state):
+        """The numbers of a `State` whose deformation is n."""
+        session = self.session
         counted = (self.around * self.weights[0] * self.weights[1])[..., 0] > 0
-        part = region.part_within(cube, session.fixed.data.shape, session.fixed.affine)
-        affine = region.affine_of_part(session.fixed.affine, part)
-        way = region.on_cube(state.displacement[part], affine, cube)
-        after = jnp.asarray(pull_back(session.images[1], way, cube.affine))
+        after = jnp.asarray(pull_back(session.images[1], self.way(n), self.cube.affine))
         if session.curve is not None:
             after = recoloured(after, session.curve)
         fixed, before = (x[..., 0] for x in self.images)
-        folded = state.jacobian[state.region][session._brain_voxels[state.region]] <= 0
+        folded = (np.empty(0) if state.parts is None else
+                  state.parts[2][session._brain_voxels[state.region]] <= 0)
         return {"similarity_before": similarity(fixed, before, counted), "similarity_after": similarity(
             fixed, after, counted), "fold_pct": float(100 * folded.mean()) if folded.size else 0.0}
 

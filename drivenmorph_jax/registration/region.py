@@ -5,6 +5,7 @@ since each is compiled for once.
 """
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +66,13 @@ def affine_of_part(affine, part):
 def on_cube(field, affine, cube):
     """A field (X, Y, Z, 3) on a grid with an affine, sampled linearly on a cube and clamped at the edge."""
     matrix = np.linalg.inv(affine) @ cube.affine
-    return np.stack([ndimage.affine_transform(c, matrix[:3, :3], matrix[:3, 3], cube.shape, order=1, mode="nearest",
-                                              prefilter=False) for c in channels_first(field)], -1)
+
+    def sampled(channel):
+        return ndimage.affine_transform(channel, matrix[:3, :3], matrix[:3, 3], cube.shape, order=1, mode="nearest",
+                                        prefilter=False)
+
+    with ThreadPoolExecutor(3) as pool:
+        return np.stack(list(pool.map(sampled, channels_first(field))), -1)
 
 
 def on_part(move, cube, part, affine):
