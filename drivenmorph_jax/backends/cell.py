@@ -1,32 +1,34 @@
-"""The cell of the grid in which a sample lies: its corners and their weights."""
+"""The cell of the grid in which a sample lies: its corners and their weights.
+
+Registrations warp so often that the time to trace and compile this shows. So it is written with few operations.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
-def cell(shape, u, first=0):
+def cell(shape, u, first=None):
     """Of every sample x + u(x): lower corner of its cell, fraction within the cell, whether it is inside the grid.
 
     Each of the three is a list over the axes of arrays (X, Y, Z). `first` is the coordinate along the second axis at
-    which u begins.
+    which u begins, by default 0.
     """
     low, fraction, inside = [], [], []
     for axis, n in enumerate(shape):
         x = jax.lax.broadcasted_iota(jnp.float32, u.shape[:-1], axis) + u[..., axis]
-        if axis == 1:
+        if axis == 1 and first is not None:
             x += first
-        clamped = jnp.clip(x, 0, n - 1)
-        lower = jnp.clip(jnp.floor(clamped), 0, n - 2)
+        clamped = jax.lax.clamp(0.0, x, n - 1.0)
+        lower = jax.lax.clamp(0.0, jnp.floor(clamped), n - 2.0)
         low.append(lower.astype(jnp.int32))
         fraction.append(clamped - lower)
         inside.append((x >= 0) & (x <= n - 1))
     return low, fraction, inside
 
 
-def corner(shape, low, fraction, k):
-    """Corner k of the cell: its flat index, its weights along the axes, the signs of their derivatives."""
-    sides, index = [k >> axis & 1 for axis in reversed(range(len(shape)))], 0
-    for n, x, side in zip(shape, low, sides, strict=True):
-        index = index * n + x + side
-    weights = [jnp.where(side == 1, f, 1 - f) for f, side in zip(fraction, sides, strict=True)]
-    return index, weights, [2.0 * side - 1 for side in sides]
+def flat(shape, place):
+    """The index of a voxel, given by its places along the axes, in the flattened volume."""
+    index = 0
+    for n, x in zip(shape, place, strict=True):
+        index = index * n + x
+    return index

@@ -4,7 +4,7 @@ All devices replace the 3-D convolution by an equal 2-D convolution: its channel
 stacked. XLA on CPU runs it 3 to 30 times faster than the 3-D one. On TPU, the compiler turns the 3-D one into batches
 that fill a sixteenth of the memory they take. On GPU, the 2-D one has the layout in memory that tensor cores need.
 
-For few channels, a CPU sums shifted volumes instead, and a GPU convolves blocks of 2x2 voxels.
+For few channels, a CPU sums shifted volumes instead, if they are large, and a GPU convolves blocks of 2x2 voxels.
 """
 
 import itertools
@@ -19,6 +19,7 @@ import numpy as np
 from drivenmorph_jax.backends.fusion import alone
 
 FEW = 24  # input channels times output channels, up to which a sum of shifted volumes is fastest on CPU
+SMALL = 50_000  # voxels, up to which a CPU takes longer to compile that sum than the sum could ever save
 TENSOR_CORE = 8  # the fewest channels that the matrix units of a GPU take
 BLOCK = (1, 2, 2)  # with fewer channels, this many voxels become one voxel with the channels of all
 
@@ -122,7 +123,8 @@ _stacked_planes = partial(_stacked, convolve=_planewise)
 def _on_cpu(x, kernel, stride=1):
     if stride > 1:
         return _stacked(x, kernel, stride)
-    return _sum_of_shifts(x, kernel) if math.prod(kernel.shape[3:]) <= FEW else _stacked_planes(x, kernel)
+    few = math.prod(kernel.shape[3:]) <= FEW and math.prod(x.shape[1:4]) > SMALL
+    return _sum_of_shifts(x, kernel) if few else _stacked_planes(x, kernel)
 
 
 def _on_gpu(x, kernel, stride=1):

@@ -1,5 +1,6 @@
 """`fields.warp.trilinear` on CPU and GPU: one gather for each corner, of all channels at once."""
 
+import itertools
 import math
 from functools import partial
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from drivenmorph_jax.backends import warp_tpu
-from drivenmorph_jax.backends.cell import cell, corner
+from drivenmorph_jax.backends.cell import cell, flat
 from drivenmorph_jax.backends.fusion import alone
 
 
@@ -34,39 +35,43 @@ def _gathering(scalar_rows, loop):
 
 
 def _gathered_corners(image, u, scalar_rows):
-    flat, out = image.reshape(-1, image.shape[-1]), 0
-    if image.shape[-1] == 1 and scalar_rows:
-        flat = flat[:, 0]
-    low, fraction, _ = cell(image.shape[:-1], u)
-    for k in range(2**u.shape[-1]):
-        index, weights, _ = corner(image.shape[:-1], low, fraction, k)
-        weight = math.prod(weights).astype(image.dtype)
-        out += weight.reshape(*weight.shape, *(1,) * (flat.ndim - 1)) * jnp.take(flat, index, axis=0, mode="clip")
-    return out.reshape(*u.shape[:-1], image.shape[-1])
+    *shape, channels = image.shape
+    rows = image.reshape(-1) if channels == 1 and scalar_rows else image.reshape(-1, channels)
+    low, fraction, _ = cell(shape, u)
+    lowest, weights, out = flat(shape, low), [(1 - f, f) for f in fraction], 0
+    for sides in itertools.product((0, 1), repeat=len(shape)):
+        weight = math.prod(pair[side] for pair, side in zip(weights, sides, strict=True)).astype(image.dtype)
+        out += weight.reshape(*weight.shape, *(1,) * (rows.ndim - 1)) * jnp.take(
+            rows, lowest + flat(shape, sides), axis=0, mode="clip")
+    return out.reshape(*u.shape[:-1], channels)
 
 
 def _scattered_corners(image, u, g, loop):
-    flat = image.reshape(-1, image.shape[-1])
-    low, fraction, inside = cell(image.shape[:-1], u)
+    *shape, channels = image.shape
+    rows = image.reshape(-1, channels)
+    low, fraction, inside = cell(shape, u)
+    lowest = flat(shape, low)
 
     def add(k, state):
-        g_flat, g_u = state
-        index, weights, signs = corner(image.shape[:-1], low, fraction, k)
-        along = (jnp.take(flat, index, axis=0, mode="clip") * g).sum(-1).astype(u.dtype)
+        g_rows, g_u = state
+        sides = [k >> axis & 1 for axis in reversed(range(len(shape)))]
+        index, signs = lowest + flat(shape, sides), [2.0 * side - 1 for side in sides]
+        weights = [jnp.where(side == 1, f, 1 - f) for f, side in zip(fraction, sides, strict=True)]
+        along = (jnp.take(rows, index, axis=0, mode="clip") * g).sum(-1).astype(u.dtype)
         g_u = tuple(total + sign * math.prod(weights[:axis] + weights[axis + 1:]) * along
                     for axis, (total, sign) in enumerate(zip(g_u, signs, strict=True)))
-        return g_flat.at[index].add(math.prod(weights)[..., None] * g, mode="drop"), g_u
+        return g_rows.at[index].add(math.prod(weights)[..., None] * g, mode="drop"), g_u
 
     # The sum runs in float32: bfloat16 would lose small values, and GPUs add bfloat16 at half the rate.
-    state = jnp.zeros(flat.shape, jnp.float32), (jnp.zeros(u.shape[:-1], u.dtype),) * u.shape[-1]
+    state = jnp.zeros(rows.shape, jnp.float32), (jnp.zeros(u.shape[:-1], u.dtype),) * u.shape[-1]
     if loop:
         state = jax.lax.fori_loop(0, 2**u.shape[-1], add, state)
     else:
         for k in range(2**u.shape[-1]):
             state = add(k, state)
-    g_flat, g_u = state
+    g_rows, g_u = state
     g_u = jnp.stack([jnp.where(m, x, 0) for m, x in zip(inside, g_u, strict=True)], -1)
-    return g_flat.reshape(image.shape).astype(image.dtype), g_u
+    return g_rows.reshape(image.shape).astype(image.dtype), g_u
 
 
 FORMS = {"cpu": _gathering(scalar_rows=True, loop=True), "gpu": _gathering(scalar_rows=False, loop=False),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from drivenmorph_jax.backends.cell import cell
+from drivenmorph_jax.backends.cell import cell, flat
 
 
 def warped(image, u, near=False):
@@ -106,12 +106,8 @@ def _block(shape):
 def _row(shape, u, first):
     """The row of the table that holds the cell of each sample."""
     low, _, _ = cell(shape[:-1], u, first)
-    *low, last = low
-    index = 0
-    for n, x in zip(shape[:-2], low, strict=True):
-        index = index * n + x
-    block = _block(shape)
-    return index * -(-shape[-2] // block) + last // block
+    block, (*low, last) = _block(shape), low
+    return flat(shape[:-2], low) * -(-shape[-2] // block) + last // block
 
 
 def _combined(rows, shape, channels, u, first):
