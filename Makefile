@@ -2,6 +2,7 @@
 # make test         check style and types, and run the tests
 # make test-slow    damage and kill far more often than make test does, and register the largest pair of the tests
 # make docs         build the site of docs/ in build/docs
+# make pictures     draw the pictures of docs/view.md anew; it needs a Chromium
 # make build        make the wheel and the sdist in dist/
 # JAX=cuda13|cuda12|tpu installs the build for that accelerator; PYTHON=python3.12 takes another interpreter
 
@@ -10,7 +11,7 @@ JAX ?= cpu
 WORKDIR ?= runs/default
 INSTALLED = .venv/installed-$(JAX)
 
-.PHONY: train test test-slow lint docs build
+.PHONY: train test test-slow lint docs pictures build
 
 train: $(INSTALLED)
 	.venv/bin/python train.py --config configs/default.py --workdir $(WORKDIR)
@@ -29,6 +30,9 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED) .venv/installed-docs
 	.venv/bin/mkdocs build --strict
+
+pictures: $(INSTALLED)
+	PICTURES=docs .venv/bin/python -m pytest tests/test_view_browser.py -k tour
 
 build: $(INSTALLED)
 	.venv/bin/python -m build

@@ -1,10 +1,13 @@
 """The page of a result and of a cohort in a browser: Chromium without a screen, where it is installed.
 
-PICTURES=folder make test writes the pictures of docs/view.md there; see `test_the_tour`.
+`make pictures` draws the pictures of docs/view.md by `test_the_tour`.
 """
 
+import io
+import os
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +16,7 @@ from test_view import AFFINE, SWOLLEN, Quick, folder, quick, result, serving, to
 from test_view import cohort as cohort_folder  # noqa: F401
 
 from drivenmorph_jax.registration import decisions
+from drivenmorph_jax.registration.cohort_report import COLUMNS
 from drivenmorph_jax.registration.history import HISTORY
 from drivenmorph_jax.view import server, steering
 
@@ -233,3 +237,69 @@ def test_a_cohort(cohort_folder, quick, tab):  # noqa: F811
         says(tab, "#status", "4 pairs, 2 decided")
         found = decisions.decisions(cohort_folder)
     assert found["good"] == {"decision": "accept", "note": 'fine, "so far"'} and found["<b>bad"]["decision"] == "redo"
+
+
+PICTURES = os.environ.get("PICTURES")
+
+
+@pytest.mark.skipif(not PICTURES, reason="draws the pictures of docs/view.md: make pictures")
+def test_the_tour(tab, tmp_path):
+    """What docs/view.md tells, with a real registration and a real correction of two brains of the embedded cohort."""
+    from PIL import Image
+
+    from drivenmorph_jax.data.cohort import embedded_cohort
+    from drivenmorph_jax.registration.register import register
+    from drivenmorph_jax.runtime.configuration import load as configuration
+
+    def picture(name, height):
+        tab.mouse.move(0, 0)
+        tab.evaluate("document.activeElement.blur()")
+        tab.wait_for_timeout(1500)
+        shot = Image.open(io.BytesIO(tab.screenshot(clip={"x": 0, "y": 0, "width": 1280, "height": height})))
+        shot.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            Path(PICTURES) / name, optimize=True)
+
+    tab.set_viewport_size({"width": 1280, "height": 820})
+
+    config = configuration("default").data
+    config.num_test = 2
+    for name, subject in zip(("fixed", "moving"), embedded_cohort(config, ("test",)).test, strict=True):
+        nib.save(nib.Nifti1Image((1000 * subject.image).astype(np.int16), subject.affine), tmp_path / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(subject.labels.astype(np.int16), subject.affine), tmp_path / f"{name}_seg.nii.gz")
+    out = tmp_path / "cohort" / "sub-01"
+    register(tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz", moving_labels=tmp_path / "moving_seg.nii.gz",
+             method="demons", force="intensity", quiet=True).save(out)
+    with serving(steering.ResultPage(out)) as one:
+        load(tab, one.address)
+        tab.select_option("#overlay", "jacobian")
+        says(tab, "#legend", "Jacobian determinant")
+        picture("view_result.png", 700)
+        tab.select_option("#overlay", "")
+        tab.click("#add")
+        click(tab, "fixed", 0.12, 0.2)
+        click(tab, "warped", 0.15, 0.23)
+        says(tab, "#landmarks", "delete")
+        tab.click("#paint")
+        box = tab.locator("#fixed canvas").bounding_box()
+        tab.mouse.move(box["x"] + 0.36 * box["width"], box["y"] + 0.62 * box["height"])
+        tab.mouse.down()
+        tab.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.66 * box["height"], steps=6)
+        tab.mouse.up()
+        tab.click("#paint")
+        picture("view_correct.png", 790)
+        tab.click("#go")
+        tab.wait_for_selector("body[data-at='1']", timeout=600_000)
+        tab.get_by_label("Show landmark 1").click()
+        picture("view_corrected.png", 820)
+    for name in ("sub-02", "sub-03"):
+        shutil.copytree(out, out.parent / name)
+    decisions.write_table(out.parent, COLUMNS, [
+        {"name": "sub-01", "status": "done", "similarity_before": 0.31, "similarity_after": 0.52, "fold_pct": 0,
+         "warnings": 0, "decision": "accept"},
+        {"name": "sub-02", "status": "done", "similarity_before": 0.2, "similarity_after": 0.31, "fold_pct": 0,
+         "warnings": 2, "checks": "stretch; similarity", "decision": "redo", "note": "left temporal lobe"},
+        {"name": "sub-03", "status": "failed", "error": "sub-03.nii.gz does not exist; check the path"}])
+    with serving(server.opened(out.parent)) as one:
+        tab.goto(one.address)
+        tab.wait_for_selector("#rows table")
+        picture("view_cohort.png", 270)

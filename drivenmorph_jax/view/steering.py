@@ -152,6 +152,8 @@ class ResultPage:
             self._session.warm()
 
     def _corrected(self, correction):
+        if self._computing.locked():
+            self.news.tell(busy="wait for the compiler, which works once for images of a size")
         with self._computing:
             return self._session.corrected(correction, self._progress)
 
@@ -251,8 +253,10 @@ class ResultPage:
             return map_points(self.shown.linear, place).tolist()
         at = self.news.content["at"] - (panel == "before")
         state = self._states.get(at, self._session.first)
-        voxel = map_points(np.linalg.inv(self.shown.fixed.affine), place[None])
-        return (place + sample(channels_first(state.displacement), voxel)[0]).tolist()
+        voxel = map_points(np.linalg.inv(self.shown.fixed.affine), place)
+        first = np.clip(np.floor(voxel).astype(int), 0, np.array(self.shown.fixed.data.shape) - 2)
+        near = state.displacement[tuple(slice(a, a + 2) for a in first)]
+        return (place + sample(channels_first(near), (voxel - first)[None])[0]).tolist()
 
 
 def free(path):
