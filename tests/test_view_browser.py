@@ -256,7 +256,7 @@ def test_the_tour(tab, tmp_path):
         tab.evaluate("document.activeElement.blur()")
         tab.wait_for_timeout(1500)
         shot = Image.open(io.BytesIO(tab.screenshot(clip={"x": 0, "y": 0, "width": 1280, "height": height})))
-        shot.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        shot.convert("RGB").quantize(160, dither=Image.Dither.NONE).save(
             Path(PICTURES) / name, optimize=True)
 
     tab.set_viewport_size({"width": 1280, "height": 820})
@@ -276,8 +276,8 @@ def test_the_tour(tab, tmp_path):
         picture("view_result.png", 700)
         tab.select_option("#overlay", "")
         tab.click("#add")
-        click(tab, "fixed", 0.12, 0.2)
-        click(tab, "warped", 0.15, 0.23)
+        click(tab, "fixed", 0.35, 0.2)
+        click(tab, "warped", 0.37, 0.22)
         says(tab, "#landmarks", "delete")
         tab.click("#paint")
         box = tab.locator("#fixed canvas").bounding_box()
