@@ -26,10 +26,12 @@ from drivenmorph_jax.transforms.world import (
     displacement_of,
     force_on_grid,
     map_points,
+    sample,
     unfolded_in_world,
 )
 
 FLIP = np.float32([-1, -1, 1])  # from LPS, the frame of a force file, to RAS
+STEPS = 2  # by which the inverse is corrected
 NEAR = 8  # voxels around the region, from which the inverse may come
 # Of a summary, what the corrected transform changes; the rest is that of the result that was corrected.
 NEW = ("similarity_before", "similarity_after", "dice_before", "dice_after", "fold_pct", "sdlogj", "inverse_mm",
@@ -82,22 +84,35 @@ def _read(session, state):
 
 
 def _backward(session, state):
-    """The displacement of the inverse on the moving grid: that of the result, and in the region the inverse of phi."""
+    """The displacement of the inverse on the moving grid: that of the result, and in the region the inverse of phi.
+
+    phi maps the region to where it mapped it before, so these are the points that the former inverse maps there.
+    """
     backward = session.inverse_displacement
     if state.parts is None:
         return backward
     fixed, linear, moving = session.fixed, session.transform.linear, session.moving
     part = region.widened(state.region, fixed.data.shape, NEAR)
-    affine, to_voxel = region.affine_of_part(fixed.affine, part), np.linalg.inv(fixed.affine)
+    affine = region.affine_of_part(fixed.affine, part)
+    to_part, to_moving = np.linalg.inv(affine), np.linalg.inv(moving.affine)
     there, back = state.displacement[part], np.linalg.inv(linear)
     near = by_planes(there.shape, affine, lambda i, x: map_points(back, x + there[i]) - x)
-    low, high = (np.array([getattr(one, end) for one in state.region]) for end in ("start", "stop"))
-    places = by_planes(backward.shape, moving.affine, lambda i, y: map_points(to_voxel, y + backward[i]))
-    inside = ((places > low - 1) & (places < high)).all(-1)  # phi maps the region to where it mapped it before
+    low, high = (np.array([getattr(one, end) for one in region.inside(state.region, part)]) for end in (
+        "start", "stop"))
+    places = by_planes(backward.shape, moving.affine, lambda i, y: map_points(to_part, y + backward[i]))
+    inside = ((places > low - 1) & (places < high)).all(-1)
     points = map_points(moving.affine, np.argwhere(inside))
     backward = backward.copy()
     backward[inside] = Field(near, affine, linear).inverse(points) - points
-    return unfolded_in_world(backward, moving.affine, back)
+    channels = np.moveaxis(backward, -1, 0)
+    for _ in range(STEPS):  # for points between the voxels, see `fields.inverse.coarse_inverse`
+        error = by_planes(there.shape, affine, lambda i, x: there[i] + sample(channels, map_points(
+            to_moving, x + there[i])))
+        backward[inside] -= 0.5 * sample(np.moveaxis(error, -1, 0), map_points(to_part, points + backward[inside]))
+    shape = moving.data.shape
+    where = region.widened(region.bounds(inside, tuple(map(slice, 3 * [0], shape))), shape, NEAR)
+    backward[where] = unfolded_in_world(backward[where], region.affine_of_part(moving.affine, where), back)
+    return backward
 
 
 def _transferred(session, state, prepared, transform, start):
