@@ -37,7 +37,7 @@ pictures: $(INSTALLED)
 build: $(INSTALLED)
 	.venv/bin/python -m build
 
-$(INSTALLED): requirements.txt requirements-test.txt
+$(INSTALLED): requirements.txt requirements-test.txt requirements-view.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.14: name another, as in make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -47,6 +47,8 @@ $(INSTALLED): requirements.txt requirements-test.txt
 	.venv/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt \
 		$(if $(filter-out cpu,$(JAX)),"jax[$(JAX)]") $(if $(findstring cuda,$(JAX)),-c constraints-gpu.txt)
 	.venv/bin/python -m pip install --quiet --no-deps deepbet==1.0.2  # two files of weights; its torch is not needed
+	.venv/bin/python -m pip install --quiet -r requirements-view.txt "playwright>=1.49" || \
+		echo "the tests in a browser are skipped"  # they also need a Chromium
 	rm -f .venv/installed-*
 	touch $@
 

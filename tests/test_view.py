@@ -4,6 +4,7 @@ import base64
 import gzip
 import http.client
 import json
+import re
 import shutil
 import threading
 import time
@@ -226,6 +227,17 @@ def test_the_page_is_served_on_the_loopback_address_with_its_policy(running):
     told = json.loads(answer(running, f"/{running.token}/result.json").body)
     assert told["title"] == "moving.nii.gz to fixed.nii.gz"
     assert answer(running, f"/{running.token}/force.nii").body == running.page.shown.file("force")
+
+
+def test_the_document_has_every_control_and_its_pictures():
+    docs = Path(server.__file__).parents[2] / "docs"
+    told, html = (docs / "view.md").read_text(), server.part("page.html").decode()
+    controls = (re.findall(r"<button[^>]*>([^<]+)<", html)
+                + re.findall(r"<label[^>]*>(?:<input[^>]*>)? *([^<]+?) *<", html))
+    assert len(controls) > 12 and [one for one in controls if one not in told] == []
+    assert {*re.findall(r'title="Key (\w)"', html)} == {*"LGURE"} and "D paints" in html
+    pictures = re.findall(r"\((view_\w+\.png)\)", told)
+    assert len(pictures) == 4 and all((docs / name).stat().st_size > 10_000 for name in pictures)
 
 
 def test_nothing_else_is_served(running):

@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy.ndimage import binary_erosion
 from test_view import AFFINE, SWOLLEN, Quick, folder, quick, result, serving, told  # noqa: F401, fixtures among them
 from test_view import cohort as cohort_folder  # noqa: F401
 
@@ -80,7 +81,7 @@ def click(page, panel, x, y):
 
 def inside(page, what):
     """What a script of the page's own modules returns."""
-    return page.evaluate(f"import('./panels.js').then(({{ by, canvas, place, views }}) => {what})")
+    return page.evaluate(f"import('./panels.js').then(({{ go, place, views }}) => {what})")
 
 
 def place(page):
@@ -247,7 +248,7 @@ def test_the_tour(tab, tmp_path):
     """What docs/view.md tells, with a real registration and a real correction of two brains of the embedded cohort."""
     from PIL import Image
 
-    from drivenmorph_jax.data.cohort import embedded_cohort
+    from drivenmorph_jax.data.cohort import embedded_cohort, true_displacement
     from drivenmorph_jax.registration.register import register
     from drivenmorph_jax.runtime.configuration import load as configuration
 
@@ -256,14 +257,20 @@ def test_the_tour(tab, tmp_path):
         tab.evaluate("document.activeElement.blur()")
         tab.wait_for_timeout(1500)
         shot = Image.open(io.BytesIO(tab.screenshot(clip={"x": 0, "y": 0, "width": 1280, "height": height})))
-        shot.convert("RGB").quantize(160, dither=Image.Dither.NONE).save(
+        shot.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
             Path(PICTURES) / name, optimize=True)
+
+    def landmark(panel, mm):
+        tab.locator(f"#{panel} canvas").focus()
+        inside(tab, f"go({mm.tolist()})")
+        tab.keyboard.press("l")
 
     tab.set_viewport_size({"width": 1280, "height": 820})
 
     config = configuration("default").data
     config.num_test = 2
-    for name, subject in zip(("fixed", "moving"), embedded_cohort(config, ("test",)).test, strict=True):
+    subjects = embedded_cohort(config, ("test",)).test
+    for name, subject in zip(("fixed", "moving"), subjects, strict=True):
         nib.save(nib.Nifti1Image((1000 * subject.image).astype(np.int16), subject.affine), tmp_path / f"{name}.nii.gz")
         nib.save(nib.Nifti1Image(subject.labels.astype(np.int16), subject.affine), tmp_path / f"{name}_seg.nii.gz")
     out = tmp_path / "cohort" / "sub-01"
@@ -275,9 +282,15 @@ def test_the_tour(tab, tmp_path):
         says(tab, "#legend", "Jacobian determinant")
         picture("view_result.png", 700)
         tab.select_option("#overlay", "")
-        tab.click("#add")
-        click(tab, "fixed", 0.35, 0.2)
-        click(tab, "warped", 0.37, 0.22)
+        # A landmark where the result is 7 mm from the truth: x in the fixed image, and w in the warped one.
+        shown, total = one.page.shown, one.page._session.first.displacement
+        truth = config.spacing * true_displacement(*subjects)
+        near = binary_erosion(shown.brain, iterations=6) & (np.linalg.norm(truth - total, axis=-1) < 7)
+        x = np.unravel_index(np.where(near, np.linalg.norm(truth - total, axis=-1), 0).argmax(), shown.brain.shape)
+        points = nib.affines.apply_affine(subjects[0].affine, np.moveaxis(np.indices(shown.brain.shape), 0, -1))
+        w = np.linalg.norm(points + total - points[x] - truth[x], axis=-1).argmin()
+        landmark("fixed", points[x])
+        landmark("warped", points.reshape(-1, 3)[w])
         says(tab, "#landmarks", "delete")
         tab.click("#paint")
         box = tab.locator("#fixed canvas").bounding_box()
