@@ -1,4 +1,4 @@
-"""Show a result of `register` in the browser, and correct it there; or show the pairs of a cohort, to accept or redo."""
+"""Show a result of `register` in the browser, and correct it there; or show the pairs of a cohort."""
 
 from drivenmorph_jax.cli import program
 
