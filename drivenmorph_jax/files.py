@@ -134,6 +134,18 @@ def checksum(path):
     return found
 
 
+def names_apart(paths, out, name):
+    """The names of files, by the function `name`, for the results in `out`.
+
+    Raises InputError where two have one name, on a disk that does not tell upper from lower case as well.
+    """
+    names = [name(path) for path in paths]
+    if len({one.casefold() for one in names}) < len(names):
+        raise InputError(f"{', '.join(map(str, paths))}: two images have one name, and would overwrite each other in "
+                         f"{out}; give them in two calls with another --out")
+    return names
+
+
 def stem(path):
     """The name of an image file without its ending: site1.001 of site1.001.nii.gz."""
     name = Path(path).name

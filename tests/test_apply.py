@@ -1,6 +1,7 @@
 """apply.py, and `Transform`: what a registration wrote, on other files."""
 
 import csv
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -181,6 +182,17 @@ def test_what_cannot_be_used_is_said_in_one_sentence(tmp_path, monkeypatch, caps
     for words, arguments in cases.items():
         refused(*command(monkeypatch, capsys, *arguments), words)
     assert not out.exists()
+
+
+def test_of_several_images_a_broken_one_is_named_and_the_others_are_moved(tmp_path, monkeypatch, capsys):
+    transform = made(tmp_path, "isotropic", "isotropic")
+    field, out, broken = tmp_path / "d.nii.gz", tmp_path / "out", tmp_path / "broken.nii.gz"
+    transform.save(field)
+    broken.write_bytes(b"no image")
+    code, told = command(monkeypatch, capsys, "--transform", field, "--moving", broken, transform.other.path, "--out",
+                         out)
+    assert code == 4 and told.startswith("skipped: ") and told.count("\n") == told.count("broken.nii.gz") == 1
+    assert [path.name for path in out.iterdir()] == [Path(transform.other.path).name]
 
 
 SMALL = (6, 7, 8)

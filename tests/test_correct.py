@@ -16,7 +16,7 @@ from drivenmorph_jax.demons.guidance import kernel
 from drivenmorph_jax.errors import InputError, InputWarning
 from drivenmorph_jax.files import checksum
 from drivenmorph_jax.images.reading import load_image
-from drivenmorph_jax.registration import correct, region
+from drivenmorph_jax.registration import correct, piece, region
 from drivenmorph_jax.registration.correct import Correction, Session
 from drivenmorph_jax.registration.export import corrected_result
 from drivenmorph_jax.registration.history import History
@@ -42,7 +42,7 @@ def brain(path, stretch, labels=False):
 def few_iterations():
     """The tests compile hardly optimised code, and need little of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(correct, "ITERATIONS", 4)
+        patch.setattr(piece, "ITERATIONS", 4)
         yield
 
 
@@ -130,7 +130,7 @@ def test_where_images_are_not_trusted_the_field_is_that_of_the_surroundings(sess
 
 def test_stiffness_is_a_gaussian_where_the_correction_acts(session, study, tmp_path, monkeypatch):
     """A wave loses exp(-2 pi^2 s^2 / length^2) of its height, where w is 1, and 1 - w (1 - that) of it elsewhere."""
-    monkeypatch.setattr(correct, "ITERATIONS", 0)
+    monkeypatch.setattr(piece, "ITERATIONS", 0)
     middle, length, height, stiffness = [0.0, 0, 0], 40.0, 3.0, 8.0
     x = apply_affine(AFFINE, np.moveaxis(np.indices((SIDE,) * 3), 0, -1))[..., 0]
     wave = height * np.sin(2 * np.pi * x / length)[..., None] * np.array([1.0, 0, 0])
@@ -151,6 +151,31 @@ def test_contradictory_and_distant_landmarks_are_named_and_not_obeyed(session, l
     assert state.told[0]["left_out"] is None and "contradicts landmark" in state.told[1]["left_out"]
     assert "is 11.0 mm away, too far for its radius of 5.0 mm" == state.told[2]["left_out"]
     np.testing.assert_allclose(state.displacement, led.displacement, atol=0.02)  # as without the two
+
+
+def test_places_that_do_not_reach_each_other_are_computed_by_themselves(session, monkeypatch):
+    """So a further place changes nothing at the first one, and takes no longer than alone."""
+    places = [30.0, 0, 0], [-35.0, 5, 0]
+    both, *alone = (session.corrected(Correction(landmarks(session, points, SHIFT, 8.0)))
+                    for points in (places, places[:1], places[1:]))
+    moved = [(state.displacement != session.first.displacement).any(-1) for state in (both, *alone)]
+    np.testing.assert_array_equal(moved[0], moved[1] | moved[2])
+    assert moved[1].any() and moved[2].any() and not (moved[1] & moved[2]).any()
+    for state, where in zip(alone, moved[1:], strict=True):
+        for name in ("displacement", "warped", "jacobian"):
+            np.testing.assert_array_equal(getattr(both, name)[where], getattr(state, name)[where])
+    wanted = jacobian_determinant_of_displacement(both.displacement, AFFINE)
+    np.testing.assert_allclose(both.jacobian, wanted, atol=1e-5)
+    monkeypatch.setattr(correct, "piece_of", None)  # each is known by now
+    np.testing.assert_array_equal(session.corrected(both.correction).jacobian, both.jacobian)
+
+
+def test_boxes_are_joined_until_none_are_close():
+    boxes = [(np.full(3, low), np.full(3, low + 2.0)) for low in (0.0, 9.0, 4.5, 30.0)]
+    assert [some for _, _, some in region.joined_boxes(boxes, 2.0)] == [[0], [1], [2], [3]]
+    assert [some for _, _, some in region.joined_boxes(boxes, 2.6)] == [[3], [0, 1, 2]]  # 0 and 1 by way of 2
+    (low, high, _), *rest = region.joined_boxes(boxes[:3], 2.6)
+    assert not rest and (low == 0).all() and (high == 11).all()
 
 
 def test_nothing_changes_where_every_landmark_is_left_out(session):

@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md",
          *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("weights/*/README.md"))]
 PROGRAMS = {"register": "register.md", "cohort": "cohort.md", "template": "template.md", "label": "label.md",
-            "apply": "transforms.md", "train": "train.md", "eval": "evaluate.md"}
+            "correct": "correct.md", "apply": "transforms.md", "train": "train.md", "eval": "evaluate.md"}
 
 
 def blocks(page, language=""):

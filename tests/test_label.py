@@ -13,6 +13,7 @@ import drivenmorph_jax
 import label as program
 from drivenmorph_jax import demons
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.images.reading import load_image
 from drivenmorph_jax.labelling import align
 from drivenmorph_jax.labelling.label import label_files
 
@@ -105,6 +106,17 @@ def test_what_is_labelled_is_not_labelled_again(labelled, folder, monkeypatch, c
     assert run(program, arguments, monkeypatch, capsys) == (0, "")
     with pytest.raises(TypeError):
         run(program, [*arguments, "--fusion", "local"], monkeypatch, capsys)
+
+
+def test_of_several_images_a_broken_one_is_named_and_the_others_are_labelled(labelled, folder, monkeypatch, capsys):
+    monkeypatch.setattr("drivenmorph_jax.labelling.label.label", lambda path, *_, **__: load_image(path))
+    broken = folder / "broken.nii.gz"
+    broken.write_bytes((folder / "one_t1.nii.gz").read_bytes()[:300])
+    before = (folder / "out" / "volumes.csv").read_text()
+    code, told = run(program, ["--atlases", folder / "atlases", "--out", folder / "out", "--image", broken,
+                               folder / "one_t1.nii.gz", folder / "two_t1.nii.gz"], monkeypatch, capsys)
+    assert code == 4 and told.count("broken.nii.gz") == 1 and told.startswith("skipped: ")
+    assert (folder / "out" / "volumes.csv").read_text() == before and not (folder / "out" / "broken").exists()
 
 
 def test_what_cannot_be_used_is_told_in_one_sentence(folder, tmp_path, monkeypatch, capsys):

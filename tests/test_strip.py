@@ -115,6 +115,16 @@ def test_strip_writes_mask_stripped_image_and_picture(heads, tmp_path, capsys):
         main.main(["strip", "--image", *[next(iter(heads))] * 2, "--out", str(out)])
 
 
+def test_of_several_images_a_broken_one_is_named_and_the_others_are_stripped(heads, tmp_path, capsys):
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        main.main(["strip", "--image", str(broken), *heads, "--out", str(tmp_path)])
+    done = capsys.readouterr()
+    assert stop.value.code == 4 and done.err.startswith("skipped: ") and "broken.nii.gz" in done.err
+    assert done.out.splitlines()[2:] == ["2 images are done, 1 failed"]
+
+
 def test_what_to_install_is_said_where_deepbet_is_missing(tmp_path, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)

@@ -73,7 +73,7 @@ def main(arguments=None, prog="drivenmorph apply"):
     from drivenmorph_jax.runtime import sharding
 
     sharding.start()
-    for path in apply_files(
+    paths = apply_files(
         flags.transform,
         flags.out,
         flags.moving,
@@ -84,5 +84,5 @@ def main(arguments=None, prog="drivenmorph apply"):
         flags.geometry,
         flags.convention,
         flags.source,
-    ):
-        print(path)
+    )
+    program.tell(paths, "{}")

@@ -6,7 +6,8 @@ EPILOG = """\
 The folder of the atlases holds ID_t1.nii.gz and ID_seg.nii.gz for each, skull-stripped and on one grid, as `prepare`
 writes them, and a labels.csv with names if you like. The folder of the results gets labels.nii.gz, confidence.nii.gz,
 volumes.csv, overview.png and summary.json; with several images it gets a folder with these for each image, and a
-volumes.csv of all. Images that are done already are not labelled again. Examples:
+volumes.csv of all. Images that are done already are not labelled again. Of several images, one that cannot be used is
+named and skipped, and the exit status is then 4. Examples:
 
   %(prog)s --atlases brains --image scan.nii.gz --out result
   %(prog)s --atlases brains --image scans/*.nii.gz --out results"""
@@ -44,5 +45,4 @@ def main(arguments=None, prog="drivenmorph label"):
     sharding.start()
     check_folder(flags.out)
     settings = {name: getattr(flags, name) for name in ("fusion", "strip", "geometry")}
-    for folder in label_files(flags.image, flags.atlases, flags.out, **settings):
-        print(f"look at {folder}/overview.png")
+    program.tell(label_files(flags.image, flags.atlases, flags.out, **settings), "look at {}/overview.png")

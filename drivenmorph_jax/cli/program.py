@@ -1,4 +1,4 @@
-"""What the programs share: how a program ends, and how it reads a size."""
+"""What the programs share: how a program ends, what it tells of many images, and how it reads a size."""
 
 import argparse
 import re
@@ -30,6 +30,24 @@ def run(main):
         sys.exit(_failed(f"error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_failed("interrupted", 130))
+
+
+def tell(results, done):
+    """Print `done`, a format, of each result of several images. An `InputError` among them is told as a skipped image.
+
+    The exit status is then 4.
+    """
+    made, failed = 0, 0
+    for result in results:
+        if isinstance(result, InputError):
+            print(f"skipped: {result}", file=sys.stderr)
+            failed += 1
+        else:
+            print(done.format(result))
+            made += 1
+    if failed:
+        print(f"{made} images are done, {failed} failed")
+        sys.exit(4)
 
 
 def parser(prog, description, epilog):

@@ -4,7 +4,8 @@ from drivenmorph_jax.cli import program
 
 EPILOG = """\
 For each image NAME.nii.gz, the folder gets NAME_stripped.nii.gz, which is 0 outside the brain, the mask
-NAME_brain.nii.gz, and NAME_brain.png. `register` does this by itself where an image shows a whole head. Examples:
+NAME_brain.nii.gz, and NAME_brain.png. `register` does this by itself where an image shows a whole head. Of several
+images, one that cannot be used is named and skipped, and the exit status is then 4. Examples:
 
   %(prog)s --image head.nii.gz --out brains
   %(prog)s --image heads/*.nii.gz --out brains"""
@@ -24,5 +25,4 @@ def main(arguments=None, prog="drivenmorph strip"):
     from drivenmorph_jax.runtime import sharding
 
     sharding.start()
-    for path in strip_files(flags.image, flags.out, flags.geometry):
-        print(path)
+    program.tell(strip_files(flags.image, flags.out, flags.geometry), "{}")

@@ -15,7 +15,7 @@ from drivenmorph_jax.data.folder import IMAGE, LABELS, beside
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import figures
 from drivenmorph_jax.evaluation.tables import pairs_csv
-from drivenmorph_jax.files import alone_in, make_folder, new_files, stem, write_json
+from drivenmorph_jax.files import alone_in, make_folder, names_apart, new_files, stem, write_json
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.reading import PATHS, Source
 from drivenmorph_jax.images.volume import Volume
@@ -133,7 +133,8 @@ def label(image: Source, atlases: str | Path | Atlases, *, fusion: str = "joint"
 
 def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Path, fusion: str = "joint",
                 strip: str = "auto", geometry: str = "sform"):
-    """Label files, as `drivenmorph label` does. Yields the folder of each image's results when they are there.
+    """Label files, as `drivenmorph label` does. Yields the folder of each image's results when they are there, or the
+    `InputError` of one of several images that cannot be used.
 
     The results of one image are written to `out`, those of several to folders in it that are called by their names, and
     the volumes of all to out/volumes.csv.
@@ -144,31 +145,37 @@ def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Pa
       atlases: a folder, as `label` takes it.
       fusion, strip, geometry: as in `label`.
 
-    Raises InputError where an image or the folder cannot be used, two images have one name, or another run uses `out`.
+    Raises InputError where the atlases or the only image cannot be used, two images have one name, or another run uses
+    `out`.
     """
-    names = [stem(path) for path in images]
-    if len({name.casefold() for name in names}) < len(names):
-        raise InputError(f"{', '.join(map(str, images))}: two images have one name, and would overwrite each other in "
-                         f"{out}")
+    names = names_apart(images, out, stem)
     out, settings = make_folder(out), {"fusion": fusion, "strip": strip, "geometry": geometry}
     with alone_in(out):
         found = read_atlases(atlases)
         files = {f"{id}{ending}": Path(atlases) / f"{id}{ending}" for id in found.ids for ending in (IMAGE, LABELS)}
         if table := beside(Path(atlases), "labels.csv"):
             files["labels.csv"] = table
+        done = []
         for name, path in zip(names, images, strict=True):
             folder = out if len(names) == 1 else out / name
-            source = made_from({role: os.path.abspath(file) for role, file in (files | {"image": path}).items()},
-                               settings, (), None)
-            if made(folder / SUMMARY, source):
-                print(f"{path} is labelled already")
+            try:
+                source = made_from({role: os.path.abspath(file) for role, file in (files | {"image": path}).items()},
+                                   settings, (), None)
+                if made(folder / SUMMARY, source):
+                    print(f"{path} is labelled already")
+                else:
+                    result = label(path, found, **settings)
+                    result.summary["made_from"] = source
+                    result.save(folder)
+            except InputError as error:
+                if len(images) == 1:
+                    raise
+                yield error
             else:
-                result = label(path, found, **settings)
-                result.summary["made_from"] = source
-                result.save(folder)
-            yield folder
-        if len(names) > 1:
-            _write_volumes(out, names)
+                done.append(name)
+                yield folder
+        if len(names) > 1 and done:
+            _write_volumes(out, done)
 
 
 def _write_volumes(out, names):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import make_folder, replacing
+from drivenmorph_jax.files import make_folder, names_apart, replacing
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.geometry import checked
 from drivenmorph_jax.images.reading import load_grid
@@ -15,7 +15,8 @@ from drivenmorph_jax.transforms.transform import Transform
 
 def apply_files(transform, out, images=None, points=None, interpolation="linear", inverse=False, reference=None,
                 geometry="sform", convention=None, source=None):
-    """Move files by a transform, as `drivenmorph apply` does. Yields each path that it wrote.
+    """Move files by a transform, as `drivenmorph apply` does. Yields each path that it wrote, or the
+    `InputError` of one of several images that cannot be used.
 
     Args:
       transform: a file of a transform, or several, as `Transform.load` takes them.
@@ -48,12 +49,16 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
             found, reference = replace(found, other=reference), None  # it need not be sampled there once more
         found = found.inverse
     if len(images) > 1:
-        names = [Path(path).name for path in images]
-        if len(set(names)) < len(names):
-            raise InputError(f"{', '.join(names)}: two images have one name, and would overwrite each other in {out}")
+        names = names_apart(images, out, lambda path: Path(path).name)
         places = [make_folder(out) / name for name in names]
     else:
         places = [Path(out)]
     for image, place in zip(images, places, strict=True):
-        writing.write(place, found.apply(image, interpolation, reference, geometry))
-        yield place
+        try:
+            writing.write(place, found.apply(image, interpolation, reference, geometry))
+        except InputError as error:
+            if len(images) == 1:
+                raise
+            yield error
+        else:
+            yield place

@@ -1,7 +1,8 @@
 """Corrections of a finished result: a person says what is wrong at a place, and the deformation is continued there.
 
-A correction has landmarks, a mask where the images are not to be trusted, and a stiffness. It is computed in a cube
-around them, on voxels of the working grid of Demons, see `registration.region`. Let phi = T (id + n) be the transform
+A correction has landmarks, a mask where the images are not to be trusted, and a stiffness. Landmarks and parts of the
+mask that do not reach each other are places by themselves. Each is computed in a cube around it, on voxels of the
+working grid of Demons, see `registration.piece`. Let phi = T (id + n) be the transform
 of the result, T its affine, F the fixed and M the moving image. With a mask, n is first interpolated in it from its
 surroundings. Then
 
@@ -12,12 +13,14 @@ surroundings. Then
   n <- unfolded(n)
 
 w = min(1, 2 K(d / g)) at the distance d, K the function of Wendland in `demons.guidance`. g is three radii of a
-landmark, and `AROUND` of the mask. Beyond g nothing changes.
+landmark, and 20 mm of the mask. Beyond g nothing changes.
 
 Each correction starts from the result as it was found, not from the correction before it. So a history is a list of
 corrections, each of which can be computed by itself.
 """
 
+import hashlib
+import itertools
 import json
 import time
 import zlib
@@ -27,51 +30,33 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import jax.numpy as jnp
 import nibabel
 import numpy as np
 from scipy import ndimage
 
-from drivenmorph_jax import demons
-from drivenmorph_jax.demons.guidance import FARTHEST, REGION, STRIDE, driven_by_images, kernel
+from drivenmorph_jax.demons.guidance import REGION
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.fields.inverse import inverse_at
-from drivenmorph_jax.fields.smooth import gaussian_smooth
-from drivenmorph_jax.fields.unfold import unfolded
-from drivenmorph_jax.fields.warp import compose
 from drivenmorph_jax.files import checksum
-from drivenmorph_jax.images.contrast import conditional_mean, recoloured
-from drivenmorph_jax.images.field_of_view import beyond, cut_faces
-from drivenmorph_jax.images.intensity import background, foreground, normalise
-from drivenmorph_jax.images.masks import fill
+from drivenmorph_jax.images.contrast import conditional_mean
+from drivenmorph_jax.images.field_of_view import cut_faces
+from drivenmorph_jax.images.intensity import foreground, normalise
 from drivenmorph_jax.images.reading import Source, load_labels, load_mask
 from drivenmorph_jax.images.volume import resample, same_grid, smoothed
 from drivenmorph_jax.images.working_grid import coarse_factor
 from drivenmorph_jax.registration import region
-from drivenmorph_jax.registration.align import RIM
 from drivenmorph_jax.registration.export import corrected_result
-from drivenmorph_jax.registration.guide import ITERATIONS, RADIUS, SLACK, contradicting, too_far, warn
+from drivenmorph_jax.registration.guide import RADIUS, SLACK, contradicting, too_far, warn
+from drivenmorph_jax.registration.piece import AROUND, Piece, joined, joined_numbers, piece_of
 from drivenmorph_jax.registration.plan import demons_grid
 from drivenmorph_jax.registration.read import MOST_MASKED, Request, read, scaled, scaled_grid, within
 from drivenmorph_jax.registration.result import SUMMARY, former_files, transform_names
-from drivenmorph_jax.registration.score import similarity
 from drivenmorph_jax.registration.strip import stripped_by
 from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
 from drivenmorph_jax.transforms.reading import BACK
 from drivenmorph_jax.transforms.transform import Transform
-from drivenmorph_jax.transforms.world import (
-    by_planes,
-    displacement_of,
-    jacobian_determinant_of_displacement,
-    map_points,
-    pull_back,
-    sample,
-    unfolded_in_world,
-)
+from drivenmorph_jax.transforms.world import displacement_of, map_points, pull_back, sample
 
-AROUND = 20.0  # mm around a mask, within which images drive the deformation again
-PLACES = 8  # landmarks are filled up to a multiple of it, since each number of them is compiled for once
-AWAY = -1000.0  # voxels; where those that fill up lie, out of reach of all others
+MOST_PIECES = 64  # places of corrections that are kept
 NONE = Landmarks((), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0))
 FIELDS = {"itk": ".nii.gz", "ras": "_ras.nii.gz"}  # formats that keep the displacement, and the ends of their files
 
@@ -147,8 +132,9 @@ class Session:
         if not same_grid(self.transform.grid, self.fixed):
             raise InputError(f"{self.transform.grid.path} does not lie on the grid of {self.fixed.path}: run register "
                              "again")
-        self.pair = stripped_by(pair, {role: self._brain(role, pair) for role in self.summary["stripped"]})
+        self.pair = stripped_by(pair, {role: self._brain_mask(role, pair) for role in self.summary["stripped"]})
         shape, grid, spacing = demons_grid(self.pair.fixed)
+        self._pieces: dict[bytes, Piece] = {}
         self.shape, self.grid, self.spacing = shape, scaled_grid(grid, 1 / self.scale), spacing / self.scale
 
     def check(self):
@@ -174,7 +160,7 @@ class Session:
             raise InputError(f"{self.folder} has no {name}, which belongs to its result: run register again")
         return self.folder / name
 
-    def _brain(self, role, pair):
+    def _brain_mask(self, role, pair):
         """The mask of a brain that register found."""
         image = getattr(pair, role)
         return scaled(load_mask(self.path(f"{role}_brain.nii.gz"), scaled(image, 1 / self.scale)), self.scale)
@@ -228,12 +214,13 @@ class Session:
         return tuple(one and scaled(one, 1 / self.scale) for one in (self.pair.fixed_mask, self.pair.moving_mask))
 
     @cached_property
-    def _cut(self):
+    def cut(self):
         """Of the two images, whether tissue is cut at a face of the grid."""
         return [np.isfinite(cut_faces(one)).any() for one in (self.pair.fixed, self.pair.moving)]
 
     @cached_property
-    def _brain_voxels(self):
+    def brain(self):
+        """The voxels of the fixed brain, bool."""
         return foreground(self.pair.fixed.data)
 
     @cached_property
@@ -276,38 +263,61 @@ class Session:
         self._checked(correction)
         tell("read", 0.0)
         first, marks = self.first, correction.landmarks or NONE
-        back, to_voxel = np.linalg.inv(self.transform.linear), np.linalg.inv(self.grid)
-        points, targets = (map_points(to_voxel, x) for x in (marks.fixed, map_points(back, marks.moving)))
+        ways = np.linalg.inv(self.grid), np.linalg.inv(self.grid) @ np.linalg.inv(self.transform.linear)
+        points, targets = (map_points(way, x) for way, x in zip(ways, (marks.fixed, marks.moving), strict=True))
         lacked = np.linalg.norm(_moved(first.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         radius = np.where(np.isnan(marks.radius), RADIUS / self.scale, marks.radius)
-        slack = SLACK / self.scale / self.spacing
-        left_out = contradicting(marks.names, points, targets, lacked, slack)
-        used = [k for k in range(len(points)) if k not in left_out]
-        state = State(first.found, region.NOWHERE, None, correction, [], {})
-        if used or correction.distrust is not None:
-            cube = self._cube(points[used], radius[used] / self.spacing, correction.distrust)
-            places = [cube.voxels(x) for x in (marks.fixed, map_points(back, marks.moving))]
-            tell("images", 0.05)
-            work = _Work(self, cube, correction.distrust)
-            far = work.placed(*(x[used] for x in places), radius[used] / self.spacing)
-            left_out |= too_far({used[k] for k in np.flatnonzero(far)}, lacked, radius)
-            if not far.all() or work.mask is not None:
-                tell("deform", 0.2)
-                n = work.deformed(0 if self.summary["stiffness"] == "high" else ITERATIONS, self.force,
-                                  correction.stiffness / self.spacing)
-                tell("warp", 0.7)
-                state = self._pasted(state, cube, np.asarray(n - work.n))
-                tell("measure", 0.9)
-                state = replace(state, numbers=work.numbers(n, state))
+        left_out = contradicting(marks.names, points, targets, lacked, SLACK / self.scale / self.spacing)
+        used, pieces = np.array([k for k in range(len(points)) if k not in left_out], int), []
+        places = list(self._places(points[used], radius[used] / self.spacing, correction.distrust))
+        for number, (cube, some, mask) in enumerate(places):
+            def told(words, share, number=number):
+                tell(words, (number + share) / len(places))
+
+            some = used[some]
+            pieces.append(self._piece(cube, points[some], targets[some], radius[some] / self.spacing, mask,
+                                      correction.stiffness / self.spacing, told))
+            left_out |= too_far(some[pieces[-1].far], lacked, radius)
+        state = State(first.found, *joined(pieces, first.found), correction, [], joined_numbers(pieces))
         warn(marks.names, left_out)
         after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         told = [{"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k]),
                  "after_mm": float(after[k]), "left_out": left_out.get(k)} for k, name in enumerate(marks.names)]
         return replace(state, told=told, numbers=state.numbers | {"seconds": time.perf_counter() - began})
 
+    def _places(self, points, radius, distrust):
+        """The places of a correction that do not reach each other, as (cube, indices of landmarks, mask or None).
+
+        Points and radii are in voxels of the working grid.
+        """
+        boxes = [(point - REGION * r, point + REGION * r) for point, r in zip(points, radius, strict=True)]
+        number = 0
+        if distrust is not None:
+            labels, number = ndimage.label(distrust, np.ones((3, 3, 3)))
+            wide, way = AROUND / self.scale / self.spacing, np.linalg.inv(self.grid) @ self.fixed.affine
+            for part in ndimage.find_objects(labels):
+                corners = map_points(way, np.array(list(itertools.product(*((s.start, s.stop - 1) for s in part)))))
+                boxes.append((corners.min(0) - wide, corners.max(0) + wide))
+        apart = region.APART * max(1.0, self.fixed.spacing.max() / self.spacing)
+        for low, high, some in region.joined_boxes(boxes, apart):
+            parts = [k - len(points) + 1 for k in some if k >= len(points)]
+            yield (region.cube_around(low, high, self.grid), np.array([k for k in some if k < len(points)], int),
+                   np.isin(labels, parts) if parts else None)
+
+    def _piece(self, cube, points, targets, radius, mask, stiffness, tell):
+        """The `Piece` of a place. It is kept: of many places, a correction after it mostly changes one."""
+        asked = [np.array([cube.side, stiffness]), cube.affine, points, targets, radius]
+        key = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in [
+            *asked, np.zeros(0) if mask is None else np.packbits(mask)])).digest()
+        if key not in self._pieces:
+            while len(self._pieces) >= MOST_PIECES:
+                self._pieces.pop(next(iter(self._pieces)))
+            self._pieces[key] = piece_of(self, cube, points, targets, radius, mask, stiffness, tell)
+        return self._pieces[key]
+
     def warm(self) -> None:
         """Compile what a correction of usual size needs, by one that changes nothing. It can run in a thread."""
-        middle = np.argwhere(self._brain_voxels).mean(0).round().astype(int)
+        middle = np.argwhere(self.brain).mean(0).round().astype(int)
         point = map_points(self.fixed.affine, middle[None])
         mask = np.zeros(self.fixed.data.shape, bool)
         mask[tuple(middle)] = True
@@ -358,148 +368,10 @@ class Session:
             if mask.shape != self.fixed.data.shape:
                 raise InputError(f"the mask of where not to trust the images has {mask.shape} voxels, not those of "
                                  f"{self.fixed.path}, {self.fixed.data.shape}: give one on the grid of that image")
-            share = np.mean(mask[self._brain_voxels])
+            share = np.mean(mask[self.brain])
             if share > MOST_MASKED:
                 raise InputError(f"the mask of where not to trust the images holds {share:.0%} of the brain, which "
                                  "leaves too little to go by: make it smaller")
-
-    def _cube(self, points, radius, distrust):
-        """The `Cube` around landmarks, in voxels of the working grid, and around a mask."""
-        corners = [points - REGION * radius[:, None], points + REGION * radius[:, None]]
-        if distrust is not None and distrust.any():
-            box = np.array([[s.start, s.stop - 1] for s in ndimage.find_objects(distrust.astype(np.uint8))[0]])
-            grid = np.stack(np.meshgrid(*box, indexing="ij"), -1).reshape(-1, 3)
-            found = map_points(np.linalg.inv(self.grid) @ self.fixed.affine, grid)
-            wide = AROUND / self.scale / self.spacing
-            corners += [found - wide, found + wide]
-        corners = np.concatenate(corners)
-        return region.cube_around(corners.min(0), corners.max(0), self.grid)
-
-    def _pasted(self, state, cube, move):
-        """A `State` whose transform is T (id + n + move), with `move` in voxels of a cube."""
-        shape, affine, linear = self.fixed.data.shape, self.fixed.affine, self.transform.linear
-        part = region.part_within(cube, shape, affine)
-        shift = region.on_part(move, cube, part, affine)
-        changed = shift.any(-1)
-        core = region.bounds(changed, part)
-        if core is region.NOWHERE:
-            return state
-        displacement, warped, jacobian, labels = state.found
-        wide = region.widened(core, shape, 2)  # the Jacobian sees a voxel further, and has its own border there
-        there = displacement[wide].copy()
-        there[region.inside(core, wide)] += shift[region.inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
-        placed = region.affine_of_part(affine, wide)
-        there = unfolded_in_world(there, placed, linear)
-        changed = (there != displacement[wide]).any(-1)
-        near = ndimage.binary_dilation(changed, np.ones((3, 3, 3)))
-        image = pull_back(self.moving, there, placed, outside=background(self.moving.data))
-        return replace(state, region=wide, parts=(
-            there, np.where(changed, image, warped[wide]),
-            np.where(near, jacobian_determinant_of_displacement(there, placed), jacobian[wide]),
-            None if labels is None else np.where(changed, pull_back(self.labels, there, placed, "nearest"),
-                                                 labels[wide])))
-
-
-class _Work:
-    """A correction in its cube. Images are (side, side, side, 1), fields in voxels of the cube."""
-
-    def __init__(self, session, cube, distrust):
-        self.session, self.cube = session, cube
-        self.n = self._found()
-        self.mask = None
-        if distrust is not None and distrust.any():
-            volume = replace(session.fixed, data=distrust.astype(np.uint8))
-            self.mask = jnp.asarray(resample(volume, cube.shape, cube.affine, order=0) > 0)[..., None]
-        self.start = self.n if self.mask is None else unfolded(fill(self.n, self.mask))
-        self.images, self.weights = self._prepared()
-
-    def _found(self):
-        """n of the transform that was found."""
-        fixed, cube, linear = self.session.fixed, self.cube, self.session.transform.linear
-        part = region.part_within(cube, fixed.data.shape, fixed.affine)
-        affine, back = region.affine_of_part(fixed.affine, part), np.linalg.inv(linear)
-        there = self.session.transform.displacement[part]
-        n = by_planes(there.shape, affine, lambda i, x: map_points(back, x + there[i]) - x)
-        return jnp.asarray(region.on_cube(n @ np.linalg.inv(cube.affine[:3, :3]).T.astype(np.float32), affine, cube))
-
-    def way(self, n):
-        """The displacement T (x + n) - x at the voxels of the cube, RAS mm."""
-        vectors, linear = np.asarray(n) @ self.cube.affine[:3, :3].T.astype(np.float32), self.session.transform.linear
-        return by_planes(vectors.shape, self.cube.affine, lambda i, x: map_points(linear, x + vectors[i]) - x)
-
-    def _prepared(self):
-        """((F, M o phi), their weights), where phi is that of `start`."""
-        session, cube, way = self.session, self.cube, self.way(self.start)
-        (fixed, moving), (fixed_mask, moving_mask) = session.images, session.masks
-        images = [resample(fixed, cube.shape, cube.affine), pull_back(moving, way, cube.affine)]
-        images = [jnp.asarray(x)[..., None] for x in images]
-        if session.curve is not None:
-            images[1] = recoloured(images[1], session.curve)
-        nowhere = jnp.zeros((*cube.shape, 1), bool)
-        outs = [nowhere if self.mask is None else self.mask, nowhere]
-        if fixed_mask is not None:
-            outs[0] |= resample(fixed_mask, cube.shape, cube.affine, order=0)[..., None] > 0
-        if moving_mask is not None:
-            outs[1] |= pull_back(moving_mask, way, cube.affine, "nearest")[..., None] > 0
-        images = [fill(x, out) if out.any() else x for x, out in zip(images, outs, strict=True)]
-        for k, cut in enumerate(session._cut):
-            if cut:
-                volume = scaled((session.pair.fixed, session.pair.moving)[k], 1 / session.scale)
-                outs[k] |= beyond(volume, cube.shape, cube.affine, (None, session.transform.linear)[k],
-                                  RIM / session.scale)[1][..., None]
-        return images, tuple(1.0 - out for out in outs)
-
-    def placed(self, points, targets, radius):
-        """Place landmarks, in voxels of the cube; returns which of them are out of reach (N,) bool. They are not used.
-
-        Landmarks AWAY, which want nothing, fill them up.
-        """
-        more = max(-(-len(points) // PLACES), 1) * PLACES - len(points)
-        away = np.full((more, 3), AWAY)
-        points, targets = np.concatenate([points, away]), np.concatenate([targets, away + self.start[0, 0, 0]])
-        radius = np.concatenate([radius, np.full(more, radius.mean() if len(radius) else PLACES)])
-        between, found = (np.array(x) for x in inverse_at(self.start, *(jnp.asarray(x, jnp.float32) for x in (
-            targets, points)), 100))
-        far = ~found | (np.linalg.norm(between - points, axis=-1) > FARTHEST * radius)
-        points[far], between[far], targets[far] = AWAY, AWAY, AWAY + np.asarray(self.start[0, 0, 0])
-        self.points, self.between, self.targets, self.radius = (
-            jnp.asarray(x, jnp.float32) for x in (points, between, targets, radius))
-        return far[:len(far) - more]
-
-    def deformed(self, iterations, force, stiffness):
-        """n with the correction. `stiffness` is in voxels."""
-        weight = self.around = self._around()
-        psi = demons.guided(*self.images, jnp.zeros_like(self.n), self.points, self.between, self.radius,
-                            iterations=iterations, force=force, weights=self.weights, around=self.around)
-        n = compose(self.start, psi)
-        if self.mask is not None:
-            n = fill(n, self.mask)
-        if stiffness:
-            n = n + weight * (gaussian_smooth(n, stiffness) - n)
-        return demons.guided(*self.images, n, self.points, self.targets, self.radius, iterations=0, force=force,
-                             weights=self.weights)
-
-    def _around(self):
-        """w: how much images drive each voxel. It ends a voxel of `guided` sooner, which samples linearly."""
-        weight = driven_by_images(self.cube.shape, self.points, REGION * self.radius - STRIDE)
-        if self.mask is None:
-            return weight
-        far = ndimage.distance_transform_edt(~np.asarray(self.mask[..., 0]))
-        reach = max(AROUND / self.session.scale / self.session.spacing - STRIDE, 1)
-        return jnp.maximum(weight, jnp.minimum(1, 2 * kernel(jnp.asarray(far, jnp.float32) / reach))[..., None])
-
-    def numbers(self, n, state):
-        """The numbers of a `State` whose deformation is n."""
-        session = self.session
-        counted = (self.around * self.weights[0] * self.weights[1])[..., 0] > 0
-        after = jnp.asarray(pull_back(session.images[1], self.way(n), self.cube.affine))
-        if session.curve is not None:
-            after = recoloured(after, session.curve)
-        fixed, before = (x[..., 0] for x in self.images)
-        folded = (np.empty(0) if state.parts is None else
-                  state.parts[2][session._brain_voxels[state.region]] <= 0)
-        return {"similarity_before": similarity(fixed, before, counted), "similarity_after": similarity(
-            fixed, after, counted), "fold_pct": float(100 * folded.mean()) if folded.size else 0.0}
 
 
 def _silent(words, share):

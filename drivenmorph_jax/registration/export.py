@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import nibabel
 import numpy as np
+from scipy import ndimage
 
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.contrast import recoloured
@@ -84,9 +85,9 @@ def _read(session, state):
 
 
 def _backward(session, state):
-    """The displacement of the inverse on the moving grid: that of the result, and in the region the inverse of phi.
+    """The displacement of the inverse on the moving grid: that of the result, and the inverse of phi where it changed.
 
-    phi maps the region to where it mapped it before, so these are the points that the former inverse maps there.
+    phi maps a place to where it mapped it before, so these are the points that the former inverse maps there.
     """
     backward = session.inverse_displacement
     if state.parts is None:
@@ -97,10 +98,11 @@ def _backward(session, state):
     to_part, to_moving = np.linalg.inv(affine), np.linalg.inv(moving.affine)
     there, back = state.displacement[part], np.linalg.inv(linear)
     near = by_planes(there.shape, affine, lambda i, x: map_points(back, x + there[i]) - x)
-    low, high = (np.array([getattr(one, end) for one in region.inside(state.region, part)]) for end in (
-        "start", "stop"))
-    places = by_planes(backward.shape, moving.affine, lambda i, y: map_points(to_part, y + backward[i]))
-    inside = ((places > low - 1) & (places < high)).all(-1)
+    places = np.zeros(there.shape[:3], np.float32)
+    for box in ndimage.find_objects(ndimage.label((there != state.found[0][part]).any(-1), np.ones((3, 3, 3)))[0]):
+        places[region.widened(box, places.shape, 2)] = 1
+    inside = by_planes(backward.shape[:3], moving.affine, lambda i, y: ndimage.map_coordinates(
+        places, np.moveaxis(map_points(to_part, y + backward[i]), -1, 0), order=0, mode="constant") > 0, bool)
     points = map_points(moving.affine, np.argwhere(inside))
     backward = backward.copy()
     backward[inside] = Field(near, affine, linear).inverse(points) - points

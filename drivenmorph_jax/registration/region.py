@@ -15,6 +15,7 @@ from drivenmorph_jax.transforms.world import by_planes, channels_first, map_poin
 
 SIDES = 32, 48, 80, 128, 192, 256  # voxels of a cube
 PAD = 8  # voxels around what moves, as far as the windows of the force reach
+APART = 2.0  # voxels between places that are computed by themselves
 STILL = 1e-4  # voxels; what moves less does not move
 
 
@@ -45,6 +46,27 @@ def cube_around(low, high, grid):
     affine = grid.copy()
     affine[:3, 3] = map_points(grid, (low + high - side + 1) // 2)
     return Cube(int(side), affine)
+
+
+def joined_boxes(boxes, apart):
+    """Boxes (low, high) whose distance is no more than `apart` along each axis, joined until none are so close.
+
+    Returns:
+      (low, high, indices of the boxes) of each box that is left.
+    """
+    left = [(np.array(low), np.array(high), [k]) for k, (low, high) in enumerate(boxes)]
+    done = []
+    while left:
+        low, high, some = left.pop(0)
+        near = [k for k, (a, b, _) in enumerate(left) if (a <= high + apart).all() and (low <= b + apart).all()]
+        if near:
+            joined = [(low, high, some), *(left[k] for k in near)]
+            left = [one for k, one in enumerate(left) if k not in near]
+            left.append((np.min([one[0] for one in joined], 0), np.max([one[1] for one in joined], 0),
+                         sorted(k for one in joined for k in one[2])))
+        else:
+            done.append((low, high, some))
+    return done
 
 
 def part_within(cube, shape, affine):

@@ -25,6 +25,8 @@ DEFINITIONS = {
     "scale": "All lengths were multiplied by it while registering; not 1 for the brains of small animals. Every number "
              "here is in the lengths of the files.",
     "stripped": "The images that showed a whole head, of which only the brain was registered.",
+    "inputs": "The files that it was made from, with their CRC-32, by which a later correction sees whether one was "
+              "changed.",
     "similarity": "Mean squared local correlation of the images in boxes of 9 voxels, on the working grid, without "
                   "what masks leave out; before: after the affine, or after the transform to start from.",
     "stiffness": "low: the field is that of the method; high: a stiffer one, since the images have little in common.",

@@ -11,7 +11,7 @@ from drivenmorph_jax.brain.parameters import Missing
 from drivenmorph_jax.brain.recognition import is_head
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import figures
-from drivenmorph_jax.files import make_folder, stem
+from drivenmorph_jax.files import make_folder, names_apart, stem
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.intensity import anchored
 from drivenmorph_jax.images.reading import Source, load_image
@@ -76,28 +76,35 @@ def brain_mask(image: Source, geometry: str = "sform") -> nibabel.Nifti1Image:
 
 
 def strip_files(images, out, geometry="sform"):
-    """Strip files, as `drivenmorph strip` does. Yields the path of each stripped image.
+    """Strip files, as `drivenmorph strip` does. Yields the path of each stripped image, or the
+    `InputError` of one of several images that cannot be used.
 
     For an image NAME.nii.gz, the folder `out` gets NAME_stripped.nii.gz, which is 0 outside the brain, the mask
     NAME_brain.nii.gz, and the picture NAME_brain.png.
 
-    Raises InputError where an image cannot be used, two have one name, or a file cannot be written.
+    Raises InputError where two images have one name, or the only one cannot be used.
     """
-    names = [stem(path) for path in images]
-    if len(set(names)) < len(names):
-        raise InputError(f"{', '.join(map(str, images))}: two images have one name, and would overwrite each other in "
-                         f"{out}")
+    names = names_apart(images, out, stem)
     out = make_folder(out)
     for name, path in zip(names, images, strict=True):
-        volume = load_image(path, geometry)
-        image = replace(volume, data=anchored(volume.data))
-        brain = _brain(image)
-        figures.outline(out / f"{name}_brain.png", image, brain, title=Path(path).name)
-        stripped = _within(volume, brain).data
-        writing.write(out / f"{name}_brain.nii.gz", mask_image(brain))
-        writing.write(out / f"{name}_stripped.nii.gz",
-                      writing.to_nibabel(stripped, volume, dtype=volume.header.get_data_dtype()))
-        yield out / f"{name}_stripped.nii.gz"
+        try:
+            yield _strip_file(path, out, name, geometry)
+        except InputError as error:
+            if len(images) == 1:
+                raise
+            yield error
+
+
+def _strip_file(path, out, name, geometry):
+    volume = load_image(path, geometry)
+    image = replace(volume, data=anchored(volume.data))
+    brain = _brain(image)
+    figures.outline(out / f"{name}_brain.png", image, brain, title=Path(path).name)
+    stripped = _within(volume, brain).data
+    writing.write(out / f"{name}_brain.nii.gz", mask_image(brain))
+    writing.write(out / f"{name}_stripped.nii.gz",
+                  writing.to_nibabel(stripped, volume, dtype=volume.header.get_data_dtype()))
+    return out / f"{name}_stripped.nii.gz"
 
 
 def brain_of(image, choice):

@@ -1,0 +1,219 @@
+"""One place of a correction: its images and its deformation in a cube of voxels, and what of the result it changes.
+
+The formulas are in `registration.correct`.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+
+from drivenmorph_jax import demons
+from drivenmorph_jax.demons.guidance import FARTHEST, REGION, STRIDE, driven_by_images, kernel
+from drivenmorph_jax.fields.inverse import inverse_at
+from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.fields.unfold import unfolded
+from drivenmorph_jax.fields.warp import compose
+from drivenmorph_jax.images.contrast import recoloured
+from drivenmorph_jax.images.field_of_view import beyond
+from drivenmorph_jax.images.intensity import background
+from drivenmorph_jax.images.masks import fill
+from drivenmorph_jax.images.volume import resample
+from drivenmorph_jax.registration import region
+from drivenmorph_jax.registration.align import RIM
+from drivenmorph_jax.registration.guide import ITERATIONS
+from drivenmorph_jax.registration.read import scaled
+from drivenmorph_jax.registration.score import similarity
+from drivenmorph_jax.transforms.world import (
+    by_planes,
+    jacobian_determinant_of_displacement,
+    map_points,
+    pull_back,
+    unfolded_in_world,
+)
+
+AROUND = 20.0  # mm around a mask, within which images drive the deformation again
+PLACES = 8  # landmarks are filled up to a multiple of it, since each number of them is compiled for once
+AWAY = -1000.0  # voxels; where those that fill up lie, out of reach of all others
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What a correction changes at one place."""
+
+    far: np.ndarray  # (N,) bool, the landmarks that are out of reach
+    region: tuple[slice, slice, slice] = region.NOWHERE  # on the fixed grid
+    changed: tuple[np.ndarray, ...] = ()  # where in the region the arrays below replace those of the result, bool
+    parts: tuple[np.ndarray | None, ...] = ()  # displacement, warped image, Jacobian and warped labels there
+    counted: float = 0.0  # voxels over which the similarities are means
+    similarities: tuple[float, float] = (0.0, 0.0)  # before and after
+    folded: tuple[int, int] = (0, 0)  # voxels of the brain in the region: those that fold, and all
+
+
+def piece_of(session, cube, points, targets, radius, mask, stiffness, tell) -> Piece:
+    """Compute the `Piece` of a cube. Points (N, 3), radii (N,) and the stiffness are in voxels of the working grid, the
+    mask (X, Y, Z) is on the fixed grid, or None."""
+    tell("images", 0.0)
+    work = _Work(session, cube, mask)
+    to_cube = np.linalg.inv(cube.affine) @ session.grid
+    far = work.placed(*(map_points(to_cube, x) for x in (points, targets)), radius)
+    if far.all() and mask is None:
+        return Piece(far)
+    tell("deform", 0.15)
+    n = work.deformed(0 if session.summary["stiffness"] == "high" else ITERATIONS, session.force, stiffness)
+    tell("warp", 0.7)
+    piece = _pasted(session, cube, np.asarray(n - work.n), Piece(far))
+    tell("measure", 0.9)
+    return replace(piece, **work.numbers(n, piece))
+
+
+def joined(pieces, found):
+    """(region, parts) of a `State` from the pieces of its places; `found` are the arrays of the result."""
+    pieces = [one for one in pieces if one.parts]
+    if not pieces:
+        return region.NOWHERE, None
+    whole = tuple(slice(min(s.start for s in sides), max(s.stop for s in sides))
+                  for sides in zip(*(one.region for one in pieces), strict=True))
+    parts = [None if x is None else x[whole].copy() for x in found]
+    for one in pieces:
+        where = region.inside(one.region, whole)
+        for part, changed, new in zip(parts, one.changed, one.parts, strict=True):
+            if part is not None:
+                part[where][changed] = new[changed]
+    return whole, tuple(parts)
+
+
+def joined_numbers(pieces):
+    """The numbers of a `State` from those of the pieces of its places."""
+    counted = sum(one.counted for one in pieces)
+    folded, voxels = np.sum([(0, 0), *(one.folded for one in pieces)], 0)
+    numbers = {"fold_pct": float(100 * folded / max(voxels, 1))}
+    if counted:
+        means = np.sum([one.counted * np.array(one.similarities) for one in pieces], 0) / counted
+        numbers |= dict(zip(("similarity_before", "similarity_after"), map(float, means), strict=True))
+    return numbers
+
+
+def _pasted(session, cube, move, piece):
+    """The `Piece` whose transform is T (id + n + move), with `move` in voxels of the cube."""
+    shape, affine, linear = session.fixed.data.shape, session.fixed.affine, session.transform.linear
+    part = region.part_within(cube, shape, affine)
+    shift = region.on_part(move, cube, part, affine)
+    core = region.bounds(shift.any(-1), part)
+    if core is region.NOWHERE:
+        return piece
+    displacement, _, _, labels = session.first.found
+    wide = region.widened(core, shape, 2)  # the Jacobian sees a voxel further, and has its own border there
+    there = displacement[wide].copy()
+    there[region.inside(core, wide)] += shift[region.inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
+    placed = region.affine_of_part(affine, wide)
+    there = unfolded_in_world(there, placed, linear)
+    changed = (there != displacement[wide]).any(-1)
+    near = ndimage.binary_dilation(changed, np.ones((3, 3, 3)))
+    return replace(piece, region=wide, changed=(changed, changed, near, changed), parts=(
+        there, pull_back(session.moving, there, placed, outside=background(session.moving.data)),
+        jacobian_determinant_of_displacement(there, placed),
+        None if labels is None else pull_back(session.labels, there, placed, "nearest")))
+
+
+class _Work:
+    """A correction in its cube. Images are (side, side, side, 1), fields in voxels of the cube."""
+
+    def __init__(self, session, cube, mask):
+        self.session, self.cube = session, cube
+        self.n = self._found()
+        self.mask = None
+        if mask is not None:
+            volume = replace(session.fixed, data=mask.astype(np.uint8))
+            self.mask = jnp.asarray(resample(volume, cube.shape, cube.affine, order=0) > 0)[..., None]
+        self.start = self.n if self.mask is None else unfolded(fill(self.n, self.mask))
+        self.images, self.weights = self._prepared()
+
+    def _found(self):
+        """n of the transform that was found."""
+        fixed, cube, linear = self.session.fixed, self.cube, self.session.transform.linear
+        part = region.part_within(cube, fixed.data.shape, fixed.affine)
+        affine, back = region.affine_of_part(fixed.affine, part), np.linalg.inv(linear)
+        there = self.session.transform.displacement[part]
+        n = by_planes(there.shape, affine, lambda i, x: map_points(back, x + there[i]) - x)
+        return jnp.asarray(region.on_cube(n @ np.linalg.inv(cube.affine[:3, :3]).T.astype(np.float32), affine, cube))
+
+    def way(self, n):
+        """The displacement T (x + n) - x at the voxels of the cube, RAS mm."""
+        vectors, linear = np.asarray(n) @ self.cube.affine[:3, :3].T.astype(np.float32), self.session.transform.linear
+        return by_planes(vectors.shape, self.cube.affine, lambda i, x: map_points(linear, x + vectors[i]) - x)
+
+    def _prepared(self):
+        """((F, M o phi), their weights), where phi is that of `start`."""
+        session, cube, way = self.session, self.cube, self.way(self.start)
+        (fixed, moving), (fixed_mask, moving_mask) = session.images, session.masks
+        images = [resample(fixed, cube.shape, cube.affine), pull_back(moving, way, cube.affine)]
+        images = [jnp.asarray(x)[..., None] for x in images]
+        if session.curve is not None:
+            images[1] = recoloured(images[1], session.curve)
+        nowhere = jnp.zeros((*cube.shape, 1), bool)
+        outs = [nowhere if self.mask is None else self.mask, nowhere]
+        if fixed_mask is not None:
+            outs[0] |= resample(fixed_mask, cube.shape, cube.affine, order=0)[..., None] > 0
+        if moving_mask is not None:
+            outs[1] |= pull_back(moving_mask, way, cube.affine, "nearest")[..., None] > 0
+        images = [fill(x, out) if out.any() else x for x, out in zip(images, outs, strict=True)]
+        for k, cut in enumerate(session.cut):
+            if cut:
+                volume = scaled((session.pair.fixed, session.pair.moving)[k], 1 / session.scale)
+                outs[k] |= beyond(volume, cube.shape, cube.affine, (None, session.transform.linear)[k],
+                                  RIM / session.scale)[1][..., None]
+        return images, tuple(1.0 - out for out in outs)
+
+    def placed(self, points, targets, radius):
+        """Place landmarks, in voxels of the cube; returns which of them are out of reach (N,) bool. They are not used.
+
+        Landmarks AWAY, which want nothing, fill them up.
+        """
+        more = max(-(-len(points) // PLACES), 1) * PLACES - len(points)
+        away = np.full((more, 3), AWAY)
+        points, targets = np.concatenate([points, away]), np.concatenate([targets, away + self.start[0, 0, 0]])
+        radius = np.concatenate([radius, np.full(more, radius.mean() if len(radius) else PLACES)])
+        between, found = (np.array(x) for x in inverse_at(self.start, *(jnp.asarray(x, jnp.float32) for x in (
+            targets, points)), 100))
+        far = ~found | (np.linalg.norm(between - points, axis=-1) > FARTHEST * radius)
+        points[far], between[far], targets[far] = AWAY, AWAY, AWAY + np.asarray(self.start[0, 0, 0])
+        self.points, self.between, self.targets, self.radius = (
+            jnp.asarray(x, jnp.float32) for x in (points, between, targets, radius))
+        return far[:len(far) - more]
+
+    def deformed(self, iterations, force, stiffness):
+        """n with the correction. `stiffness` is in voxels."""
+        weight = self.around = self._around()
+        psi = demons.guided(*self.images, jnp.zeros_like(self.n), self.points, self.between, self.radius,
+                            iterations=iterations, force=force, weights=self.weights, around=self.around)
+        n = compose(self.start, psi)
+        if self.mask is not None:
+            n = fill(n, self.mask)
+        if stiffness:
+            n = n + weight * (gaussian_smooth(n, stiffness) - n)
+        return demons.guided(*self.images, n, self.points, self.targets, self.radius, iterations=0, force=force,
+                             weights=self.weights)
+
+    def _around(self):
+        """w: how much images drive each voxel. It ends a voxel of `guided` sooner, which samples linearly."""
+        weight = driven_by_images(self.cube.shape, self.points, REGION * self.radius - STRIDE)
+        if self.mask is None:
+            return weight
+        far = ndimage.distance_transform_edt(~np.asarray(self.mask[..., 0]))
+        reach = max(AROUND / self.session.scale / self.session.spacing - STRIDE, 1)
+        return jnp.maximum(weight, jnp.minimum(1, 2 * kernel(jnp.asarray(far, jnp.float32) / reach))[..., None])
+
+    def numbers(self, n, piece):
+        """The numbers of a `Piece` whose deformation is n, by their names there."""
+        session = self.session
+        counted = (self.around * self.weights[0] * self.weights[1])[..., 0] > 0
+        after = jnp.asarray(pull_back(session.images[1], self.way(n), self.cube.affine))
+        if session.curve is not None:
+            after = recoloured(after, session.curve)
+        fixed, before = (x[..., 0] for x in self.images)
+        brain = session.brain[piece.region]
+        folded = piece.parts[2][brain] <= 0 if piece.parts else brain
+        return {"counted": float(counted.sum()), "folded": (int(folded.sum()), int(brain.sum())),
+                "similarities": tuple(similarity(fixed, image, counted) for image in (before, after))}
