@@ -28,5 +28,8 @@ alive.addEventListener("message", event => {
   shown(pairs);
   document.body.dataset.ready = "yes";
 });
-alive.addEventListener("error", () => say("The program has ended. Start it again to go on."));
+alive.addEventListener("error", () => {
+  alive.close();
+  say("The program has ended. Start it again to go on.");
+});
 addEventListener("pagehide", () => alive.close());

@@ -45,6 +45,7 @@ function listen() {
   const alive = new EventSource("alive");
   alive.addEventListener("message", event => heard(JSON.parse(event.data)));
   alive.addEventListener("error", () => {
+    alive.close();
     by("status").textContent = "The program has ended. Start it again to go on.";
   });
   addEventListener("pagehide", () => alive.close());

@@ -41,6 +41,7 @@ class ResultPage:
         self._begun, self._warmed, self._computing = threading.Lock(), threading.Lock(), threading.Lock()
         self._session = self._history = None
         self._states = {}  # of the history, by their numbers
+        self._state = {}  # what the pages are told of the one that is shown, when a work has ended
         self.news = News(able=False, busy=None, said="", warn=False, made=0, **self._told(None))
 
     # What the page gets.
@@ -65,10 +66,10 @@ class ResultPage:
     def _file(self, layer, at):
         state = self._states.get(at)
         if layer == "before":
-            return self.shown.file("warped", self._states.get(at - 1)) if at else None
-        if layer == "distrust":
+            return self.shown.file("warped", self._states.get(at - 1))
+        if layer == "distrust":  # empty where there is none: a page may ask for what was undone meanwhile
             mask = None if state is None else state.correction.distrust
-            return None if mask is None else self.shown.drawing(mask)
+            return self.shown.drawing(np.zeros(self.shown.fixed.data.shape) if mask is None else mask)
         known = layer in self.shown.images or layer in self.shown.maps(state)
         return self.shown.file(layer, state) if known else None
 
@@ -122,7 +123,7 @@ class ResultPage:
                 if not isinstance(error, InputError):  # nobody's sentence
                     said = f"{type(error).__name__}: {said}"
                     traceback.print_exception(error, file=sys.stderr)
-            self.news.tell(busy=None, said=said, warn=warn)
+            self.news.tell(busy=None, said=said, warn=warn, **self._state)
 
         threading.Thread(target=run, daemon=True).start()
 
@@ -143,7 +144,7 @@ class ResultPage:
             raise InputError(f"The result can be looked at only. {error}") from error
         self._session = session
         self._show()
-        self.news.tell(able=True)
+        self._state |= {"able": True}
         return said
 
     def _warm(self):
@@ -191,7 +192,7 @@ class ResultPage:
             if k > 0 and k not in self._states:
                 self._states[k] = self._corrected(self._history.steps[k - 1].correction)
         changed = at or self.news.content["at"]
-        self.news.tell(made=self.news.content["made"] + bool(changed), **self._told(self._history))
+        self._state |= {"made": self.news.content["made"] + bool(changed), **self._told(self._history)}
 
     def _export(self, asked):
         out = free(self.shown.folder.with_name(f"{self.shown.folder.resolve().name}-corrected"))
