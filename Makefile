@@ -1,6 +1,7 @@
 # make train        train and score DrivenMorph on the embedded cohort
 # make test         check style and types, and run the tests
-# make test-slow    damage and kill far more often than make test does, and register the largest pair of the tests
+# make test-slow    damage and kill far more often than make test does, register the largest pair of the tests, and run the
+#                   tests on a Dask cluster
 # make docs         build the site of docs/ in build/docs
 # make pictures     draw the pictures of docs/view.md anew; it needs a Chromium
 # make build        make the wheel and the sdist in dist/
@@ -20,8 +21,9 @@ test: lint
 	.venv/bin/python -m pytest -n 2
 
 test-slow: $(INSTALLED)
+	.venv/bin/python -m pip install --quiet distributed
 	FUZZ=2000 KILLS=30 .venv/bin/python -m pytest -n 2 -m "" tests/test_fuzz.py tests/test_checkpoint.py \
-		tests/test_kill.py tests/test_contrast.py
+		tests/test_kill.py tests/test_contrast.py tests/test_registration_cohort.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

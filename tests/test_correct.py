@@ -170,12 +170,13 @@ def test_places_that_do_not_reach_each_other_are_computed_by_themselves(session,
     np.testing.assert_array_equal(session.corrected(both.correction).jacobian, both.jacobian)
 
 
-def test_boxes_are_joined_until_none_are_close():
-    boxes = [(np.full(3, low), np.full(3, low + 2.0)) for low in (0.0, 9.0, 4.5, 30.0)]
-    assert [some for _, _, some in region.joined_boxes(boxes, 2.0)] == [[0], [1], [2], [3]]
-    assert [some for _, _, some in region.joined_boxes(boxes, 2.6)] == [[3], [0, 1, 2]]  # 0 and 1 by way of 2
-    (low, high, _), *rest = region.joined_boxes(boxes[:3], 2.6)
-    assert not rest and (low == 0).all() and (high == 11).all()
+def test_places_reach_each_other_by_way_of_others():
+    low = np.array([[0.0, 0, 0], [9, 0, 0], [4.5, 0, 0], [30, 40, 0]])
+    high, reach = low + [2, 1, 1], np.array([1.0, 1, 1, 2])
+    assert [list(one) for one in region.reaching(low, high, reach, 0.4)] == [[0], [1], [2], [3]]
+    assert [list(one) for one in region.reaching(low, high, reach, 0.6)] == [[0, 1, 2], [3]]  # 0 and 1 by way of 2
+    far = np.hypot(30 - 11, 40 - 1) - 3  # from 1 to 3, over the corner
+    assert [len(region.reaching(low, high, reach, apart)) for apart in (far - 0.1, far + 0.1)] == [2, 1]
 
 
 def test_nothing_changes_where_every_landmark_is_left_out(session):

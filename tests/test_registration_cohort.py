@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -233,6 +234,19 @@ def test_a_table_that_cannot_be_used_is_refused(text, words, study, tmp_path, mo
     assert status == 2 and not (tmp_path / "out").exists()
 
 
+def test_files_of_one_pair_are_columns_and_no_settings(study, tmp_path):
+    (study / "l.csv").write_text("fixed_x\n")
+    (study / "guided.csv").write_text("fixed,moving,landmarks,extra_fixed\nfixed.nii.gz,m0.nii.gz,l.csv,m1.nii.gz\n")
+    pairs = pairs_of_table(study / "guided.csv")
+    assert pairs["m0_to_fixed"]["landmarks"] == str(study / "l.csv")
+    states = cohort.register_cohort(pairs, tmp_path / "out", **FAST)
+    assert "extra_fixed has 1 images and extra_moving 0" in states["m0_to_fixed"]["error"]
+    for name, words in (("landmarks", "the column of this name"), ("initial_transform", "leave it out")):
+        with pytest.raises(InputError, match=f"{name} is no setting of all pairs .*{words}"):
+            cohort.register_cohort(pairs, tmp_path / "none", **FAST, **{name: study / "l.csv"})
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(("flags", "word"), [
     (["--shard", "0/2"], "1/10"), (["--shard", "3/2"], "1/10"), (["--time_limit", "5"], "--scheduler"),
     (["--shard", "1/2", "--scheduler", "x"], "exclude"), (["--to", "t.nii"], "--bids"), (["--refine_steps", "-1"], "0"),
@@ -262,7 +276,7 @@ def test_every_t1w_image_of_a_bids_folder_moves_to_the_template(study, tmp_path)
 @pytest.fixture
 def cluster():
     distributed = pytest.importorskip("distributed", reason="needs the package distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
 
 
@@ -280,7 +294,7 @@ def test_a_cluster_makes_the_same_although_a_worker_is_killed(cluster, whole, st
     killer.start()
     states = cohort.register_cohort(pairs, out, scheduler=cluster.scheduler_address, **FAST)
     killer.join()
-    assert len(pids) == 2 and [state["status"] for state in states.values()] == ["done", "done", "failed", "done"]
+    assert len(pids) == 3 and [state["status"] for state in states.values()] == ["done", "done", "failed", "done"]
     rows = table(out)
     for name in NAMES:
         assert rows[name] | {"seconds": ""} == table(whole[0])[name] | {"seconds": ""}
@@ -290,6 +304,45 @@ def test_a_cluster_makes_the_same_although_a_worker_is_killed(cluster, whole, st
                                   time_limit=0.05, **FAST)
     assert slow["one"]["error"] == "it took longer than --time_limit, 0.05 s"
     assert not (tmp_path / "slow" / "one").exists()
+
+
+def test_after_the_scheduler_has_gone_the_same_command_does_what_is_missing(whole, study, tmp_path):
+    """The scheduler is killed when a pair is done, and another one is started with workers of its own."""
+    pytest.importorskip("distributed", reason="needs the package distributed")
+    out, pairs, seen = tmp_path / "out", pairs_of_table(study / "pairs.csv"), {}
+    for killed in (True, False):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"tcp://localhost:{free.getsockname()[1]}"
+        dask = [sys.executable, "-m", "dask"]
+        scheduler = subprocess.Popen([*dask, "scheduler", "--port", address.rpartition(":")[2], "--no-dashboard"])
+        workers = subprocess.Popen([*dask, "worker", address, "--nworkers", "2", "--nthreads", "1", "--no-dashboard",
+                                    "--death-timeout", "60"], cwd=ROOT)
+        try:
+            if killed:
+                def kill(scheduler=scheduler):
+                    while not list(out.glob("*/summary.json")):
+                        time.sleep(0.02)
+                    scheduler.kill()
+
+                killer = threading.Thread(target=kill, daemon=True)
+                killer.start()
+                with pytest.raises(InputError, match="the scheduler at .* has gone: .* the same command again"):
+                    cohort.register_cohort(pairs, out, scheduler=address, **FAST)
+                killer.join()
+                seen = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+                assert 1 <= len(seen) < 3
+            else:
+                states = cohort.register_cohort(pairs, out, scheduler=address, **FAST)
+        finally:
+            for process in (workers, scheduler):
+                process.terminate()
+                process.wait()
+    assert [state["status"] for state in states.values()] == ["done", "done", "failed", "done"]
+    assert all(path.stat().st_mtime_ns == then for path, then in seen.items())
+    for name in NAMES:
+        if name != "broken":
+            np.testing.assert_array_equal(bits(out / name), bits(whole[0] / name))
 
 
 def test_without_the_package_distributed_one_sentence_says_so(whole, study, tmp_path, monkeypatch):

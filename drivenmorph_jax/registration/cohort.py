@@ -76,8 +76,14 @@ def register_cohort(pairs, out, *, formats=("itk",), shard=(1, 1), scheduler=Non
 
 def _checked(settings):
     """The settings with absolute paths and every default. Raises InputError where one cannot be used."""
+    for name in settings:
+        if name not in SETTINGS:
+            raise InputError(f"{name} is no setting of all pairs of a cohort: " + (
+                "give the file of each pair in the column of this name" if name in ROLES else "leave it out"))
     request = Request(fixed=None, moving=None, **settings)
-    return {name: getattr(request, name) for name in SETTINGS} | {"checkpoint": os.path.abspath(request.checkpoint)}
+    labels = request.guide_labels and [str(one) for one in request.guide_labels]  # as JSON returns them
+    return {name: getattr(request, name) for name in SETTINGS} | {
+        "checkpoint": os.path.abspath(request.checkpoint), "guide_labels": labels}
 
 
 def _redo(jobs):

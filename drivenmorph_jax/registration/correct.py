@@ -281,7 +281,7 @@ class Session:
         state = State(first.found, *joined(pieces, first.found), correction, [], joined_numbers(pieces))
         warn(marks.names, left_out)
         after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
-        told = [{"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k]),
+        told = [{"name": name, "fixed": marks.fixed[k].tolist(), "weight": 1.0, "before_mm": float(lacked[k]),
                  "after_mm": float(after[k]), "left_out": left_out.get(k)} for k, name in enumerate(marks.names)]
         return replace(state, told=told, numbers=state.numbers | {"seconds": time.perf_counter() - began})
 
@@ -290,19 +290,21 @@ class Session:
 
         Points and radii are in voxels of the working grid.
         """
-        boxes = [(point - REGION * r, point + REGION * r) for point, r in zip(points, radius, strict=True)]
-        number = 0
+        low, high, reach = [points], [points], [REGION * radius]
         if distrust is not None:
-            labels, number = ndimage.label(distrust, np.ones((3, 3, 3)))
-            wide, way = AROUND / self.scale / self.spacing, np.linalg.inv(self.grid) @ self.fixed.affine
+            labels, _ = ndimage.label(distrust, np.ones((3, 3, 3)))
+            way = np.linalg.inv(self.grid) @ self.fixed.affine
             for part in ndimage.find_objects(labels):
                 corners = map_points(way, np.array(list(itertools.product(*((s.start, s.stop - 1) for s in part)))))
-                boxes.append((corners.min(0) - wide, corners.max(0) + wide))
+                low.append(corners.min(0)[None])
+                high.append(corners.max(0)[None])
+                reach.append([AROUND / self.scale / self.spacing])
+        low, high, reach = map(np.concatenate, (low, high, reach))
         apart = region.APART * max(1.0, self.fixed.spacing.max() / self.spacing)
-        for low, high, some in region.joined_boxes(boxes, apart):
-            parts = [k - len(points) + 1 for k in some if k >= len(points)]
-            yield (region.cube_around(low, high, self.grid), np.array([k for k in some if k < len(points)], int),
-                   np.isin(labels, parts) if parts else None)
+        for some in region.reaching(low, high, reach, apart):
+            wide, parts = reach[some, None], some[some >= len(points)] - len(points) + 1
+            yield (region.cube_around((low[some] - wide).min(0), (high[some] + wide).max(0), self.grid),
+                   some[some < len(points)], np.isin(labels, parts) if len(parts) else None)
 
     def _piece(self, cube, points, targets, radius, mask, stiffness, tell):
         """The `Piece` of a place. It is kept: of many places, a correction after it mostly changes one."""
@@ -362,6 +364,9 @@ class Session:
         if (marks is None or not marks.names) and (mask is None or not mask.any()):
             raise InputError("the correction asks for nothing: give landmarks, or a mask of where not to trust the "
                              "images; the stiffness alone has no place")
+        if marks is not None and (marks.curves or marks.weight is not None and (marks.weight < 1).any()):
+            raise InputError("a correction takes landmarks of full weight and no curves: leave out their columns, or "
+                             "give the table to register")
         if marks is not None:
             within(marks, {"fixed": self.fixed, "moving": self.moving})
         if mask is not None:

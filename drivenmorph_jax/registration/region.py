@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from drivenmorph_jax.transforms.world import by_planes, channels_first, map_points
 
@@ -48,25 +50,15 @@ def cube_around(low, high, grid):
     return Cube(int(side), affine)
 
 
-def joined_boxes(boxes, apart):
-    """Boxes (low, high) whose distance is no more than `apart` along each axis, joined until none are so close.
+def reaching(low, high, reach, apart):
+    """Which boxes reach each other, by way of others as well: a list of arrays of indices.
 
-    Returns:
-      (low, high, indices of the boxes) of each box that is left.
+    Boxes (N, 3) from `low` to `high` reach each other where no more than reach_i + reach_j + `apart` lies between them.
     """
-    left = [(np.array(low), np.array(high), [k]) for k, (low, high) in enumerate(boxes)]
-    done = []
-    while left:
-        low, high, some = left.pop(0)
-        near = [k for k, (a, b, _) in enumerate(left) if (a <= high + apart).all() and (low <= b + apart).all()]
-        if near:
-            joined = [(low, high, some), *(left[k] for k in near)]
-            left = [one for k, one in enumerate(left) if k not in near]
-            left.append((np.min([one[0] for one in joined], 0), np.max([one[1] for one in joined], 0),
-                         sorted(k for one in joined for k in one[2])))
-        else:
-            done.append((low, high, some))
-    return done
+    between = np.maximum(np.maximum(low[:, None] - high[None], low[None] - high[:, None]), 0)
+    close = np.linalg.norm(between, axis=-1) <= reach[:, None] + reach[None] + apart
+    number, group = connected_components(csr_array(close), directed=False)
+    return [np.flatnonzero(group == k) for k in range(number)]
 
 
 def part_within(cube, shape, affine):
