@@ -6,7 +6,7 @@ const by = id => document.getElementById(id), say = words => { by("status").text
 const number = x => x === "" ? "" : String(Number(Number(x).toPrecision(3)));
 
 function shown(pairs) {
-  if (by("rows").contains(document.activeElement) && document.activeElement.matches("input")) return;  // a note is being written
+  if (by("rows").contains(document.activeElement) && document.activeElement.matches("input")) return;  // a note is written
   by("rows").replaceChildren(table(
     ["pair", "status", "decision", "note", "warnings", "which", "similarity before", "after", "Dice before", "after",
       "J ≤ 0 (%)"],

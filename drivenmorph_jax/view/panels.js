@@ -23,7 +23,7 @@ function lean(canvas) {
 
 async function file(name) {
   const found = await fetch(`${name}.nii`);
-  if (!found.ok) throw new Error(await found.text());
+  if (!found.ok) throw new Error(found.status === 409 ? (await found.json()).error : `${name} is not there`);
   return found.arrayBuffer();
 }
 
@@ -37,14 +37,13 @@ export async function open(told) {
       isOrientationTextVisible: true, showAllOrientationMarkers: true, fontColor: [1, 1, 0.6, 1],
       crosshairColor: [1, 0.2, 0.2, 0.8], isRadiologicalConvention: false, logLevel: "error"});
     for (const [colours, table] of Object.entries(result.colours)) view.addColormap(colours, table);
-    await view.attachToCanvas(lean(canvas(name)), false); performance.mark(name + " attached");
+    await view.attachToCanvas(lean(canvas(name)), false);
     view.setSliceType(Number(by("slices").value));
     views[name] = view;
-    const got = await files[name]; performance.mark(name + " got"); await draw(name, got); performance.mark(name + " drawn");
+    await draw(name, await files[name]);
     view.scene.crosshairPos = view.mm2frac(middle ?? (middle = result.middle));
     view.drawScene();
     view.onLocationChange = place => moved(name, Array.from(place.mm).slice(0, 3));
-   
   }
   go(middle);
 }

@@ -181,9 +181,11 @@ class ResultPage:
         self._keep()
 
     def _keep(self):
-        """Write the history, and show where it is."""
-        self._history.write(self.shown.folder)
-        self._show()
+        """Write the history, and show where it is, also where it cannot be written."""
+        try:
+            self._history.write(self.shown.folder)
+        finally:
+            self._show()
 
     def _show(self):
         """Show the state at which the history is, and the one before."""
