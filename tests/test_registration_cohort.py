@@ -19,7 +19,7 @@ from test_programs import refused, run
 import cohort as program
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import alone_in
-from drivenmorph_jax.registration import cohort, job
+from drivenmorph_jax.registration import cohort, decisions, job
 from drivenmorph_jax.registration.pairs import pairs_of_bids, pairs_of_table
 from drivenmorph_jax.registration.register import register
 
@@ -122,7 +122,7 @@ def test_the_page_begins_with_what_is_doubtful_and_escapes_names(whole):
     text = (out / "report.html").read_text()
     found = Rows(text)
     head, *rows = found.rows
-    assert rows[0][0] == "broken" and "cannot be read" in rows[0][-2]
+    assert rows[0][0] == "broken" and "cannot be read" in rows[0][head.index("which")]
     warnings = [int(row[head.index("warnings")]) for row in rows[1:]]
     assert sorted(row[0] for row in rows) == sorted(NAMES) and warnings == sorted(warnings, reverse=True)
     assert "b" not in found.tags and "<b>" not in text and found.tags.count("img") == 3
@@ -181,6 +181,29 @@ def test_another_setting_and_another_file_are_registered_anew(whole, study, tmp_
     assert table(out)["four"]["status"] == "failed" and (out / "four" / "summary.json").exists()
     cohort.register_cohort(pairs, out, **FAST | {"contrast": "same"})
     assert begun == ["four", "one", "<b>&two", "four"]
+
+
+def test_a_decision_is_kept_and_a_pair_is_done_again_once(whole, study, tmp_path, monkeypatch):
+    out, begun = shutil.copytree(whole[0], tmp_path / "out"), []
+    begin = job.Job.begin
+    monkeypatch.setattr(job.Job, "begin", lambda self, progress: begun.append(self.name) or begin(self, progress))
+    pairs = {name: files for name, files in pairs_of_table(study / "pairs.csv").items() if name in ("one", "four")}
+    decisions.decide(out, "one", "accept", 'good, "so far"')
+    decisions.decide(out, "four", "redo", "<i>moved")
+    (out / "four" / "jacobian.nii.gz").unlink()
+    cohort.register_cohort(pairs, out, **FAST)
+    rows = table(out)
+    assert begun == ["four"] and (out / "four" / "jacobian.nii.gz").exists()
+    assert (rows["one"]["decision"], rows["one"]["note"]) == ("accept", 'good, "so far"')
+    assert (rows["four"]["decision"], rows["four"]["note"], rows["four"]["status"]) == ("", "<i>moved", "done")
+    text = (out / "report.html").read_text()
+    assert "&lt;i&gt;moved" in text and "<i>moved" not in text
+    monkeypatch.setattr(cohort, "_run", lambda jobs, told: 1 / 0)  # the program is killed before the pair is done
+    decisions.decide(out, "one", " Redo", "")
+    with pytest.raises(ZeroDivisionError):
+        cohort.register_cohort(pairs, out, **FAST)
+    assert table(out)["one"]["decision"] == ""
+    assert "made_from" not in (out / "one" / "summary.json").read_text()  # so the next run does it
 
 
 def test_two_runs_in_one_folder_are_refused_and_shards_are_not(whole, study):
