@@ -1,7 +1,9 @@
 # make train        train and score DrivenMorph on the embedded cohort
 # make test         check style and types, and run the tests
-# make test-slow    damage and kill far more often than make test does, and register the largest pair of the tests
+# make test-slow    damage and kill far more often than make test does, register the largest pair of the tests, and run the
+#                   tests on a Dask cluster
 # make docs         build the site of docs/ in build/docs
+# make pictures     draw the pictures of docs/view.md anew; it needs a Chromium
 # make build        make the wheel and the sdist in dist/
 # JAX=cuda13|cuda12|tpu installs the build for that accelerator; PYTHON=python3.12 takes another interpreter
 
@@ -10,7 +12,7 @@ JAX ?= cpu
 WORKDIR ?= runs/default
 INSTALLED = .venv/installed-$(JAX)
 
-.PHONY: train test test-slow lint docs build
+.PHONY: train test test-slow lint docs pictures build
 
 train: $(INSTALLED)
 	.venv/bin/python train.py --config configs/default.py --workdir $(WORKDIR)
@@ -19,8 +21,9 @@ test: lint
 	.venv/bin/python -m pytest -n 2
 
 test-slow: $(INSTALLED)
+	.venv/bin/python -m pip install --quiet distributed
 	FUZZ=2000 KILLS=30 .venv/bin/python -m pytest -n 2 -m "" tests/test_fuzz.py tests/test_checkpoint.py \
-		tests/test_kill.py tests/test_contrast.py
+		tests/test_kill.py tests/test_contrast.py tests/test_registration_cohort.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
@@ -30,10 +33,13 @@ lint: $(INSTALLED)
 docs: $(INSTALLED) .venv/installed-docs
 	.venv/bin/mkdocs build --strict
 
+pictures: $(INSTALLED)
+	PICTURES=docs .venv/bin/python -m pytest tests/test_view_browser.py -k tour
+
 build: $(INSTALLED)
 	.venv/bin/python -m build
 
-$(INSTALLED): requirements.txt requirements-test.txt
+$(INSTALLED): requirements.txt requirements-test.txt requirements-view.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.14: name another, as in make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -43,6 +49,8 @@ $(INSTALLED): requirements.txt requirements-test.txt
 	.venv/bin/python -m pip install --quiet -r requirements.txt -r requirements-test.txt \
 		$(if $(filter-out cpu,$(JAX)),"jax[$(JAX)]") $(if $(findstring cuda,$(JAX)),-c constraints-gpu.txt)
 	.venv/bin/python -m pip install --quiet --no-deps deepbet==1.0.2  # two files of weights; its torch is not needed
+	.venv/bin/python -m pip install --quiet -r requirements-view.txt "playwright>=1.49" || \
+		echo "the tests in a browser are skipped"  # they also need a Chromium
 	rm -f .venv/installed-*
 	touch $@
 

@@ -191,11 +191,12 @@ def test_lncc_force_is_the_gradient_of_the_local_correlation(shape):
     np.testing.assert_allclose(found, factor * expected, atol=2e-3)
 
 
-def test_lncc_force_on_blocks_is_the_gradient_of_its_own_energy():
-    fixed, warped = (np.abs(normal(8, 8, 12, 1, scale=0.3)) for _ in range(2))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lncc_force_on_blocks_is_the_gradient_of_its_own_energy(channels):
+    fixed, warped = (np.abs(normal(8, 8, 12, channels, scale=0.3)) for _ in range(2))
     p, _ = lncc_force(fixed, warped, 1.0, radius=1, block=2, power=1.0)
     g = -jax.grad(lambda m: lncc_force(fixed, m, 1.0, radius=1, block=2)[1])(warped)
-    expected = average_pool(jnp.concatenate([g * difference(warped, axis) for axis in range(3)], -1))
+    expected = average_pool(jnp.stack([(g * difference(warped, axis)).sum(-1) for axis in range(3)], -1))
     expected /= np.linalg.norm(expected, axis=-1).max()
     np.testing.assert_allclose(p, expected, atol=1e-4)
     p, _ = lncc_force(fixed, warped, 2.0, radius=1, block=2)

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from test_programs import refused, run
 import cohort as program
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import alone_in
-from drivenmorph_jax.registration import cohort, job
+from drivenmorph_jax.registration import cohort, decisions, job
 from drivenmorph_jax.registration.pairs import pairs_of_bids, pairs_of_table
 from drivenmorph_jax.registration.register import register
 
@@ -121,7 +122,7 @@ def test_the_page_begins_with_what_is_doubtful_and_escapes_names(whole):
     text = (out / "report.html").read_text()
     found = Rows(text)
     head, *rows = found.rows
-    assert rows[0][0] == "broken" and "cannot be read" in rows[0][-2]
+    assert rows[0][0] == "broken" and "cannot be read" in rows[0][head.index("which")]
     warnings = [int(row[head.index("warnings")]) for row in rows[1:]]
     assert sorted(row[0] for row in rows) == sorted(NAMES) and warnings == sorted(warnings, reverse=True)
     assert "b" not in found.tags and "<b>" not in text and found.tags.count("img") == 3
@@ -182,6 +183,29 @@ def test_another_setting_and_another_file_are_registered_anew(whole, study, tmp_
     assert begun == ["four", "one", "<b>&two", "four"]
 
 
+def test_a_decision_is_kept_and_a_pair_is_done_again_once(whole, study, tmp_path, monkeypatch):
+    out, begun = shutil.copytree(whole[0], tmp_path / "out"), []
+    begin = job.Job.begin
+    monkeypatch.setattr(job.Job, "begin", lambda self, progress: begun.append(self.name) or begin(self, progress))
+    pairs = {name: files for name, files in pairs_of_table(study / "pairs.csv").items() if name in ("one", "four")}
+    decisions.decide(out, "one", "accept", 'good, "so far"')
+    decisions.decide(out, "four", "redo", "<i>moved")
+    (out / "four" / "jacobian.nii.gz").unlink()
+    cohort.register_cohort(pairs, out, **FAST)
+    rows = table(out)
+    assert begun == ["four"] and (out / "four" / "jacobian.nii.gz").exists()
+    assert (rows["one"]["decision"], rows["one"]["note"]) == ("accept", 'good, "so far"')
+    assert (rows["four"]["decision"], rows["four"]["note"], rows["four"]["status"]) == ("", "<i>moved", "done")
+    text = (out / "report.html").read_text()
+    assert "&lt;i&gt;moved" in text and "<i>moved" not in text
+    monkeypatch.setattr(cohort, "_run", lambda jobs, told: 1 / 0)  # the program is killed before the pair is done
+    decisions.decide(out, "one", " Redo", "")
+    with pytest.raises(ZeroDivisionError):
+        cohort.register_cohort(pairs, out, **FAST)
+    assert table(out)["one"]["decision"] == ""
+    assert "made_from" not in (out / "one" / "summary.json").read_text()  # so the next run does it
+
+
 def test_two_runs_in_one_folder_are_refused_and_shards_are_not(whole, study):
     with alone_in(whole[0]), pytest.raises(InputError, match="in use by another run"):
         cohort.register_cohort(pairs_of_table(study / "pairs.csv"), whole[0], **FAST)
@@ -208,6 +232,19 @@ def test_a_table_that_cannot_be_used_is_refused(text, words, study, tmp_path, mo
     status, said = run(program, ["--pairs", path, "--out", tmp_path / "out", *FLAGS], monkeypatch, capsys)
     refused(status, said, str(path), *words)
     assert status == 2 and not (tmp_path / "out").exists()
+
+
+def test_files_of_one_pair_are_columns_and_no_settings(study, tmp_path):
+    (study / "l.csv").write_text("fixed_x\n")
+    (study / "guided.csv").write_text("fixed,moving,landmarks,extra_fixed\nfixed.nii.gz,m0.nii.gz,l.csv,m1.nii.gz\n")
+    pairs = pairs_of_table(study / "guided.csv")
+    assert pairs["m0_to_fixed"]["landmarks"] == str(study / "l.csv")
+    states = cohort.register_cohort(pairs, tmp_path / "out", **FAST)
+    assert "extra_fixed has 1 images and extra_moving 0" in states["m0_to_fixed"]["error"]
+    for name, words in (("landmarks", "the column of this name"), ("initial_transform", "leave it out")):
+        with pytest.raises(InputError, match=f"{name} is no setting of all pairs .*{words}"):
+            cohort.register_cohort(pairs, tmp_path / "none", **FAST, **{name: study / "l.csv"})
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(("flags", "word"), [
@@ -239,7 +276,7 @@ def test_every_t1w_image_of_a_bids_folder_moves_to_the_template(study, tmp_path)
 @pytest.fixture
 def cluster():
     distributed = pytest.importorskip("distributed", reason="needs the package distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
 
 
@@ -257,7 +294,7 @@ def test_a_cluster_makes_the_same_although_a_worker_is_killed(cluster, whole, st
     killer.start()
     states = cohort.register_cohort(pairs, out, scheduler=cluster.scheduler_address, **FAST)
     killer.join()
-    assert len(pids) == 2 and [state["status"] for state in states.values()] == ["done", "done", "failed", "done"]
+    assert len(pids) == 3 and [state["status"] for state in states.values()] == ["done", "done", "failed", "done"]
     rows = table(out)
     for name in NAMES:
         assert rows[name] | {"seconds": ""} == table(whole[0])[name] | {"seconds": ""}
@@ -267,6 +304,45 @@ def test_a_cluster_makes_the_same_although_a_worker_is_killed(cluster, whole, st
                                   time_limit=0.05, **FAST)
     assert slow["one"]["error"] == "it took longer than --time_limit, 0.05 s"
     assert not (tmp_path / "slow" / "one").exists()
+
+
+def test_after_the_scheduler_has_gone_the_same_command_does_what_is_missing(whole, study, tmp_path):
+    """The scheduler is killed when a pair is done, and another one is started with workers of its own."""
+    pytest.importorskip("distributed", reason="needs the package distributed")
+    out, pairs, seen = tmp_path / "out", pairs_of_table(study / "pairs.csv"), {}
+    for killed in (True, False):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"tcp://localhost:{free.getsockname()[1]}"
+        dask = [sys.executable, "-m", "dask"]
+        scheduler = subprocess.Popen([*dask, "scheduler", "--port", address.rpartition(":")[2], "--no-dashboard"])
+        workers = subprocess.Popen([*dask, "worker", address, "--nworkers", "2", "--nthreads", "1", "--no-dashboard",
+                                    "--death-timeout", "60"], cwd=ROOT)
+        try:
+            if killed:
+                def kill(scheduler=scheduler):
+                    while not list(out.glob("*/summary.json")):
+                        time.sleep(0.02)
+                    scheduler.kill()
+
+                killer = threading.Thread(target=kill, daemon=True)
+                killer.start()
+                with pytest.raises(InputError, match="the scheduler at .* has gone: .* the same command again"):
+                    cohort.register_cohort(pairs, out, scheduler=address, **FAST)
+                killer.join()
+                seen = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+                assert 1 <= len(seen) < 3
+            else:
+                states = cohort.register_cohort(pairs, out, scheduler=address, **FAST)
+        finally:
+            for process in (workers, scheduler):
+                process.terminate()
+                process.wait()
+    assert [state["status"] for state in states.values()] == ["done", "done", "failed", "done"]
+    assert all(path.stat().st_mtime_ns == then for path, then in seen.items())
+    for name in NAMES:
+        if name != "broken":
+            np.testing.assert_array_equal(bits(out / name), bits(whole[0] / name))
 
 
 def test_without_the_package_distributed_one_sentence_says_so(whole, study, tmp_path, monkeypatch):

@@ -1,11 +1,15 @@
-"""The page of a result: what it shows, who may see it, and how it looks in a browser."""
+"""The page of a result: what it shows, who may see it, and what it does. How it looks: test_view_browser."""
 
+import base64
+import gzip
 import http.client
 import json
+import re
 import shutil
 import threading
 import time
-from importlib.util import find_spec
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -14,11 +18,17 @@ import pytest
 from nibabel.affines import from_matvec
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.evaluation import layers
+from drivenmorph_jax.files import make_folder
 from drivenmorph_jax.images.reading import load_image
+from drivenmorph_jax.registration import decisions
+from drivenmorph_jax.registration.correct import State
+from drivenmorph_jax.registration.history import HISTORY, History
+from drivenmorph_jax.registration.region import NOWHERE
 from drivenmorph_jax.transforms.files import write_force
 from drivenmorph_jax.transforms.itk import write_affine
 from drivenmorph_jax.transforms.transform import Transform
-from drivenmorph_jax.view import layers, niivue, server
+from drivenmorph_jax.view import niivue, server, steering
 from drivenmorph_jax.view.layers import Shown
 
 SHAPE = 30, 34, 32
@@ -76,12 +86,12 @@ def shown(folder):
 def test_maps_are_the_lengths_and_logarithms_of_the_files(shown):
     brain = shown.fixed.data > 0
     for name, wanted in (("displacement", 3), ("force", 5), ("uncertainty", 2.5)):  # the first without the affine
-        np.testing.assert_allclose(shown.voxels(name), np.where(brain, wanted, 0), atol=1e-3)
-    jacobian = shown.voxels("jacobian")
-    assert jacobian[15, 17, 8] == 1 and jacobian[SWOLLEN] == layers.OCTAVES and jacobian[FOLDED] == -layers.OCTAVES
+        x, low, high = shown.layer(name)
+        np.testing.assert_allclose(x, np.where(brain, wanted, 0), atol=1e-3)
+        assert low == 0 and high >= wanted
+    jacobian, low, high = shown.layer("jacobian")
+    assert jacobian[15, 17, 8] == 1 and jacobian[SWOLLEN] == high == 2 and jacobian[FOLDED] == low == -2
     assert not jacobian[~brain].any()
-    ticks = shown.overlays()["jacobian"].ticks
-    assert all(2.0**value == eval(text) for value, text in ticks)
 
 
 def test_outlines_are_the_borders_of_labels():
@@ -94,13 +104,31 @@ def test_outlines_are_the_borders_of_labels():
 
 
 def test_every_layer_is_a_file_that_niivue_shows_rightly(shown):
-    for name in (*shown.images, *shown.maps):
+    seen = np.argwhere(np.any([x > 0.1 * np.percentile(x[x > 0], 99) for x in shown.images.values()], axis=0))
+    corner, end = np.maximum(seen.min(0) - 2, 0), np.minimum(seen.max(0) + 3, SHAPE)  # two voxels of background
+    for name in (*shown.images, *shown.maps()):
         image = nib.Nifti1Image.from_bytes(shown.file(name))
-        assert image.shape == SHAPE and image.get_data_dtype() == np.float32 and not image.header["intent_code"]
+        assert image.shape == tuple(end - corner) and image.get_data_dtype() == np.int16
+        assert not image.header["intent_code"] and image.header["cal_min"] < image.header["cal_max"]
         for affine, code in (image.get_qform(coded=True), image.get_sform(coded=True)):
-            np.testing.assert_allclose(affine, AFFINE, atol=1e-4)
+            np.testing.assert_allclose(affine[:3, 3], nib.affines.apply_affine(AFFINE, corner), atol=1e-4)
+            np.testing.assert_allclose(affine[:3, :3], AFFINE[:3, :3], atol=1e-6)
             assert code > 0
-    np.testing.assert_array_equal(nib.Nifti1Image.from_bytes(shown.file("fixed")).dataobj, shown.fixed.data)
+        x, low, high = shown.layer(name)
+        np.testing.assert_allclose(image.get_fdata(), x[shown.box], atol=np.abs(x).max() / 60_000)
+        assert np.array_equal(np.asarray(image.dataobj) == 0, x[shown.box] == 0)  # 0 is transparent
+        np.testing.assert_allclose([image.header["cal_min"], image.header["cal_max"]], [low, high], rtol=1e-5)
+
+
+def test_a_drawing_is_a_mask_on_the_grid_of_the_fixed_image(shown):
+    mask = np.random.default_rng(0).random(SHAPE) < 0.1
+    inside = np.zeros(SHAPE, bool)
+    inside[shown.box] = mask[shown.box]
+    np.testing.assert_array_equal(shown.mask(shown.drawing(mask)), inside)
+    for wrong in (b"", b"x" * 1000, shown.drawing(mask)[:500], shown.file("fixed")[:-1],
+                  nib.Nifti1Image(np.ones((3, 3, 3), np.uint8), shown.affine).to_bytes()):
+        with pytest.raises(InputError, match="load the page again"):
+            shown.mask(wrong)
 
 
 def test_checks_lead_to_where_they_are_worst(shown):
@@ -108,8 +136,7 @@ def test_checks_lead_to_where_they_are_worst(shown):
     np.testing.assert_allclose(places["stretch"], nib.affines.apply_affine(AFFINE, SWOLLEN))
     assert np.linalg.norm(places["similarity"] - nib.affines.apply_affine(AFFINE, FAULTY)) < 2 * 6
     assert places["landmarks"] == [1, 2, 3]  # the other was left out
-    told = shown.described()["checks"]
-    assert [one["name"] for one in told] == ["stretch", "similarity", "overlap"] and told[2]["place"] is None
+    assert [one["name"] for one in shown.described()["checks"]] == ["stretch", "similarity", "overlap"]
 
 
 def test_a_folder_without_a_result_and_a_missing_image_are_refused(folder, tmp_path):
@@ -122,9 +149,51 @@ def test_a_folder_without_a_result_and_a_missing_image_are_refused(folder, tmp_p
         Shown(copy)
 
 
-@pytest.fixture(scope="module")
-def running(shown):
-    with server.Server(shown) as one:
+class Quick:
+    """A stand-in for `Session`: everything in the box is moved by the first landmark, at once."""
+
+    identity, hold = 7, None
+
+    def __init__(self, folder):
+        self.folder, self.summary = Path(folder), json.loads((Path(folder) / "summary.json").read_text())
+        self.fixed = load_image(self.summary["fixed"])
+        self.transform = Transform.load(self.folder / "displacement.nii.gz")
+        voxels = [np.asarray(nib.load(self.folder / f"{name}.nii.gz").dataobj)
+                  for name in ("warped", "jacobian", "warped_labels")]
+        self.first = State((self.transform.displacement, *voxels), NOWHERE, None, None, [], {})
+
+    def warm(self):
+        """Nothing to compile."""
+
+    def corrected(self, correction, progress):
+        if self.summary != json.loads((self.folder / "summary.json").read_text()):
+            raise InputError(f"{self.folder} holds another result than it did when it was opened: open it again")
+        progress("deform", 0.5)
+        if self.hold:
+            self.hold.wait(20)
+        marks, found = correction.landmarks, self.first.found
+        if marks is None:
+            raise InputError("the correction asks for nothing")
+        told = [{"name": name, "fixed": fixed.tolist(), "before_mm": 3.0, "after_mm": 0.0, "left_out": None}
+                for name, fixed in zip(marks.names, marks.fixed, strict=True)]
+        move = np.float32(marks.moving[0] - marks.fixed[0])
+        parts = np.zeros_like(found[0]) + move, found[1] * 2, found[2] * 2, found[3] * 2
+        return State(found, tuple(slice(0, n) for n in SHAPE), parts, correction, told,
+                     {"similarity_before": 0.25, "similarity_after": 0.5, "fold_pct": 0.0, "seconds": 0.1})
+
+    def save(self, history, out, progress):
+        history.write(make_folder(out))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(steering, "Session", Quick)
+    return Quick
+
+
+@contextmanager
+def serving(page):
+    with server.Server(page) as one:
         thread = threading.Thread(target=one.serve_forever, daemon=True)
         thread.start()
         yield one
@@ -132,10 +201,16 @@ def running(shown):
         thread.join(10)
 
 
-def answer(running, path, method="GET", **headers):
+@pytest.fixture(scope="module")
+def running(folder):
+    with serving(steering.ResultPage(folder / "out")) as one:
+        yield one
+
+
+def answer(running, path, method="GET", body=None, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", running.server_port, timeout=20)
     try:
-        connection.request(method, path, headers={name.replace("_", "-"): text for name, text in headers.items()})
+        connection.request(method, path, body, headers={name.replace("_", "-"): text for name, text in headers.items()})
         found = connection.getresponse()
         return SimpleNamespace(status=found.status, headers=found.headers, body=found.read())
     finally:
@@ -145,21 +220,32 @@ def answer(running, path, method="GET", **headers):
 def test_the_page_is_served_on_the_loopback_address_with_its_policy(running):
     assert running.server_address[0] == "127.0.0.1" and len(running.token) >= 32
     page = answer(running, f"/{running.token}/")
-    assert page.status == 200 and b"<canvas>" in page.body
+    assert page.status == 200 and b"<canvas " in page.body
     assert page.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self';")
     assert "http" not in page.headers["Content-Security-Policy"] and b"http" not in page.body
     assert "Access-Control-Allow-Origin" not in page.headers and page.headers["Referrer-Policy"] == "no-referrer"
     told = json.loads(answer(running, f"/{running.token}/result.json").body)
     assert told["title"] == "moving.nii.gz to fixed.nii.gz"
-    assert answer(running, f"/{running.token}/force.nii").body == running.shown.file("force")
+    assert answer(running, f"/{running.token}/force.nii").body == running.page.shown.file("force")
+
+
+def test_the_document_has_every_control_and_its_pictures():
+    docs = Path(server.__file__).parents[2] / "docs"
+    told, html = (docs / "view.md").read_text(), server.part("page.html").decode()
+    controls = (re.findall(r"<button[^>]*>([^<]+)<", html)
+                + re.findall(r"<label[^>]*>(?:<input[^>]*>)? *([^<]+?) *<", html))
+    assert len(controls) > 12 and [one for one in controls if one not in told] == []
+    assert {*re.findall(r'title="Key (\w)"', html)} == {*"LGURE"} and "D paints" in html
+    pictures = re.findall(r"\((view_\w+\.png)\)", told)
+    assert len(pictures) == 4 and all((docs / name).stat().st_size > 10_000 for name in pictures)
 
 
 def test_nothing_else_is_served(running):
     token = running.token
-    names = "other", "summary.json", "../../etc/passwd", "..%2fsummary.json", "fixed", "/etc/passwd", "fixed.nii/"
+    names = "other", "summary.json", "../../etc/passwd", "..%2fsummary.json", "fixed", "/etc/passwd", "fixed.nii/", "0/"
     for path in ("*", "/", "/result.json", f"/{token[:-1]}x/", f"/{token}", *(f"/{token}/{name}" for name in names)):
         assert answer(running, path).status == 404, path
-    assert answer(running, f"/{token}/", "POST").status == 501
+    assert answer(running, f"/{token}/", "PUT").status == 501
 
 
 def test_other_sites_are_refused(running):
@@ -173,10 +259,195 @@ def test_other_sites_are_refused(running):
         assert answer(running, page, **headers).status == 200, headers
 
 
-def test_the_server_ends_when_the_last_page_is_closed(shown, monkeypatch):
+def ask(running, what, **content):
+    """(status, content) of what is asked for as the page does it."""
+    found = answer(running, f"/{running.token}/{what}", "POST", json.dumps(content), Content_Type="application/json",
+                   Origin=running.address[:-len(f"/{running.token}/")])
+    return found.status, json.loads(found.body)
+
+
+def told(running, wanted, seconds=20):
+    """What the pages are told, once `wanted` is true of it."""
+    number, content = running.page.news.wait(None, 0)
+    end = time.monotonic() + seconds
+    while not wanted(content):
+        assert time.monotonic() < end, content
+        number, content = running.page.news.wait(number, 1)
+    return content
+
+
+def idle(content):
+    return content["able"] and not content["busy"]
+
+
+def packed(shown, mask):
+    return base64.b64encode(gzip.compress(shown.drawing(mask))).decode()
+
+
+MARK = {"name": "one", "fixed": [1.0, 2, 3], "moving": [4.0, 2, 3], "radius": None}
+
+
+@pytest.fixture
+def result(folder, tmp_path, quick):
+    """A copy of the result."""
+    return Path(shutil.copytree(folder / "out", tmp_path / "result"))
+
+
+def test_a_correction_is_made_undone_redone_kept_and_exported(result):
+    mask = np.zeros(SHAPE, bool)
+    mask[14:17, 12:15, 11:20] = True
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        assert not told(one, idle)["before"]
+        drawing, first = packed(page.shown, mask), answer(one, f"/{one.token}/warped.nii").body
+        assert ask(one, "go", landmarks=[MARK], distrust=drawing, stiffness=2.5) == (200, {})
+        found = told(one, lambda content: content["at"] == 1 and idle(content))
+        assert found["landmarks"] == [MARK] and found["distrust"] and found["stiffness"] == 2.5 and found["before"]
+        assert found["maps"] == ["force", "displacement", "jacobian", "labels"]  # the uncertainty is that of another
+        assert found["told"][0]["after_mm"] == 0 and found["steps"][0]["similarity_after"] == 0.5
+        assert "1 landmark" in found["steps"][0]["words"] and "2.5 mm" in found["steps"][0]["words"]
+        voxels = {name: nib.Nifti1Image.from_bytes(answer(one, f"/{one.token}/{name}.nii").body).get_fdata()
+                  for name in ("warped", "before", "displacement", "jacobian", "distrust")}
+        np.testing.assert_allclose(voxels["warped"], 2 * voxels["before"], atol=0.1)
+        assert answer(one, f"/{one.token}/before.nii").body == first
+        np.testing.assert_array_equal(page.shown.mask(answer(one, f"/{one.token}/distrust.nii").body), mask)
+        again = ask(one, "go", landmarks=[MARK, MARK | {"name": "two", "radius": 5.0}], distrust=None, stiffness=0)
+        assert again == (200, {}) and told(one, lambda content: content["at"] == 2 and idle(content))["landmarks"][1]
+        for what, at, steps in (("undo", 1, 2), ("undo", 0, 2), ("undo", 0, 2), ("redo", 1, 2), ("redo", 2, 2)):
+            assert ask(one, what)[0] == 200
+            found = told(one, lambda content, at=at: content["at"] == at and idle(content))
+            assert len(found["steps"]) == steps and found["before"] == (at > 0)
+            kept = History.read(result / HISTORY, page._session)
+            assert kept.at == at and len(kept.steps) == steps
+        assert ask(one, "export") == (200, {})
+        told(one, lambda content: "All files are in" in content["said"])
+    copy = json.loads((result.parent / "result-corrected" / HISTORY).read_text())
+    assert copy["at"] == 2 and copy["steps"][0]["landmarks"] == [MARK] and copy["steps"][0]["stiffness"] == 2.5
+    with serving(page := steering.ResultPage(result)) as one:  # the program was killed and is started again
+        page.begin()
+        found = told(one, idle)
+        assert found["at"] == 2 and [mark["name"] for mark in found["landmarks"]] == ["one", "two"]
+        ask(one, "undo")
+        assert told(one, lambda content: content["at"] == 1 and idle(content))["distrust"]
+
+
+def test_a_click_is_carried_to_the_moving_image(result):
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        told(one, idle)
+        x = np.array([3.0, -5, 4])
+        for panel, wanted in (("warped", x + SHIFT), ("moving", x)):
+            status, found = ask(one, "point", panel=panel, place=x.tolist())
+            np.testing.assert_allclose(found["moving"], TURN[:3, :3] @ wanted + TURN[:3, 3], atol=1e-4)
+        ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)  # moves all by 3 mm along x
+        told(one, lambda content: content["at"] == 1 and idle(content))
+        np.testing.assert_allclose(ask(one, "point", panel="warped", place=x.tolist())[1]["moving"], x + [3, 0, 0],
+                                   atol=1e-4)
+        np.testing.assert_allclose(ask(one, "point", panel="before", place=x.tolist())[1]["moving"],
+                                   TURN[:3, :3] @ (x + SHIFT) + TURN[:3, 3], atol=1e-4)
+
+
+def test_one_correction_at_a_time_with_its_progress(result, quick, monkeypatch):
+    monkeypatch.setattr(quick, "hold", threading.Event())
+    with serving(page := steering.ResultPage(result)) as one:
+        assert ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)[0] == 409  # it is not open yet
+        page.begin()
+        told(one, idle)
+        ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)
+        assert told(one, lambda content: content["busy"] != "correct")["busy"] == "deform ... 50%"
+        for what in ("go", "undo", "export"):
+            status, found = ask(one, what, landmarks=[MARK], distrust=None, stiffness=0)
+            assert status == 409 and "wait until it has ended" in found["error"]
+        quick.hold.set()
+        assert told(one, idle)["at"] == 1
+
+
+def test_what_is_no_correction_is_refused_in_one_sentence(result):
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        told(one, idle)
+        good = {"landmarks": [MARK], "distrust": None, "stiffness": 0}
+        bomb = base64.b64encode(gzip.compress(bytes(10**7))).decode()
+        for wrong in ({"landmarks": None}, {"landmarks": [{"name": "x"}]}, {"landmarks": [MARK | {"fixed": [1, 2]}]},
+                      {"landmarks": [MARK | {"moving": [1, 2, "x"]}]}, {"landmarks": [MARK | {"radius": -1}]},
+                      {"landmarks": [MARK, MARK]}, {"landmarks": [MARK | {"name": " "}]}, {"stiffness": -1},
+                      {"stiffness": "x"}, {"distrust": "%"}, {"distrust": "eA=="}, {"distrust": bomb}, {"distrust": 3},
+                      {"landmarks": [MARK | {"fixed": [1, 2, float("nan")]}]}):
+            status, found = ask(one, "go", **good | wrong)
+            assert status == 409 and found["error"].count("\n") == 0, wrong
+        assert ask(one, "point", panel="warped", place=None)[0] == 409
+        page_path, json_type = f"/{one.token}/go", {"Content_Type": "application/json"}
+        assert answer(one, page_path, "POST", json.dumps(good)).status == 400  # as a form of another site sends it
+        assert answer(one, page_path, "POST", "[1]", **json_type).status == 400
+        assert answer(one, page_path, "POST", "{", **json_type).status == 400
+        assert answer(one, page_path, "POST", "", Content_Length=str(2**30), **json_type).status == 413
+        assert answer(one, page_path, "POST", json.dumps(good), Origin="http://evil.example", **json_type).status == 403
+        assert answer(one, "/x/go", "POST", json.dumps(good), **json_type).status == 404
+        assert answer(one, f"/{one.token}/other", "POST", json.dumps(good), **json_type).status == 404
+        assert told(one, idle)["at"] == 0 and not (result / HISTORY).exists()
+
+
+def test_a_result_that_changed_or_cannot_be_corrected_says_so(result, monkeypatch):
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        told(one, idle)
+        summary = json.loads((result / "summary.json").read_text())
+        (result / "summary.json").write_text(json.dumps(summary | {"method": "drivenmorph"}))
+        ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)
+        found = told(one, lambda content: content["warn"])
+        assert "holds another result than it did" in found["said"] and found["at"] == 0 and idle(found)
+    (result / HISTORY).write_text("{}")
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        assert "is no history of corrections" in told(one, idle)["said"]
+    (result / "summary.json").write_text(json.dumps(summary | {"corrected": {"result": "other"}}))
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        found = told(one, lambda content: content["said"])
+        assert "looked at only. It is a correction of other" in found["said"] and not found["able"]
+        assert ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)[1]["error"] == found["said"]
+
+
+@pytest.fixture
+def cohort(folder, tmp_path):
+    """The folder of a cohort of three pairs."""
+    for name in ("good", "<b>bad"):
+        shutil.copytree(folder / "out", tmp_path / name)
+    (tmp_path / "cohort.csv").write_text("name,fixed,moving,status,warnings,checks,error\ngood,f,m,done,1,slices,\n"
+                                         "<b>bad,f,m,done,3,x,\nlost,f,m,missing,,,\nbroken,f,m,failed,,,no image\n")
+    return tmp_path
+
+
+def test_a_cohort_is_listed_and_decisions_are_kept_in_its_table(cohort):
+    with serving(server.opened(cohort)) as one:
+        pairs = told(one, lambda content: content)["pairs"]
+        assert [pair["name"] for pair in pairs] == ["broken", "lost", "<b>bad", "good"]
+        assert [pair["number"] for pair in pairs] == [None, None, 2, 3]
+        assert b"cohort.js" in answer(one, f"/{one.token}/").body
+        about = json.loads(answer(one, f"/{one.token}/2/result.json").body)
+        assert about["pair"] == {"name": "<b>bad", "next": 3}
+        assert answer(one, f"/{one.token}/3/fixed.nii").status == 200
+        for number in ("4", "x", "-1", ".."):
+            assert answer(one, f"/{one.token}/{number}/").status == 404, number
+        found = answer(one, f"/{one.token}/0/")  # which failed
+        assert found.status == 409 and b"holds no result of register" in found.body
+        assert ask(one, "decide", name="<b>bad", decision="redo", note=' moved,\n "twice" ') == (200, {})
+        assert ask(one, "decide", name="good", decision="accept", note="")[0] == 200
+        for wrong in ({"name": "other"}, {"decision": "x"}, {"note": 3}, {"note": "x" * 20_000}):
+            assert ask(one, "decide", **{"name": "good", "decision": "", "note": ""} | wrong)[0] == 409
+        kept = {pair["name"]: pair for pair in one.page.news.content["pairs"]}
+    assert kept["<b>bad"]["note"] == 'moved, "twice"' and kept["good"]["decision"] == "accept"
+    assert decisions.decisions(cohort)["<b>bad"] == {"decision": "redo", "note": 'moved, "twice"'}
+    rows = decisions.read_table(cohort)
+    assert [row["name"] for row in rows] == ["good", "<b>bad", "lost", "broken"] and rows[3]["error"] == "no image"
+    with pytest.raises(InputError, match=r"cohort.csv does not exist: give the --out of cohort"):
+        decisions.read_table(cohort / "good")
+
+
+def test_the_server_ends_when_the_last_page_is_closed(folder, quick, monkeypatch):
     monkeypatch.setattr(server, "GRACE", 0.3)
     monkeypatch.setattr(server, "BEAT", 0.05)
-    with server.Server(shown) as one:
+    with server.Server(steering.ResultPage(folder / "out")) as one:
         thread = threading.Thread(target=one.serve_forever)
         thread.start()
         pages = []
@@ -184,7 +455,7 @@ def test_the_server_ends_when_the_last_page_is_closed(shown, monkeypatch):
             connection = http.client.HTTPConnection("127.0.0.1", one.server_port, timeout=20)
             connection.request("GET", f"/{one.token}/alive")
             pages.append(connection.getresponse())
-            assert pages[-1].read(10) == b": alive\n\n:"
+            assert pages[-1].readline().startswith(b'data: {"able": ')
         pages[0].close()
         time.sleep(1.5)
         assert thread.is_alive()  # the other is open
@@ -193,9 +464,9 @@ def test_the_server_ends_when_the_last_page_is_closed(shown, monkeypatch):
         assert not thread.is_alive()
 
 
-def test_a_port_in_use_is_refused(running, shown):
+def test_a_port_in_use_is_refused(running):
     with pytest.raises(InputError, match=f"port {running.server_port} cannot be used"):
-        server.Server(shown, running.server_port)
+        server.Server(running.page, running.server_port)
 
 
 def test_niivue_is_found_or_asked_for_in_one_sentence(monkeypatch, tmp_path):
@@ -216,56 +487,3 @@ def test_niivue_is_found_or_asked_for_in_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="the page needs NiiVue: pip install --no-deps ipyniivue=="):
         made(None)
     niivue.module.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A page in Chromium, or a reason to skip."""
-    if find_spec("ipyniivue") is None:
-        pytest.skip("ipyniivue, which carries NiiVue, is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None or find_spec("playwright") is None:
-        pytest.skip("a Chromium and the package playwright are not installed")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as play:
-        one = play.chromium.launch(executable_path=chromium, args=[
-            "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"])
-        yield one.new_page(viewport={"width": 1200, "height": 800})
-        one.close()
-
-
-def test_the_page_in_a_browser(running, browser):
-    from playwright.sync_api import expect
-    page, asked, faults = browser, [], []
-
-    def says(place, text):
-        expect(page.locator(place)).to_contain_text(text, timeout=20_000)
-
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    page.goto(running.address)
-    page.wait_for_selector("body[data-ready]", timeout=60_000)
-    assert page.title() == "moving.nii.gz to fixed.nii.gz"
-    assert "<b>Range</b>." in page.inner_text("#checks") and "<i>two" in page.inner_text("#landmarks")
-    page.locator("#checks button").first.click()  # of the check "stretch"
-    x, y, z = nib.affines.apply_affine(AFFINE, SWOLLEN)
-    place = f"{'RL'[int(x < 0)]} {abs(x):.1f}, {'AP'[int(y < 0)]} {abs(y):.1f}, {'SI'[int(z < 0)]} {abs(z):.1f} mm"
-    assert page.inner_text("#status").startswith(place)
-    page.select_option("#overlay", "jacobian")
-    says("#status", "jacobian determinant 4.00")
-    assert page.inner_text("#legend").split()[:5] == ["1/4", "1/2", "1", "2", "4"]
-    page.check("#labels")
-    says("#legend", "Label outlines")
-    page.select_option("#overlay", "displacement")
-    says("#status", "displacement 3.00 mm")
-    assert "Displacement (mm)" in page.inner_text("#legend")
-    for mode, visible in (("swipe", False), ("blink", False), ("side", True)):
-        page.select_option("#mode", mode)
-        assert page.is_visible("#moving") == visible and page.is_visible("#swipe") == (mode == "swipe")
-    page.select_option("#slices", "0")
-    box = page.locator("#warped canvas").bounding_box()
-    page.wait_for_timeout(500)
-    page.mouse.click(box["x"] + 0.6 * box["width"], box["y"] + 0.45 * box["height"])
-    expect(page.locator("#status")).not_to_contain_text(place, timeout=20_000)
-    assert not faults and asked and all(url.startswith((running.address, "data:", "blob:")) for url in asked)

@@ -65,7 +65,8 @@ def _pairs(parser):
         "--pairs",
         metavar="FILE",
         help="CSV table with the columns fixed and moving and, where you like, name, fixed_labels, moving_labels, "
-        "fixed_mask and moving_mask. Paths are relative to its folder. The name is that of the folder of the pair",
+        "fixed_mask, moving_mask, landmarks, extra_fixed and extra_moving. Paths are relative to its folder. The name "
+        "is that of the folder of the pair",
     )
     what.add_argument("--bids", metavar="DIR", help="BIDS folder; each of its T1w images is aligned to --to")
     parser.add_argument("--to", metavar="FILE", help="the fixed image for --bids, such as a template")

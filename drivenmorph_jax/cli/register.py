@@ -46,6 +46,8 @@ def main(arguments=None, prog="drivenmorph register"):
         fixed_mask=flags.fixed_mask,
         moving_mask=flags.moving_mask,
         landmarks=flags.landmarks,
+        extra_fixed=flags.extra_fixed or (),
+        extra_moving=flags.extra_moving or (),
         **settings(flags),
     )
     print("write ...", end=" ", flush=True)
@@ -63,7 +65,18 @@ def settings(flags):
     """The arguments of `register` that the flags of `add_reading` and `add_method` set."""
     from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
-    names = ("strip", "method", "force", "contrast", "stiffness", "refine_steps", "mask_sense", "geometry", "memory")
+    names = (
+        "strip",
+        "method",
+        "force",
+        "contrast",
+        "stiffness",
+        "refine_steps",
+        "mask_sense",
+        "guide_labels",
+        "geometry",
+        "memory",
+    )
     return {name: getattr(flags, name) for name in names} | {
         "checkpoint": flags.checkpoint or SHIPPED,
         "affine": flags.affine or True,
@@ -96,8 +109,24 @@ def _images(add):
         "--landmarks",
         metavar="FILE",
         help="CSV with columns fixed_x, fixed_y, fixed_z, moving_x, moving_y, moving_z in RAS mm and, where you like, "
-        "name and radius: points of the fixed image and where each lies in the moving image. They drive the "
-        "deformation around them, up to three radii of 10 mm",
+        "name, radius, weight and curve: points of the fixed image and where each lies in the moving image. Rows of "
+        "one name in the column curve are a line in both images. They drive the deformation around them, up to three "
+        "radii of 10 mm",
+    )
+    add(
+        "--extra_fixed",
+        nargs="+",
+        action=program.Once,
+        metavar="FILE",
+        help="further images of the fixed brain, such as T2 beside T1, on any grid, aligned to --fixed. They drive "
+        "Demons, or the refinement after the network, together with --fixed",
+    )
+    add(
+        "--extra_moving",
+        nargs="+",
+        action=program.Once,
+        metavar="FILE",
+        help="the same for the moving brain: as many, in the same order",
     )
 
 
@@ -164,6 +193,14 @@ def add_method(add):
         "averaged, N iterations by local correlation follow, and two passes of the network register the residual. "
         "0: the network runs once, forward, in a quarter of the time. With --method demons, N iterations follow at "
         "the end, by MIND with --force mind. Default: 10; with --method demons 0",
+    )
+    add(
+        "--guide_labels",
+        nargs="+",
+        action=program.Once,
+        metavar="LABEL",
+        help="structures whose borders in the two label maps are brought to each other: 17, or 10=49 for label 10 of "
+        "the fixed image and 49 of the moving one. They drive the deformation up to 15 mm around",
     )
     add(
         "--memory",

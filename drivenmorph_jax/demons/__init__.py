@@ -1,6 +1,6 @@
 """The Demons forces, the updates, and the classical Demons algorithm, as plain functions without Flax."""
 
-from drivenmorph_jax.demons import forces
+from drivenmorph_jax.demons import curves, forces
 from drivenmorph_jax.demons.classical import (
     FORCES,
     INTENSITY,
@@ -10,7 +10,16 @@ from drivenmorph_jax.demons.classical import (
     demons,
     demons_level,
 )
-from drivenmorph_jax.demons.guidance import contradictory, guided, landmark_force, out_of_reach, remaining
+from drivenmorph_jax.demons.guidance import (
+    FARTHEST,
+    border_force,
+    contradictory,
+    guided,
+    landmark_force,
+    out_of_reach,
+    remaining,
+    signed_distance,
+)
 from drivenmorph_jax.demons.multistart import force_between, refine, registered, registered_stiffly, weighted
 from drivenmorph_jax.demons.updates import (
     bch,
@@ -21,7 +30,7 @@ from drivenmorph_jax.demons.updates import (
     symmetric_log_update,
 )
 
-__all__ = ["FORCES", "INTENSITY", "LNCC", "MULTIPLE", "Registered", "bch", "compositional_update", "contradictory",
-           "demons", "demons_level", "force_between", "forces", "guided", "inverse_update", "landmark_force",
-           "lie_bracket", "log_update", "out_of_reach", "refine", "registered", "registered_stiffly", "remaining",
-           "symmetric_log_update", "weighted"]
+__all__ = ["FARTHEST", "FORCES", "INTENSITY", "LNCC", "MULTIPLE", "Registered", "bch", "border_force",
+           "compositional_update", "contradictory", "curves", "demons", "demons_level", "force_between", "forces",
+           "guided", "inverse_update", "landmark_force", "lie_bracket", "log_update", "out_of_reach", "refine",
+           "registered", "registered_stiffly", "remaining", "signed_distance", "symmetric_log_update", "weighted"]

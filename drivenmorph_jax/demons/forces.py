@@ -209,21 +209,22 @@ def symmetric_force(fixed: chex.Array, warped: chex.Array, max_step: float) -> t
 
 def lncc_force(fixed: chex.Array, warped: chex.Array, max_step: float, radius: int = 2, block: int = 2,
                floor: float = 1e-4, power: float = 0.7) -> tuple[jax.Array, jax.Array]:
-    """The force of local correlation: the gradient of the squared local correlation of two one-channel images.
+    """The force of local correlation: the gradient of the squared local correlation, averaged over channels.
 
-    F = `fixed` and M = `warped`. <.> is the mean over the window around y. a and b are the deviations of F and M from
-    their means mean_F and mean_M over this window. S is the mean over all y in the window around x.
+    F and M are a channel of `fixed` and of `warped`. <.> is the mean over the window around y. a and b are the
+    deviations of F and M from their means mean_F and mean_M over this window. S is the mean over all y in the window
+    around x.
 
       cc(y) = <a b>^2 / (<a a> <b b>),   A = <a b> / (<a a> <b b>),   B = A <a b> / <b b>,
-      g(x) = S A F - S B M - S (A mean_F - B mean_M)  ~  d(mean_y cc) / d M(x),   q = mean over blocks of g grad M,
-      p = q / |q| (|q| / max |q|)^power L
+      g(x) = S A F - S B M - S (A mean_F - B mean_M)  ~  d(mean_y cc) / d M(x)
+      q = mean over channels and blocks of g grad M,   p = q / |q| (|q| / max |q|)^power L
 
     The window around x holds y exactly where the window around y holds x, so no scatter is needed. The statistics are
     computed on blocks of voxels. Each block is summed once, then separable sums run over (2 radius + 1)^n blocks. This
     costs 1 / block^n of sums over single voxels.
 
     Args:
-      fixed, warped: (*space, 1), with values of about 0 to 1. The sides are multiples of `block`.
+      fixed, warped: (*space, C), with values of about 0 to 1. The sides are multiples of `block`.
       max_step: L, the length of the longest vector, in voxels.
       radius: radius of the window in blocks. The window is (2 radius + 1) * block voxels wide.
       block: side of a block, in voxels.
@@ -236,24 +237,36 @@ def lncc_force(fixed: chex.Array, warped: chex.Array, max_step: float, radius: i
     Reference: Avants et al., "Symmetric diffeomorphic image registration with cross-correlation", 2008; the exact
       derivative as in Hermosillo, Chefd'hotel, Faugeras, "Variational methods for multimodal image matching", 2002.
     """
-    dims = fixed.ndim - 1
-    f, m = fixed[..., 0], warped[..., 0]
+    found = [_of_correlation(*pair, radius, block, floor) for pair in zip(_channels(fixed), _channels(warped),
+                                                                          strict=True)]
+    p, energy = (sum(parts) / len(found) for parts in zip(*found, strict=True))
+    p = scale_longest(p, 1)
+    # The 1e-8 keeps the derivative of the power finite where p is zero.
+    return max_step * p * ((p * p).sum(-1, keepdims=True) + 1e-8) ** ((power - 1) / 2), energy
+
+
+def _of_correlation(fixed, warped, radius, block, floor):
+    """(q, 1 - mean cc) of `lncc_force` for one channel (*space)."""
+    dims = fixed.ndim
 
     def pool(x):
         return average_pool(x[..., None], block, dims)[..., 0]
 
-    mean_f, mean_m = box_mean(pool(f), radius), box_mean(pool(m), radius)
-    ff = jnp.maximum(box_mean(pool(f * f), radius) - mean_f**2, 0) + floor
-    mm = jnp.maximum(box_mean(pool(m * m), radius) - mean_m**2, 0) + floor
-    fm = box_mean(pool(f * m), radius) - mean_f * mean_m
+    mean_f, mean_m = box_mean(pool(fixed), radius), box_mean(pool(warped), radius)
+    ff = jnp.maximum(box_mean(pool(fixed * fixed), radius) - mean_f**2, 0) + floor
+    mm = jnp.maximum(box_mean(pool(warped * warped), radius) - mean_m**2, 0) + floor
+    fm = box_mean(pool(fixed * warped), radius) - mean_f * mean_m
     a = fm / (ff * mm)
     b = a * fm / mm
     of_f, of_m, constant = (box_mean(x, radius) for x in (a, b, a * mean_f - b * mean_m))
-    slopes = [difference(warped, axis, dims)[..., 0] for axis in range(dims)]
-    p = jnp.stack([of_f * pool(f * x) - of_m * pool(m * x) - constant * pool(x) for x in slopes], -1)
-    p = scale_longest(p, 1)
-    # The 1e-8 keeps the derivative of the power finite where p is zero.
-    return max_step * p * ((p * p).sum(-1, keepdims=True) + 1e-8) ** ((power - 1) / 2), 1 - (fm * a).mean()
+    slopes = [difference(warped[..., None], axis, dims)[..., 0] for axis in range(dims)]
+    q = jnp.stack([of_f * pool(fixed * x) - of_m * pool(warped * x) - constant * pool(x) for x in slopes], -1)
+    return q, 1 - (fm * a).mean()
+
+
+def _channels(image):
+    """The channels (*space) of an image (*space, C)."""
+    return [image[..., k] for k in range(image.shape[-1])]
 
 
 @functools.cache
@@ -278,9 +291,9 @@ def scale_longest(p: chex.Array, max_step: float) -> jax.Array:
 
 
 def mind(image: chex.Array, distance: int = 1, radius: int = 1) -> jax.Array:
-    """The modality-independent neighbourhood descriptor: (*space, 1) -> (*space, 2 n), values in (0, 1].
+    """The modality-independent neighbourhood descriptor: (*space, C) -> (*space, 2 n C), values in (0, 1].
 
-      MIND(x, r) = exp(-D(x, r) / V(x)) / max over r
+      MIND(x, r) = exp(-D(x, r) / V(x)) / max over r    of each channel I
 
     r is one of the 2 n steps of `distance` voxels along the axes. D(x, r) is the mean of (I(y) - I(y + r))^2 over the
     window of 2 `radius` + 1 voxels a side around x. V(x) is the mean of D(x, r) over r.
@@ -291,7 +304,12 @@ def mind(image: chex.Array, distance: int = 1, radius: int = 1) -> jax.Array:
     Reference: Heinrich et al., "MIND: modality independent neighbourhood descriptor for multi-modal deformable
       registration", 2012.
     """
-    x, distances = image[..., 0], []
+    return jnp.concatenate([_descriptor(x, distance, radius) for x in _channels(image)], -1)
+
+
+def _descriptor(x, distance, radius):
+    """`mind` of one channel (*space)."""
+    distances = []
     for axis in range(x.ndim):
         for step in (-distance, distance):
             index = jnp.clip(jnp.arange(x.shape[axis]) + step, 0, x.shape[axis] - 1)

@@ -73,7 +73,7 @@ def inverse_at(u: chex.Array, points: chex.Array, start: chex.Array, most: int,
         return *kept, jnp.where(better, jnp.minimum(1, 2 * t), t / 2), number + 1
 
     def goes_on(state):
-        return (state[-1] < most) & (jnp.abs(state[1]).max() > tolerance)
+        return (state[-1] < most) & (jnp.abs(state[1]).max(initial=0) > tolerance)
 
     first = (start, *evaluated(start), jnp.ones(len(start), u.dtype), 0)
     v, error, *_ = jax.lax.while_loop(goes_on, step, first)

@@ -31,12 +31,13 @@ class State:
     fixed: chex.Array
     moving: chex.Array
     weights: chex.Array | None
+    extra: tuple[chex.Array, chex.Array] | None = None  # (B, D, H, W, C), further channels of both images
     u: chex.Array | None = None
     u_inverse: chex.Array | None = None
     found: tuple[Any, ...] = ()  # what the first pass of the network returned besides u and u_inverse
 
 
-def refined(network, fixed, moving, steps, weights=None):
+def refined(network, fixed, moving, steps, weights=None, extra=None):
     """Register a batch of pairs and refine the result: phi = G * (psi o D o psi_1 o psi_2), then unfolded.
 
       psi: forward and backward registration, averaged. The network registers M to F and F to M. psi is the mean of
@@ -53,11 +54,12 @@ def refined(network, fixed, moving, steps, weights=None):
       fixed, moving: (B, D, H, W).
       steps: iterations of `demons.refine`.
       weights: (B, D, H, W, 2), 0 at voxels of the fixed or of the moving image to ignore; or None.
+      extra: further channels (B, D, H, W, C) of the fixed and of the moving image, which D sees as well; or None.
 
     Returns:
       u and u_inverse, with J > 0 everywhere, and the further results of the network's first forward pass.
     """
-    state = State(fixed, moving, weights)
+    state = State(fixed, moving, weights, extra)
     for step in pipeline(network, steps):
         state = step(state)
     return state.u, state.u_inverse, *state.found
@@ -82,9 +84,12 @@ def by_demons(state, iterations):
     """u <- the result of at most `iterations` iterations of Demons by local correlation from u, see `demons.refine`."""
     def one(fixed, moving, u, weights):
         weights = None if weights is None else (weights[..., :1], weights[..., 1:])
-        return demons.refine(fixed[..., None], moving[..., None], u, iterations, weights)
+        return demons.refine(fixed, moving, u, iterations, weights)
 
-    return replace(state, u=_each(one, state.fixed, state.moving, state.u, state.weights))
+    images = state.fixed[..., None], state.moving[..., None]
+    if state.extra is not None:
+        images = (jnp.concatenate(both, -1) for both in zip(images, state.extra, strict=True))
+    return replace(state, u=_each(one, *images, state.u, state.weights))
 
 
 def residual_pass(state, network):

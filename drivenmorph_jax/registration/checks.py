@@ -66,8 +66,9 @@ LIMITS = {  # name: (least value, largest value, sentence)
     "brightness": (0, 0.2, "Deviation of the logarithm of smoothed brightness after the registration; bias raises it."),
     "stretch": (0, 7, "Range of log J of the deformation, from .1 to 99.9 %; brains differ by less."),
     "inverse": (0, 0.5, "Inverse consistency in mm."),
-    "landmarks": (0, 0.5, "Largest distance in mm of a landmark that was used from its place in the moving image."),
+    "landmarks": (0, 0.5, "Largest distance in mm of a landmark of weight 1 from its place in the moving image."),
     "landmarks left out": (0, 0, "Landmarks that contradict others or are too far for their radius."),
+    "guided labels": (0.8, 1, "Least Dice of a pair of labels of --guide_labels; 0 where one was left out."),
     "slices": (0, 0.05, "Share of slices that equal the one before."),
     "flatness": (0, 0.5, "Share of neighbouring voxels with one value; above it, a label map was given as an image."),
 }
@@ -84,7 +85,7 @@ def check(scored: Scored) -> Checked:
     """Run all checks. Those that make no sense for a registration, such as the affine's without one, are left out."""
     brains = tuple(foreground(image.data) for image in (scored.fixed, scored.moving))
     values = {**_files(scored, brains), **_affine(scored), **_images(scored, brains), **_deformation(scored),
-              **_landmarks(scored.summary.get("landmarks", ()))}
+              **_landmarks(scored.summary.get("landmarks", ())), **_labels(scored.summary.get("guided_labels", ()))}
     checks = tuple(Check(name, float(values[name]), LIMITS[name][:2], LIMITS[name][2])
                    for name in LIMITS if name in values)
     summary = scored.summary | {"checks": [one.as_dict() for one in checks]}
@@ -171,8 +172,14 @@ def _landmarks(told):
     """Checks of the landmarks, as summary.json tells them."""
     if not told:
         return {}
-    used = [one["after_mm"] for one in told if one["left_out"] is None]
-    return {"landmarks left out": len(told) - len(used)} | ({"landmarks": max(used)} if used else {})
+    used = [one for one in told if one["left_out"] is None]
+    held = [one["after_mm"] for one in used if one["weight"] == 1]
+    return {"landmarks left out": len(told) - len(used)} | ({"landmarks": max(held)} if held else {})
+
+
+def _labels(told):
+    """The check of the pairs of labels, as summary.json tells them."""
+    return {"guided labels": min(one["dice_after"] if one["left_out"] is None else 0 for one in told)} if told else {}
 
 
 def _brightness(fixed, warped):

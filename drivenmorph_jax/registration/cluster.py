@@ -1,5 +1,6 @@
 """The pairs of a cohort as tasks of a Dask cluster, one pair a task."""
 
+import logging
 import os
 import signal
 import threading
@@ -44,6 +45,7 @@ def run_on(scheduler, jobs, told, time_limit):
             try:
                 told(job, future.result())
             except CancelledError as error:
+                logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # one sentence is enough
                 raise InputError(f"the scheduler at {scheduler} has gone: start it and give the same command again, "
                                  "which continues") from error
             except Exception as error:

@@ -1,7 +1,8 @@
 """Registration of many pairs: one folder a pair, a table and a page of all.
 
-A pair whose folder holds the result of the same files and settings is done. So a run that was stopped continues with
-what is missing. A pair that fails is named, and the others go on.
+A pair whose folder holds the result of the same files and settings is done, unless a person wants it again, see
+`registration.decisions`. So a run that was stopped continues with what is missing. A pair that fails is named, and the
+others go on.
 """
 
 import os
@@ -15,9 +16,10 @@ from tqdm import tqdm
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import alone_in, make_folder
+from drivenmorph_jax.registration import decisions
 from drivenmorph_jax.registration.cluster import run_on
 from drivenmorph_jax.registration.cohort_report import write_report
-from drivenmorph_jax.registration.job import DONE, FAILED, MISSING, NOTES, Job, made_from
+from drivenmorph_jax.registration.job import DONE, FAILED, MISSING, Job, made_from
 from drivenmorph_jax.registration.pairs import ROLES
 from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request
@@ -52,6 +54,7 @@ def register_cohort(pairs, out, *, formats=("itk",), shard=(1, 1), scheduler=Non
             for name, files in pairs.items()]
     mine = jobs[shard[0] - 1::shard[1]]
     with alone_in(out, shared=shard[1] > 1):
+        _redo(mine)
         states = {job.name: job.state() for job in mine}
         left = [job for job in mine if states[job.name]["status"] != DONE]
         with tqdm(total=len(mine), initial=len(mine) - len(left), unit="pair", dynamic_ncols=True) as bar:
@@ -66,15 +69,31 @@ def register_cohort(pairs, out, *, formats=("itk",), shard=(1, 1), scheduler=Non
                 _run(left, told)
             else:
                 run_on(scheduler, left, told, time_limit)
-        with alone_in(make_folder(os.path.join(out, NOTES)), wait=True):  # the shard that ends last sees all others
+        with decisions.alone(out):  # the shard that ends last sees all others
             write_report(jobs, [states.get(job.name) or job.state() for job in jobs])
     return states
 
 
 def _checked(settings):
     """The settings with absolute paths and every default. Raises InputError where one cannot be used."""
+    for name in settings:
+        if name not in SETTINGS:
+            raise InputError(f"{name} is no setting of all pairs of a cohort: " + (
+                "give the file of each pair in the column of this name" if name in ROLES else "leave it out"))
     request = Request(fixed=None, moving=None, **settings)
-    return {name: getattr(request, name) for name in SETTINGS} | {"checkpoint": os.path.abspath(request.checkpoint)}
+    labels = request.guide_labels and [str(one) for one in request.guide_labels]  # as JSON returns them
+    return {name: getattr(request, name) for name in SETTINGS} | {
+        "checkpoint": os.path.abspath(request.checkpoint), "guide_labels": labels}
+
+
+def _redo(jobs):
+    """Forget the results of the jobs that a person wants to be done again, and that this is wanted."""
+    decided = decisions.decisions(jobs[0].out) if jobs else {}
+    for job in jobs:
+        one = decided.get(job.name, {"decision": ""})
+        if one["decision"].strip().lower() == decisions.REDO:
+            job.disown()
+            decisions.decide(job.out, job.name, "", one["note"])
 
 
 def _run(jobs, told):

@@ -1,18 +1,18 @@
 """The table and the page of a cohort: cohort.csv and report.html."""
 
-import csv
 import html
 
 from drivenmorph_jax.evaluation import page
-from drivenmorph_jax.files import replacing
+from drivenmorph_jax.registration import decisions
 from drivenmorph_jax.registration.job import DONE, FAILED, MISSING
-from drivenmorph_jax.registration.pairs import PAGE, TABLE
+from drivenmorph_jax.registration.pairs import PAGE
 from drivenmorph_jax.registration.score import DEFINITIONS
 
 SCORES = ("similarity_before", "similarity_after", "dice_before", "dice_after", "fold_pct")
-COLUMNS = ("name", "fixed", "moving", "status", *SCORES, "warnings", "checks", "seconds", "error")
+COLUMNS = ("name", "fixed", "moving", "status", *SCORES, "warnings", "checks", "seconds", "error",
+           *decisions.COLUMNS)
 HEAD = ("name", "", "status", "similarity before", "similarity after", "Dice before", "Dice after", "J ≤ 0 (%)",
-        "warnings", "which", "seconds")
+        "warnings", "which", "seconds", "decision", "note")
 WIDTH = 220  # pixels of a picture, which takes 20 KB
 ORDER = FAILED, MISSING, DONE
 
@@ -20,16 +20,15 @@ ORDER = FAILED, MISSING, DONE
 def write_report(jobs, states):
     """Write the table and the page of the jobs and their states to the folder of the cohort.
 
-    The table has the order of the jobs. The page begins with what is doubtful: what failed, then most warnings.
+    The table has the order of the jobs. The page begins with what is doubtful: what failed, then most warnings. What a
+    person decided about a pair, and wrote into the former table, stays.
 
     Raises InputError where the files cannot be written.
     """
-    rows = [_row(job, state) for job, state in zip(jobs, states, strict=True)]
     out = jobs[0].notes.parents[1]
-    with replacing(out / TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    decided = decisions.decisions(out)
+    rows = [_row(job, state) | decided.get(job.name, {}) for job, state in zip(jobs, states, strict=True)]
+    decisions.write_table(out, COLUMNS, rows)
     number = {status: sum(row["status"] == status for row in rows) for status in ORDER}
     doubtful = sum(bool(row["warnings"]) for row in rows)
     told = [f"{number[DONE]} of {len(rows)} pairs are registered", f"{doubtful} of them with warnings",
@@ -70,4 +69,5 @@ def _cells(job, row):
     return [(name, job.name), (picture, None), (row["status"], row["status"]),
             *(("" if row[score] is None else f"{row[score]:.3g}", row[score]) for score in SCORES),
             ("" if row["warnings"] is None else str(row["warnings"]), row["warnings"]), (html.escape(said or ""), said),
-            ("" if row["seconds"] is None else f"{row['seconds']:.1f}", row["seconds"])]
+            ("" if row["seconds"] is None else f"{row['seconds']:.1f}", row["seconds"]),
+            *((html.escape(row[column] or ""), row[column]) for column in decisions.COLUMNS)]

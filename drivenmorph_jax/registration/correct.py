@@ -281,7 +281,7 @@ class Session:
         state = State(first.found, *joined(pieces, first.found), correction, [], joined_numbers(pieces))
         warn(marks.names, left_out)
         after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
-        told = [{"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k]),
+        told = [{"name": name, "fixed": marks.fixed[k].tolist(), "weight": 1.0, "before_mm": float(lacked[k]),
                  "after_mm": float(after[k]), "left_out": left_out.get(k)} for k, name in enumerate(marks.names)]
         return replace(state, told=told, numbers=state.numbers | {"seconds": time.perf_counter() - began})
 
@@ -364,6 +364,9 @@ class Session:
         if (marks is None or not marks.names) and (mask is None or not mask.any()):
             raise InputError("the correction asks for nothing: give landmarks, or a mask of where not to trust the "
                              "images; the stiffness alone has no place")
+        if marks is not None and (marks.curves or marks.weight is not None and (marks.weight < 1).any()):
+            raise InputError("a correction takes landmarks of full weight and no curves: leave out their columns, or "
+                             "give the table to register")
         if marks is not None:
             within(marks, {"fixed": self.fixed, "moving": self.moving})
         if mask is not None:

@@ -29,31 +29,37 @@ class Deformed(Prepared):
     stiffness: str  # "low": by the method; "high": by `demons.registered_stiffly`
     agreement: float | None  # of the images, if it decided on the stiffness
     seen: jax.Array  # the moving image that was registered; with contrast "other" it has the values of the fixed one
+    channels: tuple[jax.Array, jax.Array]  # (D, H, W, C), `fixed_on_grid` and `seen`, and their extra channels
     u: np.ndarray
     u_inverse: np.ndarray
     force: np.ndarray
     counted: jax.Array | None  # (D, H, W) bool, True at voxels outside both masks; None without masks
     landmarks_told: tuple[dict, ...] = ()  # of each landmark, see `registration.guide`
+    labels_told: tuple[dict, ...] = ()  # of each pair of labels
 
 
 def deform(prepared: Prepared) -> Deformed:
     """Run the method on the prepared images. Images that have little in common are registered stiffly instead."""
-    fixed, weights = prepared.fixed_on_grid, prepared.weights
-    factor = coarse_factor(prepared.spacing)
+    weights, factor = prepared.weights, coarse_factor(prepared.spacing)
 
-    def stiffly(moving, **how):
-        return demons.registered_stiffly(fixed[..., None], moving[..., None], factor, weights, **how)
+    def stiffly(fixed, moving, **how):
+        return demons.registered_stiffly(fixed, moving, factor, weights, **how)
 
-    contrast, r = _contrast(prepared)
-    seen = prepared.moving_on_grid
-    if contrast == "other":
-        seen = matched(lambda _, moving: stiffly(moving, quick=True), fixed, seen, weights)
-    stiffness, common = _stiffness(prepared, seen, stiffly, factor)
+    def quickly(fixed, moving):
+        return stiffly(fixed[..., None], moving[..., None], quick=True)
+
+    pairs = (prepared.fixed_on_grid, prepared.moving_on_grid), *prepared.extra_on_grid
+    contrasts = [_contrast(prepared, *pair) for pair in pairs]
+    alike = [matched(quickly, *pair, weights) if contrast == "other" else pair[1]
+             for pair, (contrast, _) in zip(pairs, contrasts, strict=True)]
+    channels = jnp.stack([fixed for fixed, _ in pairs], -1), jnp.stack(alike, -1)
+    (contrast, r), seen = contrasts[0], alike[0]
+    stiffness, common = _stiffness(prepared, seen, quickly, factor)
     if stiffness == "high":
-        u, u_inverse = stiffly(seen), None
-        force = demons.force_between(fixed[..., None], seen[..., None], weights=weights)
+        u, u_inverse = stiffly(*channels), None
+        force = demons.force_between(*channels, weights=weights)
     else:
-        u, u_inverse, force = prepared.whole(fixed, seen, weights)
+        u, u_inverse, force = prepared.whole(*channels, weights)
     counted = None
     if prepared.masks is not None:
         of_fixed, of_moving = prepared.masks
@@ -65,29 +71,30 @@ def deform(prepared: Prepared) -> Deformed:
     if u_inverse is None or prepared.masks is not None:
         u_inverse = coarse_inverse(u)
     return Deformed(**kept(prepared), contrast=contrast, correlation=r, seen=seen, counted=counted,
-                    stiffness=stiffness, agreement=common,
+                    stiffness=stiffness, agreement=common, channels=channels,
                     **{name: np.asarray(x) for name, x in (("u", u), ("u_inverse", u_inverse), ("force", force))})
 
 
-def _contrast(prepared):
-    """("same" or "other", the correlation that decided on it, or None where the request did)."""
+def _contrast(prepared, fixed, moving):
+    """("same" or "other", the correlation of the two images that decided on it, or None where the request did)."""
     request, weights = prepared.request, prepared.weights
     if request.contrast != "auto":
         return request.contrast, None
     counted = None if weights is None else jnp.minimum(*weights)[..., 0]
-    r = float(correlation(prepared.fixed_on_grid, prepared.moving_on_grid, counted))
+    r = float(correlation(fixed, moving, counted))
     by_mind = request.method == "demons" and request.force == "mind"  # MIND descriptors need no change of contrast
     return ("same" if by_mind or r >= SAME else "other"), r
 
 
-def _stiffness(prepared, seen, stiffly, factor):
+def _stiffness(prepared, seen, quickly, factor):
     """("low" or "high", the agreement that decided on it, or None where the request did)."""
     request = prepared.request
     if request.stiffness != "auto":
         return request.stiffness, None
     if request.method == "demons" and request.force != "lncc":  # chosen with the images in view
         return "low", None
-    images = [prepared.fixed_on_grid, warp(seen[..., None], stiffly(seen, quick=True))[..., 0]]
+    fixed = prepared.fixed_on_grid
+    images = [fixed, warp(seen[..., None], quickly(fixed, seen))[..., 0]]
     if prepared.weights is not None:
         images.append(jnp.minimum(*prepared.weights)[..., 0])
     common = float(agreement(*(padded_pool(x[..., None], factor)[..., 0] for x in images)))

@@ -136,10 +136,11 @@ def _transferred(session, state, prepared, transform, start):
     if prepared.masks is not None:
         of_fixed, of_moving = prepared.masks
         counted = ~(of_fixed | (warp(of_moving[..., None].astype(jnp.float32), u)[..., 0] > 0))
-    told = tuple({name: one[name] for name in ("name", "fixed", "before_mm", "left_out")} for one in state.told)
+    told = tuple({name: value for name, value in one.items() if name != "after_mm"} for one in state.told)
     summary = session.summary
     deformed = unscaled(Deformed(
-        **kept(prepared), contrast=summary["contrast"], correlation=None, seen=seen, stiffness=summary["stiffness"],
+        **kept(prepared), contrast=summary["contrast"], correlation=None, seen=seen,
+        channels=(prepared.fixed_on_grid[..., None], seen[..., None]), stiffness=summary["stiffness"],
         agreement=summary["agreement"], u=u, u_inverse=u_inverse, force=force, counted=counted, landmarks_told=told))
     return Transferred(**kept(deformed), transform=transform, warped=state.warped, warped_labels=state.labels,
                        jacobian=state.jacobian, vectors=vectors)

@@ -1,49 +1,142 @@
-"""Stage 6b: landmarks continue the deformation, where the request has them."""
+"""Stage 6b: landmarks, curves and pairs of labels continue the deformation, where the request has them."""
 
+import math
 import warnings
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 
 from drivenmorph_jax import demons
-from drivenmorph_jax.errors import InputWarning
+from drivenmorph_jax.errors import InputError, InputWarning
 from drivenmorph_jax.fields.inverse import coarse_inverse
+from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.network.refinement import INVERSE_STEPS
 from drivenmorph_jax.registration.deform import Deformed
+from drivenmorph_jax.registration.prepare import sampler
 from drivenmorph_jax.transforms.maps import Affine, rescaled
-from drivenmorph_jax.transforms.world import map_points
+from drivenmorph_jax.transforms.points import Landmarks
+from drivenmorph_jax.transforms.world import channels_first, map_points, sample
 
 RADIUS = 10.0  # mm, of a landmark without one
+APART = 0.5  # radii between landmarks along a curve
+BORDER_RADIUS = 5.0  # mm, of the border of a structure
 SLACK = 0.5  # mm, how precisely landmarks can be placed
 ITERATIONS = 20  # of `demons.guided`
 
 
 def guide(deformed: Deformed) -> Deformed:
-    """Continue the deformation by the landmarks, see `demons.guidance`. Images of little in common do not take part.
+    """Continue the deformation by landmarks and borders, see `demons.guidance`. Images of little in common do not take
+    part.
 
-    A landmark is left out where it contradicts another one after the affine, or where it is out of reach. A warning
-    names it. `landmarks_told` gets {"name", "fixed", "before_mm", "left_out"} of each.
+    A landmark is left out where it contradicts another one after the affine, or where it is out of reach. So is a pair
+    of labels out of reach. A warning names it. `landmarks_told` gets {"name", "fixed", "weight", "before_mm",
+    "left_out"} of each landmark, and `labels_told` {"fixed", "moving", "dice_before", "dice_after", "left_out"} of each
+    pair of labels. Landmarks along the curves are added to `landmarks`.
+
+    Raises InputError where one of the labels is on no voxel of the working grid.
     """
-    marks, request, scale, spacing = deformed.landmarks, deformed.request, deformed.scale, deformed.spacing
-    to_voxel = np.linalg.inv(deformed.grid)
-    aligned = (Affine(deformed.affine) if deformed.start is None else rescaled(deformed.start, scale)).inverse
-    points, targets = (map_points(to_voxel, x) for x in (scale * marks.fixed, aligned(scale * marks.moving)))
+    request, way = deformed.request, _way(deformed)
+    marks = _with_curves(deformed, way)
+    points, targets, radius, told = _landmarks(deformed, marks, way)
+    borders, labels = _borders(deformed)
+    deformed = replace(deformed, landmarks=marks, landmarks_told=told, labels_told=labels)
+    used, lines = ([k for k, one in enumerate(some) if one["left_out"] is None] for some in (told, labels))
+    if not used and not lines:
+        return deformed
+    borders = tuple(jnp.asarray(x[..., lines]) for x in borders) if lines else None
+    u = demons.guided(*deformed.channels, deformed.u, points[used], targets[used], radius[used],
+                      iterations=ITERATIONS if deformed.stiffness == "low" else 0,
+                      force=request.force if request.method == "demons" else "lncc", weights=deformed.weights,
+                      trust=marks.weight[used], borders=borders, border_radius=BORDER_RADIUS / deformed.spacing)
+    if lines:
+        overlaps = iter(_dice(borders, u))
+        labels = tuple(one | {"dice_after": next(overlaps)} if one["left_out"] is None else one for one in labels)
+    return replace(deformed, u=np.asarray(u), u_inverse=np.asarray(coarse_inverse(u, steps=INVERSE_STEPS)),
+                   labels_told=labels)
+
+
+def _way(deformed):
+    """The map from the fixed world to the moving one with which the deformation began, in scaled lengths."""
+    return Affine(deformed.affine) if deformed.start is None else rescaled(deformed.start, deformed.scale)
+
+
+def _with_curves(deformed, way):
+    """The landmarks of the request, and those along its curves, `APART` radii from each other, see `demons.curves`."""
+    marks, scale, grid = deformed.landmarks, deformed.scale, deformed.grid
+    if marks is None:
+        return Landmarks((), *np.zeros((2, 0, 3)), *np.zeros((2, 0)))
+    if marks.weight is None:
+        marks = replace(marks, weight=np.ones(len(marks.names)))
+    to_voxel, u = np.linalg.inv(grid), channels_first(deformed.u)
+    found = [(marks.names, marks.fixed, marks.moving, marks.radius, marks.weight)]
+    for curve in marks.curves:
+        radius = RADIUS if np.isnan(curve.radius) else scale * curve.radius
+        number = 1 + max(1, math.ceil(scale * demons.curves.length(curve.fixed) / (APART * radius)))
+        fixed = demons.curves.along(curve.fixed, number)
+        voxels = map_points(to_voxel, scale * fixed)
+        places, line = voxels + sample(u, voxels), map_points(to_voxel, way.inverse(scale * curve.moving))
+        # It may be drawn from its other end.
+        ends = min((demons.curves.matching(places, one) for one in (line, line[::-1])), key=lambda both: both[1])[0]
+        found.append((tuple(f"{curve.name} ({k} of {number})" for k in range(1, number + 1)), fixed,
+                      way(map_points(grid, ends)) / scale, *(np.full(number, x) for x in (curve.radius, curve.weight))))
+    names, *values = zip(*found, strict=True)
+    return Landmarks(sum(names, ()), *map(np.concatenate, values))
+
+
+def _landmarks(deformed, marks, way):
+    """(points, targets and radii in voxels of the working grid, what is told of each landmark)."""
+    scale, spacing, grid = deformed.scale, deformed.spacing, deformed.grid
+    if not marks.names:
+        return marks.fixed, marks.moving, marks.radius, ()
+    points, targets = (map_points(np.linalg.inv(grid), x) for x in (scale * marks.fixed,
+                                                                    way.inverse(scale * marks.moving)))
     radius = np.where(np.isnan(marks.radius), RADIUS, scale * marks.radius) / spacing
     lacked = np.asarray(demons.remaining(deformed.u, points, targets))
-    left_out = contradicting(marks.names, points, targets, lacked, SLACK / spacing)
+    left_out = contradicting(marks.names, points, targets, lacked / marks.weight, SLACK / spacing)
     far = demons.out_of_reach(deformed.u, points, targets, radius)
     left_out |= too_far(set(np.flatnonzero(far)) - set(left_out), *(x * spacing / scale for x in (lacked, radius)))
     warn(marks.names, left_out)
-    told = tuple({"name": name, "fixed": marks.fixed[k].tolist(), "before_mm": float(lacked[k] * spacing / scale),
-                  "left_out": left_out.get(k)} for k, name in enumerate(marks.names))
-    used = [k for k in range(len(points)) if k not in left_out]
-    if not used:
-        return replace(deformed, landmarks_told=told)
-    u = demons.guided(deformed.fixed_on_grid[..., None], deformed.seen[..., None], deformed.u, points[used],
-                      targets[used], radius[used], iterations=ITERATIONS if deformed.stiffness == "low" else 0,
-                      force=request.force if request.method == "demons" else "lncc", weights=deformed.weights)
-    return replace(deformed, u=np.asarray(u), u_inverse=np.asarray(coarse_inverse(u, steps=INVERSE_STEPS)),
-                   landmarks_told=told)
+    return points, targets, radius, tuple(
+        {"name": name, "fixed": marks.fixed[k].tolist(), "weight": float(marks.weight[k]),
+         "before_mm": float(lacked[k] * spacing / scale), "left_out": left_out.get(k)}
+        for k, name in enumerate(marks.names))
+
+
+def _borders(deformed):
+    """(the signed distances in the fixed and in the moving image (D, H, W, C), what is told of each pair of labels)."""
+    wanted = deformed.request.label_pairs
+    if not wanted:
+        return None, ()
+    on_working_grid = sampler(deformed)
+    sides = (deformed.fixed_labels, None), (deformed.moving_labels, deformed.affine)
+    distances = []
+    for (labels, through), numbers in zip(sides, zip(*wanted, strict=True), strict=True):
+        inside = [np.asarray(on_working_grid(replace(labels, data=(labels.data == number).astype(np.float32)), through))
+                  > 0.5 for number in numbers]
+        for number, one in zip(numbers, inside, strict=True):
+            if not one.any():
+                raise InputError(f"label {number} of {labels.path} fills no voxel of {deformed.spacing:.2g} mm: leave "
+                                 "it out of --guide_labels")
+        distances.append(np.stack(list(map(demons.signed_distance, inside)), -1))
+    fixed, moving = distances
+    moved, radius = np.asarray(warp(jnp.asarray(moving), deformed.u)), BORDER_RADIUS / deformed.spacing
+    told = []
+    for k, (pair, dice) in enumerate(zip(wanted, _dice(distances, deformed.u), strict=True)):
+        apart = np.abs(moved[..., k])[np.abs(fixed[..., k]) < 1].mean()
+        far = None if apart <= demons.FARTHEST * radius else (
+            f"lies {apart * deformed.spacing / deformed.scale:.1f} mm from its partner, too far to be brought there")
+        if far:
+            warnings.warn(InputWarning(f"label {pair[0]} {far}, and is left out; correct --guide_labels"), stacklevel=3)
+        told.append({"fixed": pair[0], "moving": pair[1], "dice_before": dice, "dice_after": dice, "left_out": far})
+    return distances, tuple(told)
+
+
+def _dice(borders, u):
+    """Dice of each pair of structures on the working grid, from their signed distances, by the displacement u."""
+    fixed, moved = np.asarray(borders[0]) < 0, np.asarray(warp(jnp.asarray(borders[1]), u)) < 0
+    return [float(2 * (a & b).sum() / (a.sum() + b.sum())) for a, b in zip(np.moveaxis(fixed, -1, 0),
+                                                                          np.moveaxis(moved, -1, 0), strict=True)]
 
 
 def contradicting(names, points, targets, lacked, slack):

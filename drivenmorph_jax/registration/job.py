@@ -69,6 +69,13 @@ class Job:
         """Forget an earlier failure."""
         (self.notes / FAILURE).unlink(missing_ok=True)
 
+    def disown(self):
+        """Take from the result of the pair what says that it is done. The result stays until there is another."""
+        if self.state()["status"] == DONE:
+            summary = json.loads((self.folder / SUMMARY).read_text())
+            del summary["made_from"]
+            write_json(self.folder / SUMMARY, summary)
+
     def begin(self, progress):
         """The pair after the first stages, see `register.begun`."""
         former_files(self.folder)  # refused before the work, not after

@@ -12,7 +12,8 @@ from drivenmorph_jax.data.bids import bids
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import stem
 
-ROLES = ("fixed", "moving", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask")
+ROLES = ("fixed", "moving", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask", "landmarks",
+         "extra_fixed", "extra_moving")
 TABLE, PAGE = "cohort.csv", "report.html"  # what a cohort writes beside the folders of its pairs
 LONGEST = 200  # bytes of a name
 PLAIN = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")
@@ -38,8 +39,7 @@ def pairs_of_table(path):
     for name in ("fixed", "moving"):
         if columns.count(name) != 1:
             raise InputError(f"{path} has {columns.count(name)} columns named {name}: its first line names the columns "
-                             "fixed, moving and, where you like, name, fixed_labels, moving_labels, fixed_mask, "
-                             "moving_mask, separated by commas")
+                             f"fixed, moving and, where you like, name, {', '.join(ROLES[2:])}, separated by commas")
     if unused := [name for name in columns if name not in (*ROLES, "name")]:
         print(f"{path}: columns that are not used: {', '.join(map(repr, unused))}")
     found = []

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,18 @@ BASE_BYTES = 600e6  # Python, JAX and SimpleITK
 # (three float32 each), Jacobian, confidence, uncertainty, and a copy of the largest of these while it is written. On
 # the working grid: DEMONS_BYTES for the classical algorithm, REFINE_BYTES for its iterations after the network,
 # PASS_BYTES for what is kept between the passes of the network, which is images, three fields, and the forces of every
-# level.
-FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, REFINE_BYTES, PASS_BYTES = 72, 24, 160, 100, 60
+# level; CHANNEL_BYTES for an extra channel of both images.
+FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, REFINE_BYTES, PASS_BYTES, CHANNEL_BYTES = 72, 24, 160, 100, 60, 80
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Planned(Aligned):
-    """An aligned pair, the working grid, and the method as a function of images (D, H, W) on this grid.
+    """An aligned pair, the working grid, and the method as a function of images (D, H, W, C) on this grid.
 
       whole(fixed, moving, weights) -> (u, u_inverse or None, force)
 
-    The fields are (D, H, W, 3) in voxels. The weights are (fixed, moving), (D, H, W, 1) each, 0 at voxels to ignore; or
-    None.
+    The first channel is that of the two images, the others are the extra ones. The fields are (D, H, W, 3) in voxels.
+    The weights are (fixed, moving), (D, H, W, 1) each, 0 at voxels to ignore; or None.
     """
 
     shape: tuple[int, int, int]
@@ -72,13 +72,13 @@ def _demons(aligned, limit):
     force, (shape, grid, spacing) = aligned.request.force, demons_grid(aligned.fixed)
 
     def whole(fixed, moving, weights):
-        f, m = fixed[..., None], moving[..., None]
-        u = demons.registered(f, m, force, weights)
+        u = demons.registered(fixed, moving, force, weights)
         if aligned.refine_steps:
-            u = demons.refine(f, m, u, aligned.refine_steps, weights, "mind" if force == "mind" else "lncc")
-        return u, None, demons.force_between(f, m, force, weights)
+            u = demons.refine(fixed, moving, u, aligned.refine_steps, weights, "mind" if force == "mind" else "lncc")
+        return u, None, demons.force_between(fixed, moving, force, weights)
 
-    return {"shape": shape, "grid": grid, "spacing": spacing, "needed": DEMONS_BYTES * int(np.prod(shape)),
+    bytes_each = DEMONS_BYTES + CHANNEL_BYTES * len(aligned.extra)
+    return {"shape": shape, "grid": grid, "spacing": spacing, "needed": bytes_each * int(np.prod(shape)),
             "whole": whole}
 
 
@@ -96,7 +96,8 @@ def _network(aligned, limit):
         shape, grid = working_grid(aligned.fixed, about["spacing"], grid_multiple(config))
         beside = np.prod(shape) * (PASS_BYTES if aligned.refine_steps else 0)
         program, needed = _program(network_pass(config), tree, tuple(leaves), shape, aligned.masked, limit - beside)
-        needed = max(needed, np.prod(shape) * (REFINE_BYTES if aligned.refine_steps else 0)) + beside
+        refining = REFINE_BYTES + CHANNEL_BYTES * len(aligned.extra) if aligned.refine_steps else 0
+        needed = max(needed, np.prod(shape) * refining) + beside
         if needed <= limit:
             break
 
@@ -104,8 +105,11 @@ def _network(aligned, limit):
         return program(params, fixed, moving, weights)
 
     def whole(fixed, moving, weights):
-        run = partial(refined, network, steps=aligned.refine_steps) if aligned.refine_steps else network
-        return tuple(x[0] for x in run(fixed[None], moving[None], weights=_of_a_batch(weights))[:3])
+        images, weights = (fixed[None, ..., 0], moving[None, ..., 0]), _of_a_batch(weights)
+        if not aligned.refine_steps:
+            return tuple(x[0] for x in network(*images, weights)[:3])
+        extra = (fixed[None, ..., 1:], moving[None, ..., 1:]) if aligned.extra else None
+        return tuple(x[0] for x in refined(network, *images, aligned.refine_steps, weights, extra)[:3])
 
     return {"shape": shape, "grid": grid, "spacing": about["spacing"], "needed": needed, "whole": whole}
 

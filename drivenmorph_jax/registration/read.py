@@ -38,7 +38,8 @@ MOST_MASKED = 0.5  # share of an image's foreground that may be ignored
 class Request:
     """The arguments of `register`, whose docstring explains each field.
 
-    Raises InputError for an unknown method, force or contrast.
+    Raises InputError for an unknown method, force or contrast, and for extra channels or pairs of labels that cannot be
+    used.
     """
 
     fixed: Any
@@ -59,6 +60,9 @@ class Request:
     moving_mask: Any = None
     mask_sense: str = "ignore"
     landmarks: Any = None
+    extra_fixed: Any = ()
+    extra_moving: Any = ()
+    guide_labels: Any = None
     geometry: str = "sform"
     memory: float | None = None
 
@@ -68,6 +72,38 @@ class Request:
             if getattr(self, name) not in choices:
                 *others, last = map(repr, choices)
                 raise InputError(f"{name} is {getattr(self, name)!r}: set it to {', '.join(others)} or {last}")
+        for k, name in enumerate(("fixed", "moving")):
+            numbers = [pair[k] for pair in self.label_pairs]
+            if repeated := [number for number in numbers if numbers.count(number) > 1]:
+                raise InputError(f"guide_labels names label {repeated[0]} of the {name} image twice: name each once")
+        if len(self.extra["fixed"]) != len(self.extra["moving"]):
+            raise InputError(f"extra_fixed has {len(self.extra['fixed'])} images and extra_moving "
+                             f"{len(self.extra['moving'])}: give the same number of both, in the same order")
+        if self.extra["fixed"] and self.method == "drivenmorph" and self.refine_steps == 0:
+            raise InputError("extra_fixed and extra_moving drive the refinement, and refine_steps is 0: leave it out, "
+                             "or set method to 'demons'")
+
+    @property
+    def label_pairs(self):
+        """The pairs (label of the fixed image, label of the moving image) of `guide_labels`.
+
+        Raises InputError where these are no labels.
+        """
+        found = []
+        for text in map(str, self.guide_labels or ()):
+            numbers = [int(part) if part.isdecimal() else 0 for part in text.split("=")]
+            if len(numbers) > 2 or min(numbers) < 1:
+                raise InputError(f"guide_labels has {text!r}: give labels above 0 such as 17, or 10=49 where label 10 "
+                                 "of the fixed image is 49 in the moving one")
+            found.append((numbers[0], numbers[-1]))
+        return found
+
+    @property
+    def extra(self):
+        """{"fixed": the sources of its extra channels, "moving": the same}."""
+        found = {role: getattr(self, f"extra_{role}") for role in ("fixed", "moving")}
+        return {role: tuple(some) if isinstance(some, (list, tuple)) else () if some is None else (some,)
+                for role, some in found.items()}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,6 +123,7 @@ class Pair:
     moving_labels: Volume | None
     fixed_mask: Volume | None
     moving_mask: Volume | None
+    extra: tuple[tuple[Volume, Volume], ...]  # further channels of the fixed and of the moving image, on any grids
     given_affine: str | np.ndarray  # what to find, of AFFINES; or (4, 4), RAS mm
     start: Chain | Field | None  # a deformable transform to start from, in the lengths of the files
     landmarks: Landmarks | None  # in the lengths of the files
@@ -111,6 +148,9 @@ def read(request: Request) -> Pair:
             else load_labels(labels, image, request.geometry) for role, image in images.items()}
     maps |= {f"{role}_mask": None if (mask := getattr(request, f"{role}_mask")) is None
              else _ignored(mask, image, request) for role, image in images.items()}
+    extra = tuple(zip(*([load_image(source, request.geometry) for source in some] for some in request.extra.values()),
+                      strict=True))
+    _check_labels(request, maps)
     affine, start = _initial(request, images) if request.initial_transform is not None else (request.affine, None)
     if isinstance(affine, bool):
         affine = "affine" if affine else "none"
@@ -122,6 +162,7 @@ def read(request: Request) -> Pair:
     scale, steps = scale_of(millilitres(foreground(fixed.data), fixed.affine)), request.refine_steps
     volumes = {name: volume and scaled(volume, scale) for name, volume in (images | maps).items()}
     return Pair(request=request, **volumes, source=scaled(sources["moving"], scale), scale=scale,
+                extra=tuple(tuple(scaled(replace(x, data=anchored(x.data)), scale) for x in both) for both in extra),
                 given_affine=affine if isinstance(affine, str) else scaled_transform(affine, scale), start=start,
                 landmarks=None if request.landmarks is None else _landmarks(request.landmarks, sources),
                 refine_steps=REFINE_STEPS[request.method] if steps is None else steps,
@@ -160,12 +201,24 @@ def within(landmarks, images, file=""):
     """The landmarks, where each point lies in its image of {"fixed": Volume, "moving": Volume}. Else it raises
     InputError, whose sentence begins with `file`."""
     for role, image in images.items():
-        voxels = map_points(np.linalg.inv(image.affine), getattr(landmarks, role))
-        outside = ((voxels < -0.5) | (voxels > np.array(image.data.shape) - 0.5)).any(1)
-        if outside.any():
-            raise InputError(f"{file}the {role} point of landmark {landmarks.names[outside.argmax()]} lies outside "
-                             f"{image.path}; give points in RAS mm, or delete it")
+        lines = [(f"{curve.name}, a curve,", point) for curve in landmarks.curves for point in getattr(curve, role)]
+        for name, point in (*zip(landmarks.names, getattr(landmarks, role), strict=True), *lines):
+            voxel = map_points(np.linalg.inv(image.affine), point)
+            if ((voxel < -0.5) | (voxel > np.array(image.data.shape) - 0.5)).any():
+                raise InputError(f"{file}the {role} point of landmark {name} lies outside {image.path}; give points in "
+                                 "RAS mm, or delete it")
     return landmarks
+
+
+def _check_labels(request, maps):
+    """Raises InputError where `guide_labels` names a label that its map lacks, or a map is not given."""
+    for k, role in enumerate(("fixed", "moving")):
+        for pair in request.label_pairs:
+            if (labels := maps[f"{role}_labels"]) is None:
+                raise InputError(f"guide_labels needs the label maps of both images: give {role}_labels, too")
+            if not (labels.data == pair[k]).any():
+                raise InputError(f"{labels.path} has no label {pair[k]}, which guide_labels names: give one that it "
+                                 "has")
 
 
 def _ignored(source, image, request):

@@ -28,7 +28,9 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
              initial_transform: str | Path | Sequence[str | Path] | None = None, convention: str | None = None,
              refine_steps: int | None = None, fixed_labels: Source | None = None, moving_labels: Source | None = None,
              fixed_mask: Source | None = None, moving_mask: Source | None = None, mask_sense: str = "ignore",
-             landmarks: str | Path | np.ndarray | None = None, geometry: str = "sform", memory: float | None = None,
+             landmarks: str | Path | np.ndarray | None = None, extra_fixed: Source | Sequence[Source] = (),
+             extra_moving: Source | Sequence[Source] = (),
+             guide_labels: Sequence[int | str] | None = None, geometry: str = "sform", memory: float | None = None,
              quiet: bool = False) -> Result:
     """Register the image `moving` to `fixed`: files, nibabel images, or arrays with voxels of 1 mm.
 
@@ -66,6 +68,11 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
       landmarks: points of the fixed image and where each lies in the moving image: a CSV file, or an array (N, 6) in
         RAS mm, as `transforms.points.read_landmarks` takes them. After the registration, they drive it on, see
         `demons.guidance`. Those that contradict others or are out of reach are left out, with a warning.
+      guide_labels: labels of structures whose borders are brought to borders after the registration, such as 17; or
+        "10=49", label 10 of the fixed image to 49 of the moving one. Both label maps are needed.
+      extra_fixed, extra_moving: further images of the two brains, such as T2 beside T1, on any grids, aligned to their
+        image: the same number of both, in the same order. They drive Demons, or the refinement of the network, together
+        with the two images; the network itself sees these two alone. Checks and scores speak of these two.
       geometry: "sform" or "qform", the affine that holds where a file has both and they differ; or three letters such
         as "LAS", the directions of the voxel axes of files that have neither. Such files are refused otherwise.
       memory: bytes that may be used. Where the network needs more, it runs on images of half or a quarter of the
@@ -84,7 +91,8 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
                       contrast=contrast, stiffness=stiffness, affine=affine, initial_transform=initial_transform,
                       convention=convention, refine_steps=refine_steps, fixed_labels=fixed_labels,
                       moving_labels=moving_labels, fixed_mask=fixed_mask, moving_mask=moving_mask,
-                      mask_sense=mask_sense, landmarks=landmarks, geometry=geometry, memory=memory)
+                      mask_sense=mask_sense, landmarks=landmarks, extra_fixed=extra_fixed,
+                      extra_moving=extra_moving, guide_labels=guide_labels, geometry=geometry, memory=memory)
     return finished(begun(request, progress), progress)
 
 
@@ -102,7 +110,8 @@ def begun(request: Request, progress: Progress) -> Stripped:
 
 def finished(state: Stripped, progress: Progress) -> Result:
     """The stages of `register` from the affine on."""
-    method, guided = state.request.method, {} if state.landmarks is None else {"landmarks": guide}
+    request = state.request
+    method, guided = request.method, {"guide": guide} if state.landmarks or request.label_pairs else {}
     stages = {"affine": align, "compile" if method == "drivenmorph" else "plan": plan, "resample": prepare,
               method: deform, **guided, "transform": transfer, "score": score, "check": check}
     for name, stage in stages.items():

@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.evaluation import figures, metrics, page
+from drivenmorph_jax.evaluation import figures, metrics, notebook, page
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.files import make_folder, new_files, stem, write_json
 from drivenmorph_jax.images import writing
@@ -20,6 +20,7 @@ from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.registration.strip import mask_image
 from drivenmorph_jax.transforms.files import learn2reg_name, write_force
 from drivenmorph_jax.transforms.transform import Transform
+from drivenmorph_jax.transforms.world import without_affine
 
 SUMMARY = "summary.json"
 FORCE_IS = {
@@ -51,6 +52,21 @@ class Result:
         picture = Path(path).with_suffix(".png")
         self.overview(picture)
         return self._page(path, picture)
+
+    def view(self):
+        """The result in a notebook, as a widget: fixed, warped and moving image, and the maps over them.
+
+        Raises InputError where the package ipyniivue is missing, which draws it.
+        """
+        fixed, moving, linear = self.transform.grid, self.transform.other, self.transform.linear
+        images = {"fixed": fixed.data, "warped": np.asarray(self.warped.dataobj, np.float32),
+                  "moving": resample(moving, fixed.data.shape, fixed.affine, linear)}
+        maps = {"force": lambda: self.force,
+                "displacement": lambda: without_affine(self.transform.displacement, fixed.affine, linear),
+                "jacobian": lambda: self.jacobian, "uncertainty": lambda: self.uncertainty}
+        if self.warped_labels is not None:
+            maps["labels"] = lambda: np.asarray(self.warped_labels.dataobj)
+        return notebook.widget(images, maps, fixed.affine)
 
     def _page(self, path, picture):
         title, numbers = _title(self.summary).split("\n")

@@ -42,7 +42,9 @@ DEFINITIONS = {
     "sdlogj": "Standard deviation of its logarithm there.",
     "inverse_mm": metrics.DEFINITIONS["inverse_mm"],
     "landmarks": "Distance in mm of each landmark from its place in the moving image, before landmarks drive the "
-                 "registration and after; left_out: why it was not used, null where it was."}
+                 "registration and after; left_out: why it was not used, null where it was.",
+    "guided_labels": "Dice of each pair of labels that drives the registration, on the working grid, before it does "
+                     "and after; left_out: as of landmarks."}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,7 +81,7 @@ def score(transferred: Transferred) -> Scored:
         "inverse_mm": metrics.inverse_consistency(pair.u, pair.u_inverse, (pair.spacing,) * 3,
                                                   brain),
         "confidence": float(relied[brain].mean()),
-        **_dice(pair), **_landmarks(pair)}
+        **_dice(pair), **_landmarks(pair), **({"guided_labels": list(pair.labels_told)} if pair.labels_told else {})}
     summary = {
         "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
@@ -89,6 +91,7 @@ def score(transferred: Transferred) -> Scored:
             pair.given_affine, str) else pair.affine.tolist(),
         "initial_transform": None if names is None else [
             str(name) for name in ([names] if isinstance(names, PATHS) else names)],
+        **{f"extra_{role}": [both[k].path for both in pair.extra] for k, role in enumerate(("fixed", "moving"))},
         "inputs": pair.inputs, "settings": {name: getattr(request, name) for name in SETTINGS},
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
@@ -99,7 +102,7 @@ def score(transferred: Transferred) -> Scored:
 
 def _landmarks(pair):
     """The distance of each landmark from where it should be, by the total transform."""
-    if pair.landmarks is None:
+    if not pair.landmarks_told:
         return {}
     after = np.linalg.norm(pair.transform.points(pair.landmarks.fixed) - pair.landmarks.moving, axis=-1)
     return {"landmarks": [told | {"after_mm": float(mm)} for told, mm in zip(pair.landmarks_told, after, strict=True)]}

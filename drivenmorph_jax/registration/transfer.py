@@ -70,5 +70,6 @@ def unscaled(deformed):
     volumes = {name: getattr(deformed, name) and scaled(getattr(deformed, name), back) for name in (
         "fixed", "moving", "source", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask", "fixed_head",
         "moving_head", "fixed_brain", "moving_brain")}
-    return replace(deformed, **volumes, affine=scaled_transform(deformed.affine, back),
+    extra = tuple(tuple(scaled(volume, back) for volume in both) for both in deformed.extra)
+    return replace(deformed, **volumes, extra=extra, affine=scaled_transform(deformed.affine, back),
                    grid=scaled_grid(deformed.grid, back), spacing=deformed.spacing * back)

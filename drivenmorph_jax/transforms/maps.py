@@ -11,7 +11,7 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from drivenmorph_jax.fields.inverse import inverse_at
-from drivenmorph_jax.transforms.world import by_planes, channels_first, linear_part, map_points, sample
+from drivenmorph_jax.transforms.world import channels_first, linear_part, map_points, sample, without_affine
 
 FADE = 2.0  # mm beyond the grid of a field over which a residual of 1 mm at its rim fades to 0
 MARGIN = 40.0  # mm, the widest margin in which it fades
@@ -134,8 +134,7 @@ def faded(displacement, affine, linear):
     of the grid it falls over FADE times the longest n of that side, so slowly that the map stays invertible, but not
     over more than MARGIN.
     """
-    back = np.linalg.inv(linear)
-    near = by_planes(displacement.shape, affine, lambda i, x: map_points(back, x + displacement[i]) - x)
+    near = without_affine(displacement, affine, linear)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     pads, beyond = [], []
     for axis, (size, n) in enumerate(zip(spacing, near.shape, strict=False)):

@@ -41,25 +41,42 @@ def move_table(source, out, move):
 
 
 @dataclass(frozen=True, eq=False)
+class Curve:
+    """A curve, such as a sulcus, as a polyline in a fixed and in a moving image, in RAS mm."""
+
+    name: str
+    fixed: np.ndarray  # (n, 3)
+    moving: np.ndarray  # (m, 3)
+    radius: float  # mm; nan where it is not given
+    weight: float  # in (0, 1]
+
+
+@dataclass(frozen=True, eq=False)
 class Landmarks:
-    """Points of a fixed image, and where they lie in a moving image, in RAS mm."""
+    """Points of a fixed image, and where they lie in a moving image, in RAS mm; and curves in both."""
 
     names: tuple[str, ...]
     fixed: np.ndarray  # (N, 3)
     moving: np.ndarray  # (N, 3)
     radius: np.ndarray  # (N,), mm; nan where it is not given
+    weight: np.ndarray | None = None  # (N,), in (0, 1]; None where each is 1
+    curves: tuple[Curve, ...] = ()
 
 
 def read_landmarks(source):
     """The `Landmarks` of a CSV file with the columns fixed_x, fixed_y, fixed_z, moving_x, moving_y and moving_z.
 
-    Points are in RAS mm, as in `move_table`. The columns name and radius may be missing, and their cells empty. A
-    landmark without a name is called after its line. Other columns are not used.
+    Points are in RAS mm, as in `move_table`. The columns name, radius, weight and curve may be missing, and their cells
+    empty. A landmark without a name is called after its line. Without a weight it has 1. Other columns are not used.
+
+    Rows with one name in the column curve are, in their order, a curve of that name. A row may have the point of one
+    image only, so the curve may have more points in one image than in the other. The first radius and the first weight
+    of its rows are those of the curve.
 
     `source` may also be an array (N, 6) of fixed and moving points. Its landmarks are called by their numbers, from 1.
 
-    Raises InputError where `source` cannot be read or has no landmarks, where it lacks a column, or where values are
-    not finite numbers or a radius is not above 0.
+    Raises InputError where `source` cannot be read or has no landmarks, where it lacks a column, where values are not
+    finite numbers, a radius is not above 0 or a weight not in (0, 1], or where a curve has no two points in an image.
     """
     if not isinstance(source, PATHS):
         return _landmarks_of(np.asarray(source, float))
@@ -70,20 +87,49 @@ def read_landmarks(source):
                          f"{', '.join(PAIR)}")
     if not rows[1:]:
         raise InputError(f"{source} holds no landmarks; give a row for each")
-    names, points, radii = [], [], []
-    for line, cells, _ in rows[1:]:
-        row = dict(zip(columns, map(_bare, cells), strict=False))
-        names.append(row.get("name") or f"line {line}")
-        points.append([_number(row.get(name)) for name in PAIR])
-        radii.append(_number(row["radius"]) if row.get("radius") else None)
-        if None in points[-1]:
+    found = [_landmark(source, line, dict(zip(columns, map(_bare, cells), strict=False)))
+             for line, cells, _ in rows[1:]]
+    single = [row for row in found if not row["curve"]]
+    names = dict.fromkeys(row["curve"] for row in found if row["curve"])  # in their order
+    return Landmarks(tuple(row["name"] for row in single),
+                     *(np.array([row[role] for row in single]).reshape(-1, 3) for role in ("fixed", "moving")),
+                     *(np.array([row[name] for row in single], float) for name in ("radius", "weight")),
+                     tuple(_curve(source, name, [row for row in found if row["curve"] == name]) for name in names))
+
+
+def _landmark(source, line, row):
+    """The values of a row {column: cell}: name, curve, fixed and moving (3,), radius and weight.
+
+    In a row of a curve a point may be None. Raises InputError where the row cannot be used.
+    """
+    found = {"name": row.get("name") or f"line {line}", "curve": row.get("curve")}
+    for role, columns in (("fixed", PAIR[:3]), ("moving", PAIR[3:])):
+        numbers = [_number(row.get(name)) for name in columns]
+        empty = found["curve"] and not any(row.get(name) for name in columns)
+        if None in numbers and not empty:
             raise InputError(f"{source} has no finite numbers {', '.join(PAIR)} in line {line}; correct or delete the "
                              "line")
-        if row.get("radius") and not (radii[-1] or 0) > 0:
-            raise InputError(f"{source} has a radius that is no number above 0 in line {line}; give mm, or leave it "
-                             "empty")
-    points = np.array(points)
-    return Landmarks(tuple(names), points[:, :3], points[:, 3:], np.array(radii, float))
+        found[role] = None if empty else numbers
+    for name, most, otherwise in (("radius", np.inf, np.nan), ("weight", 1, 1)):
+        number = _number(row[name]) if row.get(name) else otherwise
+        if number is None or not (np.isnan(number) or 0 < number <= most):
+            raise InputError(f"{source} has a {name} that is no number above 0{'' if most > 1 else ' and up to 1'} in "
+                             f"line {line}; give {'mm' if most > 1 else 'one'}, or leave it empty")
+        found[name] = number
+        found[f"{name} given"] = bool(row.get(name))
+    return found
+
+
+def _curve(source, name, rows):
+    """The `Curve` of its rows, as `_landmark` returns them."""
+    points = {role: np.array([row[role] for row in rows if row[role] is not None]).reshape(-1, 3)
+              for role in ("fixed", "moving")}
+    for role, line in points.items():
+        if not len(line) or not np.ptp(line, axis=0).any():
+            raise InputError(f"{source} has no two different {role} points of the curve {name}; draw it in both images")
+    radius, weight = (next((row[key] for row in rows if row[f"{key} given"]), rows[0][key])
+                      for key in ("radius", "weight"))
+    return Curve(name, points["fixed"], points["moving"], radius, weight)
 
 
 def _landmarks_of(points):

@@ -215,6 +215,15 @@ def by_planes(shape, affine, plane, dtype=np.float32):
     return out
 
 
+def without_affine(displacement, affine, linear):
+    """The displacement L^-1 phi(x) - x of a transform phi without its affine part L, (X, Y, Z, 3) in RAS mm, float32.
+
+    `displacement` is phi(x) - x on a grid, `affine` that of the grid, and `linear` is L (4, 4).
+    """
+    back = np.linalg.inv(linear)
+    return by_planes(displacement.shape, affine, lambda i, x: map_points(back, x + displacement[i]) - x)
+
+
 def _planes(shape, affine):
     """The function that gives the world points (Y, Z, 3) of plane i of a grid."""
     y, z = np.meshgrid(np.arange(shape[1]), np.arange(shape[2]), indexing="ij")

@@ -1,0 +1,293 @@
+"""The page of a result: what it shows, and the corrections that are asked for on it.
+
+The history of the corrections is written to the folder of the result after each of them, so that a program that was
+ended goes on where it was. All pages of a program show the same.
+"""
+
+import base64
+import json
+import sys
+import threading
+import traceback
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import finite
+from drivenmorph_jax.registration.correct import Correction, Session
+from drivenmorph_jax.registration.history import HISTORY, History
+from drivenmorph_jax.transforms.points import Landmarks
+from drivenmorph_jax.transforms.world import channels_first, map_points, sample
+from drivenmorph_jax.view.layers import Shown
+from drivenmorph_jax.view.news import News
+
+BUSY = "the program is at work: wait until it has ended"
+
+
+class ResultPage:
+    """The page of the result in a folder.
+
+    Raises InputError where the folder holds no result, or where an image of it is missing.
+    """
+
+    html = "page.html"
+    pair = None  # in a cohort: its name, and the number of the next one
+
+    def __init__(self, folder):
+        self.shown = Shown(folder)
+        self._files, self._making, self._asking = {}, threading.Lock(), threading.Lock()
+        self._begun, self._warmed, self._computing = threading.Lock(), threading.Lock(), threading.Lock()
+        self._session = self._history = None
+        self._states = {}  # of the history, by their numbers
+        self._state = {}  # what the pages are told of the one that is shown, when a work has ended
+        self.news = News(able=False, busy=None, said="", warn=False, made=0, **self._told(None))
+
+    # What the page gets.
+
+    def content(self, name):
+        """(bytes, type) of a name, or None."""
+        if name == "result.json":
+            return json.dumps(self.shown.described() | {"pair": self.pair}).encode(), "application/json"
+        if name == "places.json":
+            return json.dumps(self.shown.places()).encode(), "application/json"
+        layer, told = name.removesuffix(".nii"), self.news.content
+        if layer == name:
+            return None
+        with self._making:  # a file that two pages want is made once
+            if (layer, told["made"]) not in self._files:
+                if (made := self._file(layer, told["at"])) is None:
+                    return None
+                self._files = {key: file for key, file in self._files.items() if key[1] == told["made"]}
+                self._files[layer, told["made"]] = made
+            return self._files[layer, told["made"]], "application/octet-stream"
+
+    def _file(self, layer, at):
+        state = self._states.get(at)
+        if layer == "before":
+            return self.shown.file("warped", self._states.get(at - 1))
+        if layer == "distrust":  # empty where there is none: a page may ask for what was undone meanwhile
+            mask = None if state is None else state.correction.distrust
+            return self.shown.drawing(np.zeros(self.shown.fixed.data.shape) if mask is None else mask)
+        known = layer in self.shown.images or layer in self.shown.maps(state)
+        return self.shown.file(layer, state) if known else None
+
+    def page(self, number):
+        """None: there is no page below this one."""
+
+    def prepare(self):
+        """Make what the page needs first."""
+        for name in self.shown.images:
+            self.content(f"{name}.nii")
+
+    # What is asked for on the page.
+
+    def begin(self):
+        """Open the result for corrections, and go on with its history. Called when a page is open."""
+        if self._begun.acquire(blocking=False):
+            self._work("read the result", self._open)
+
+    def act(self, name, asked):
+        """Do what a page asks for, and return the answer, a dictionary. Raises InputError where it cannot be done."""
+        acts = {"go": self._go, "undo": self._undo, "redo": self._redo, "export": self._export}
+        if name not in (*acts, "point", "warm"):
+            return None
+        told = self.news.content
+        if not told["able"]:
+            raise InputError(BUSY if told["busy"] else told["said"])
+        if name == "point":
+            return {"moving": self._carried(asked.get("panel"), _point(asked.get("place")))}
+        if name == "warm":
+            if self._warmed.acquire(blocking=False):
+                threading.Thread(target=self._warm, daemon=True).start()
+        else:
+            self._work(*acts[name](asked))
+        return {}
+
+    def _work(self, words, work):
+        """Do something in a thread of its own, one at a time, and tell the pages.
+
+        Raises InputError where another work goes on.
+        """
+        with self._asking:
+            if self.news.content["busy"]:
+                raise InputError(BUSY)
+            self.news.tell(busy=words, said="", warn=False)
+
+        def run():
+            try:
+                said, warn = work() or "", False
+            except Exception as error:
+                said, warn = str(error), True
+                if not isinstance(error, InputError):  # nobody's sentence
+                    said = f"{type(error).__name__}: {said}"
+                    traceback.print_exception(error, file=sys.stderr)
+            self.news.tell(busy=None, said=said, warn=warn, **self._state)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def _open(self):
+        said = None
+        try:
+            session = Session(self.shown.folder)
+            if "corrected" in session.summary:
+                of = session.summary["corrected"]["result"]
+                raise InputError(f"It is a correction of {of}: correct that one further")
+            self._history = History.of(session)
+            if (self.shown.folder / HISTORY).exists():
+                try:
+                    self._history = History.read(self.shown.folder / HISTORY, session)
+                except InputError as error:
+                    said = f"{error}. The next correction begins another history in its place"
+        except InputError as error:
+            raise InputError(f"The result can be looked at only. {error}") from error
+        self._session = session
+        self._show()
+        self._state |= {"able": True}
+        return said
+
+    def _warm(self):
+        """Compile what a correction needs, while the first one is thought of."""
+        with self._computing:
+            self._session.warm()
+
+    def _corrected(self, correction):
+        if self._computing.locked():
+            self.news.tell(busy="wait for the compiler, which works once for images of a size")
+        with self._computing:
+            return self._session.corrected(correction, self._progress)
+
+    def _go(self, asked):
+        correction = self._asked(asked)
+
+        def work():
+            state = self._corrected(correction)
+            self._states = {k: one for k, one in self._states.items() if k <= self._history.at}
+            self._history.add(correction, state)
+            self._states[self._history.at] = state
+            self._keep()
+
+        return "correct", work
+
+    def _undo(self, asked):
+        return "undo", lambda: self._move(self._history.undo)
+
+    def _redo(self, asked):
+        return "redo", lambda: self._move(self._history.redo)
+
+    def _move(self, step):
+        step()
+        self._keep()
+
+    def _keep(self):
+        """Write the history, and show where it is, also where it cannot be written."""
+        try:
+            self._history.write(self.shown.folder)
+        finally:
+            self._show()
+
+    def _show(self):
+        """Show the state at which the history is, and the one before."""
+        at = self._history.at
+        for k in (at - 1, at):
+            if k > 0 and k not in self._states:
+                self._states[k] = self._corrected(self._history.steps[k - 1].correction)
+        changed = at or self.news.content["at"]
+        self._state |= {"made": self.news.content["made"] + bool(changed), **self._told(self._history)}
+
+    def _export(self, asked):
+        out = free(self.shown.folder.with_name(f"{self.shown.folder.resolve().name}-corrected"))
+
+        def work():
+            with self._computing:
+                self._session.save(self._history, out, self._progress)
+            return f"All files are in {out}"
+
+        return "write the files", work
+
+    def _progress(self, words, share):
+        self.news.tell(busy=f"{words} ... {share:.0%}")
+
+    def _told(self, history):
+        """What the pages are told of a history."""
+        step = None if history is None else history.current
+        correction, at = (Correction(), 0) if step is None else (step.correction, history.at)
+        marks = correction.landmarks
+        return finite({
+            "at": at, "before": at > 0, "maps": list(self.shown.maps(self._states.get(at))),
+            "stiffness": correction.stiffness, "distrust": correction.distrust is not None,
+            "landmarks": [] if marks is None else [
+                {"name": name, "fixed": fixed.tolist(), "moving": moving.tolist(), "radius": float(radius)}
+                for name, fixed, moving, radius in zip(marks.names, marks.fixed, marks.moving, marks.radius,
+                                                       strict=True)],
+            "told": self.shown.summary.get("landmarks", []) if step is None else step.told,
+            "steps": [] if history is None else [
+                {"words": _words(one.correction), **one.numbers} for one in history.steps]})
+
+    def _asked(self, asked):
+        """The `Correction` that a page asks for."""
+        marks, drawing, stiffness = (asked.get(name) for name in ("landmarks", "distrust", "stiffness"))
+        try:
+            stiffness = float(stiffness)
+            names = tuple(str(one["name"]).strip() for one in marks)
+            points = [np.array([_point(one[role]) for one in marks]).reshape(-1, 3) for role in ("fixed", "moving")]
+            radius = np.array([np.nan if one["radius"] is None else float(one["radius"]) for one in marks])
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError("the page sent something that is no correction: load the page again") from error
+        if not 0 <= stiffness < np.inf or (radius <= 0).any() or np.isinf(radius).any():
+            raise InputError("a radius is not above 0, or the stiffness is below 0: correct it")
+        if not all(names) or len(set(names)) < len(names):
+            raise InputError("two landmarks have one name, or one has none: name each of them")
+        landmarks = Landmarks(names, *points, radius) if names else None
+        return Correction(landmarks, None if drawing is None else self.shown.mask(self._unpacked(drawing)), stiffness)
+
+    def _unpacked(self, drawing):
+        """The bytes of a drawing that was compressed, of which no more are unpacked than an image in the box has."""
+        most = 2**12 + np.prod([one.stop - one.start for one in self.shown.box]).item()
+        try:
+            return zlib.decompressobj(31).decompress(base64.b64decode(drawing, validate=True), most)
+        except (TypeError, ValueError, zlib.error) as error:
+            raise InputError("the page sent a drawing that cannot be read: load the page again") from error
+
+    def _carried(self, panel, place):
+        """Where the moving image has what a panel shows at a place: a point in RAS mm."""
+        if panel == "moving":
+            return map_points(self.shown.linear, place).tolist()
+        at = self.news.content["at"] - (panel == "before")
+        state = self._states.get(at, self._session.first)
+        voxel = map_points(np.linalg.inv(self.shown.fixed.affine), place)
+        first = np.clip(np.floor(voxel).astype(int), 0, np.array(self.shown.fixed.data.shape) - 2)
+        near = state.displacement[tuple(slice(a, a + 2) for a in first)]
+        return (place + sample(channels_first(near), (voxel - first)[None])[0]).tolist()
+
+
+def free(path):
+    """The path itself, or with a number behind it, so that nothing has this name."""
+    k, found = 1, Path(path)
+    while found.exists():
+        k += 1
+        found = path.with_name(f"{path.name}-{k}")
+    return found
+
+
+def _point(numbers):
+    """A point (3,) from JSON. Raises InputError where it is none."""
+    try:
+        found = np.array(numbers, float)
+    except (TypeError, ValueError):
+        found = np.empty(0)
+    if found.shape != (3,) or not np.abs(found).max() < 1e6:
+        raise InputError("the page sent something that is no point: load the page again")
+    return found
+
+
+def _words(correction):
+    """What a correction asks for, in a few words."""
+    number = 0 if correction.landmarks is None else len(correction.landmarks.names)
+    parts = [f"{number} landmark{'s' if number != 1 else ''}"] if number else []
+    if correction.distrust is not None:
+        parts.append("not to be trusted where painted")
+    if correction.stiffness:
+        parts.append(f"stiffness {correction.stiffness:g} mm")
+    return ", ".join(parts)
