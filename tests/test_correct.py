@@ -149,7 +149,8 @@ def test_contradictory_and_distant_landmarks_are_named_and_not_obeyed(session, l
     with pytest.warns(InputWarning, match="landmark b contradicts landmark"):
         state = session.corrected(Correction(marks))
     assert state.told[0]["left_out"] is None and "contradicts landmark" in state.told[1]["left_out"]
-    assert "is 11.0 mm away, too far for its radius of 5.0 mm" == state.told[2]["left_out"]
+    assert state.told[2]["left_out"] == ("lies 11.0 mm from its place in the moving image, and in the fixed image too "
+                                         "far for its radius of 5.0 mm")
     np.testing.assert_allclose(state.displacement, led.displacement, atol=0.02)  # as without the two
 
 

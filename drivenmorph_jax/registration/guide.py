@@ -146,8 +146,9 @@ def contradicting(names, points, targets, lacked, slack):
 
 
 def too_far(far, lacked, radius):
-    """{index: why it is left out} of the landmarks with the indices `far`; lengths (N,) in mm."""
-    return {k: f"is {lacked[k]:.1f} mm away, too far for its radius of {radius[k]:.1f} mm" for k in far}
+    """{index: why it is left out} of the landmarks with the indices `far`; lengths (N,) in mm, in the moving image."""
+    return {k: f"lies {lacked[k]:.1f} mm from its place in the moving image, and in the fixed image too far for its "
+               f"radius of {radius[k]:.1f} mm" for k in far}
 
 
 def warn(names, left_out):
