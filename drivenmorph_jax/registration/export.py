@@ -36,7 +36,8 @@ STEPS = 2  # by which the inverse is corrected
 NEAR = 8  # voxels around the region, from which the inverse may come
 # Of a summary, what the corrected transform changes; the rest is that of the result that was corrected.
 NEW = ("similarity_before", "similarity_after", "dice_before", "dice_after", "fold_pct", "sdlogj", "inverse_mm",
-       "confidence", "working_grid", "working_spacing_mm", "environment", "definitions", "landmarks", "checks")
+       "confidence", "working_grid", "working_spacing_mm", "environment", "definitions", "landmarks", "guided_labels",
+       "checks")
 
 
 def corrected_result(session, state) -> Result:
