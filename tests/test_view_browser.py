@@ -21,7 +21,7 @@ from drivenmorph_jax.registration.cohort_report import COLUMNS
 from drivenmorph_jax.registration.history import HISTORY
 from drivenmorph_jax.view import server, steering
 
-FLAGS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
          "--disable-angle-features=warmUpPipelineCacheAtLink"]  # a third less work for a page
 WAIT = 60_000  # ms
 
