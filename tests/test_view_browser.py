@@ -211,6 +211,7 @@ def test_the_keyboard_alone(result, tab):  # noqa: F811
         assert painted(tab) == 0
         tab.keyboard.press("g")
         says(tab, "#history", "1 (shown): 1 landmark;")
+        reaches(tab, 1)  # what is told comes before it is drawn
         mark = one.page._history.current.correction.landmarks
         np.testing.assert_allclose(mark.fixed[0], fixed, atol=1e-3)
         tab.keyboard.press("u")
