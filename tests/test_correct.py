@@ -16,6 +16,7 @@ from drivenmorph_jax.demons.guidance import kernel
 from drivenmorph_jax.errors import InputError, InputWarning
 from drivenmorph_jax.files import checksum
 from drivenmorph_jax.images.reading import load_image
+from drivenmorph_jax.images.volume import affine_of_part
 from drivenmorph_jax.registration import correct, piece, region
 from drivenmorph_jax.registration.correct import Correction, Session
 from drivenmorph_jax.registration.export import corrected_result
@@ -195,7 +196,7 @@ def test_a_field_on_a_box_comes_back_to_an_anisotropic_and_oblique_grid(turn):
     box = region.box_around(np.array([4, 4, 4]), np.array([12, 12, 12]), grid)
     assert box.shape == (32, 32, 32) and np.allclose(box.voxels(apply_affine(grid, [8, 8, 8])), 15.5, atol=0.51)
     part = region.part_within(box, shape, affine)
-    small = region.affine_of_part(affine, part)
+    small = affine_of_part(affine, part)
     x = apply_affine(small, np.moveaxis(np.indices([one.stop - one.start for one in part]), 0, -1))
     field = x @ np.diag([0.01, 0.02, -0.01]) + [0.3, 0.2, 0.1]
     there = region.on_box(field, small, box)

@@ -18,9 +18,9 @@ def cell(shape, u, first=None):
         x = jax.lax.broadcasted_iota(jnp.float32, u.shape[:-1], axis) + u[..., axis]
         if axis == 1 and first is not None:
             x += first
-        first_one, last, before = (x.dtype.type(place) for place in (0, n - 1, n - 2))
-        clamped = jax.lax.clamp(first_one, x, last)
-        lower = jax.lax.clamp(first_one, jnp.floor(clamped), before)
+        zero, last, before = map(x.dtype.type, (0, n - 1, n - 2))
+        clamped = jax.lax.clamp(zero, x, last)
+        lower = jax.lax.clamp(zero, jnp.floor(clamped), before)
         low.append(lower.astype(jnp.int32))
         fraction.append(clamped - lower)
         inside.append((x >= 0) & (x <= n - 1))

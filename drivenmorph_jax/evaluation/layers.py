@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from drivenmorph_jax.images.intensity import anchored, foreground
+from drivenmorph_jax.images.volume import widened
 
 OCTAVES = 2.0  # the colours of the Jacobian determinant go from 2^-2 to 2^2
 UNCERTAIN = 4.0  # mm, the end of the colours of the uncertainty
@@ -67,13 +68,6 @@ def overlay(name, x, brain):
     return np.where(brain, x, np.float32(0)), low, high
 
 
-def part(affine, box):
-    """The affine (4, 4) of a part of a grid that three slices cut out."""
-    found = np.array(affine, float)
-    found[:3, 3] = found[:3, :3] @ [one.start for one in box] + found[:3, 3]
-    return found
-
-
 def octaves(jacobian):
     """The logarithm to base 2 of determinants, which are taken for 2^-8 below it."""
     return np.log2(np.maximum(jacobian, np.float32(2.0**-8)))
@@ -93,8 +87,7 @@ def box(images):
     """Three slices of the grid of images (X, Y, Z), outside of which none shows anything."""
     seen = np.any([foreground(anchored(x)) for x in images], axis=0)
     part, = ndimage.find_objects(seen.astype(np.uint8))
-    return tuple(slice(max(one.start - MARGIN, 0), min(one.stop + MARGIN, n))
-                 for one, n in zip(part, seen.shape, strict=True))
+    return widened(part, seen.shape, MARGIN)
 
 
 def window(x):

@@ -4,10 +4,10 @@ The maps have tables of colours that come with NiiVue, because a table that a no
 are drawn first. They are transparent where they say little, as on the page of `drivenmorph view`.
 """
 
-
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import layers, metrics
 from drivenmorph_jax.images.intensity import anchored
+from drivenmorph_jax.images.volume import affine_of_part
 
 INSTALL = "pip install ipyniivue==2.4.4"
 PANELS = {"fixed": "Fixed", "warped": "Warped", "moving": "Moving, after the affine"}
@@ -36,7 +36,7 @@ def widget(images, maps, affine):
     box, brain = layers.box(images.values()), metrics.brain(anchored(images["fixed"]))
 
     def volume(name, x, low, high, **how):
-        file = layers.nifti(x[box], low, high, layers.part(affine, box)).to_bytes()
+        file = layers.nifti(x[box], low, high, affine_of_part(affine, box)).to_bytes()
         return ipyniivue.Volume(name=f"{name}.nii", data=file, cal_min=low, cal_max=high, colorbar_visible=False, **how)
 
     def shown(name):

@@ -86,6 +86,18 @@ def part_of(affine, shape, inner):
     return tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
 
 
+def affine_of_part(affine, part):
+    """The affine of the part of a grid with `affine` that slices cut out."""
+    found = np.array(affine, float)
+    found[:3, 3] = [one.start for one in part] @ affine[:3, :3].T + affine[:3, 3]
+    return found
+
+
+def widened(part, shape, by):
+    """The slices of a part of a grid of `shape`, wider by `by` voxels on each side where there are so many."""
+    return tuple(slice(max(one.start - by, 0), min(one.stop + by, n)) for one, n in zip(part, shape, strict=True))
+
+
 def on_grid(shape, affine, header=None, path=""):
     """A Volume of zeros that stands for a grid alone."""
     return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(affine, float),

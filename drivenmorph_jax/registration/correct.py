@@ -21,7 +21,6 @@ corrections, each of which can be computed by itself.
 
 import hashlib
 import itertools
-import json
 import time
 import zlib
 from collections.abc import Callable
@@ -49,7 +48,7 @@ from drivenmorph_jax.registration.guide import RADIUS, SLACK, contradicting, too
 from drivenmorph_jax.registration.piece import AROUND, Piece, joined, joined_numbers, piece_of
 from drivenmorph_jax.registration.plan import demons_grid
 from drivenmorph_jax.registration.read import MOST_MASKED, Request, read, scaled, scaled_grid, within
-from drivenmorph_jax.registration.result import SUMMARY, former_files, transform_names
+from drivenmorph_jax.registration.result import SUMMARY, former_files, read_summary, transform_names
 from drivenmorph_jax.registration.strip import stripped_by
 from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
 from drivenmorph_jax.transforms.reading import BACK
@@ -390,11 +389,7 @@ def _moved(displacement, grid, points):
 
 def _summary(folder):
     """The content of summary.json of a result. Raises InputError where there is none that can be corrected."""
-    try:
-        found = json.loads((folder / SUMMARY).read_text())
-        found["files"], found["fixed"], found["moving"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder} holds no result of register: give the folder that was its --out") from error
+    found = read_summary(folder)
     if "inputs" not in found:
         raise InputError(f"{folder} was made by an earlier version, which did not keep what a correction needs: run "
                          "register again")

@@ -10,6 +10,7 @@ from scipy import ndimage
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.contrast import recoloured
 from drivenmorph_jax.images.reading import load_labels
+from drivenmorph_jax.images.volume import affine_of_part, widened
 from drivenmorph_jax.registration import region
 from drivenmorph_jax.registration.align import align
 from drivenmorph_jax.registration.checks import check
@@ -29,6 +30,7 @@ from drivenmorph_jax.transforms.world import (
     map_points,
     sample,
     unfolded_in_world,
+    without_affine,
 )
 
 FLIP = np.float32([-1, -1, 1])  # from LPS, the frame of a force file, to RAS
@@ -94,14 +96,14 @@ def _backward(session, state):
     if state.parts is None:
         return backward
     fixed, linear, moving = session.fixed, session.transform.linear, session.moving
-    part = region.widened(state.region, fixed.data.shape, NEAR)
-    affine = region.affine_of_part(fixed.affine, part)
+    part = widened(state.region, fixed.data.shape, NEAR)
+    affine = affine_of_part(fixed.affine, part)
     to_part, to_moving = np.linalg.inv(affine), np.linalg.inv(moving.affine)
     there, back = state.displacement[part], np.linalg.inv(linear)
-    near = by_planes(there.shape, affine, lambda i, x: map_points(back, x + there[i]) - x)
+    near = without_affine(there, affine, linear)
     places = np.zeros(there.shape[:3], np.float32)
     for box in ndimage.find_objects(ndimage.label((there != state.found[0][part]).any(-1), np.ones((3, 3, 3)))[0]):
-        places[region.widened(box, places.shape, 2)] = 1
+        places[widened(box, places.shape, 2)] = 1
     inside = by_planes(backward.shape[:3], moving.affine, lambda i, y: ndimage.map_coordinates(
         places, np.moveaxis(map_points(to_part, y + backward[i]), -1, 0), order=0, mode="constant") > 0, bool)
     points = map_points(moving.affine, np.argwhere(inside))
@@ -113,8 +115,8 @@ def _backward(session, state):
             to_moving, x + there[i])))
         backward[inside] -= 0.5 * sample(np.moveaxis(error, -1, 0), map_points(to_part, points + backward[inside]))
     shape = moving.data.shape
-    where = region.widened(region.bounds(inside, tuple(map(slice, 3 * [0], shape))), shape, NEAR)
-    backward[where] = unfolded_in_world(backward[where], region.affine_of_part(moving.affine, where), back)
+    where = widened(region.bounds(inside, tuple(map(slice, 3 * [0], shape))), shape, NEAR)
+    backward[where] = unfolded_in_world(backward[where], affine_of_part(moving.affine, where), back)
     return backward
 
 

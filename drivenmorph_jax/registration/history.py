@@ -122,12 +122,15 @@ class History:
 
 def _described(step, mask):
     """A step as it stands in history.json."""
-    marks, correction = step.correction.landmarks, step.correction
-    rows = [] if marks is None else [
+    return {"time": step.time, "landmarks": landmark_rows(step.correction.landmarks), "distrust": mask,
+            "stiffness": step.correction.stiffness, "numbers": step.numbers, "told": step.told}
+
+
+def landmark_rows(marks):
+    """The landmarks of a correction, or None, as JSON has them: {"name", "fixed", "moving", "radius"} each."""
+    return [] if marks is None else [
         {"name": name, "fixed": fixed, "moving": moving, "radius": radius} for name, fixed, moving, radius in zip(
             marks.names, marks.fixed.tolist(), marks.moving.tolist(), marks.radius.tolist(), strict=True)]
-    return {"time": step.time, "landmarks": rows, "distrust": mask, "stiffness": correction.stiffness,
-            "numbers": step.numbers, "told": step.told}
 
 
 def _step(row, folder, fixed):

@@ -19,7 +19,7 @@ from drivenmorph_jax.images.contrast import recoloured
 from drivenmorph_jax.images.field_of_view import beyond
 from drivenmorph_jax.images.intensity import background
 from drivenmorph_jax.images.masks import fill
-from drivenmorph_jax.images.volume import resample
+from drivenmorph_jax.images.volume import affine_of_part, resample, widened
 from drivenmorph_jax.registration import region
 from drivenmorph_jax.registration.align import RIM
 from drivenmorph_jax.registration.guide import ITERATIONS
@@ -31,6 +31,7 @@ from drivenmorph_jax.transforms.world import (
     map_points,
     pull_back,
     unfolded_in_world,
+    without_affine,
 )
 
 AROUND = 20.0  # mm around a mask, within which images drive the deformation again
@@ -104,10 +105,10 @@ def _pasted(session, box, move, piece):
     if core is region.NOWHERE:
         return piece
     displacement, _, _, labels = session.first.found
-    wide = region.widened(core, shape, 2)  # the Jacobian sees a voxel further, and has its own border there
+    wide = widened(core, shape, 2)  # the Jacobian sees a voxel further, and has its own border there
     there = displacement[wide].copy()
     there[region.inside(core, wide)] += shift[region.inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
-    placed = region.affine_of_part(affine, wide)
+    placed = affine_of_part(affine, wide)
     there = unfolded_in_world(there, placed, linear)
     changed = (there != displacement[wide]).any(-1)
     near = ndimage.binary_dilation(changed, np.ones((3, 3, 3)))
@@ -134,9 +135,8 @@ class _Work:
         """n of the transform that was found."""
         fixed, box, linear = self.session.fixed, self.box, self.session.transform.linear
         part = region.part_within(box, fixed.data.shape, fixed.affine)
-        affine, back = region.affine_of_part(fixed.affine, part), np.linalg.inv(linear)
-        there = self.session.transform.displacement[part]
-        n = by_planes(there.shape, affine, lambda i, x: map_points(back, x + there[i]) - x)
+        affine = affine_of_part(fixed.affine, part)
+        n = without_affine(self.session.transform.displacement[part], affine, linear)
         return jnp.asarray(region.on_box(n @ np.linalg.inv(box.affine[:3, :3]).T.astype(np.float32), affine, box))
 
     def way(self, n):

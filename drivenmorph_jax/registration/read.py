@@ -201,9 +201,10 @@ def within(landmarks, images, file=""):
     """The landmarks, where each point lies in its image of {"fixed": Volume, "moving": Volume}. Else it raises
     InputError, whose sentence begins with `file`."""
     for role, image in images.items():
+        to_voxel = np.linalg.inv(image.affine)
         lines = [(f"{curve.name}, a curve,", point) for curve in landmarks.curves for point in getattr(curve, role)]
         for name, point in (*zip(landmarks.names, getattr(landmarks, role), strict=True), *lines):
-            voxel = map_points(np.linalg.inv(image.affine), point)
+            voxel = map_points(to_voxel, point)
             if ((voxel < -0.5) | (voxel > np.array(image.data.shape) - 0.5)).any():
                 raise InputError(f"{file}the {role} point of landmark {name} lies outside {image.path}; give points in "
                                  "RAS mm, or delete it")

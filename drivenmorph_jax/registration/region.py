@@ -13,6 +13,7 @@ from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
+from drivenmorph_jax.images.volume import affine_of_part
 from drivenmorph_jax.transforms.world import by_planes, channels_first, map_points
 
 SIDES = 32, 48, 80, 128, 192, 256  # voxels
@@ -66,13 +67,6 @@ def part_within(box, shape, affine):
                  for a, b, n in zip(low, high, shape, strict=True))
 
 
-def affine_of_part(affine, part):
-    """The affine of the part of a grid that slices cut out."""
-    found = np.array(affine, float)
-    found[:3, 3] = map_points(affine, [one.start for one in part])
-    return found
-
-
 def on_box(field, affine, box):
     """A field (X, Y, Z, 3) on a grid with an affine, sampled linearly on a box and clamped at the edge."""
     matrix = np.linalg.inv(affine) @ box.affine
@@ -99,11 +93,6 @@ def on_part(move, box, part, affine):
         return np.where(np.linalg.norm(found, axis=-1, keepdims=True) < STILL, 0, found) @ linear
 
     return by_planes((*(one.stop - one.start for one in part), 3), affine_of_part(affine, part), plane)
-
-
-def widened(part, shape, by):
-    """The slices of a part of a grid of `shape`, wider by `by` voxels on each side where there are so many."""
-    return tuple(slice(max(one.start - by, 0), min(one.stop + by, n)) for one, n in zip(part, shape, strict=True))
 
 
 def inside(inner, outer):

@@ -130,6 +130,16 @@ class Result:
         write_force(out / "force.nii.gz", self.force, self.transform.grid, FORCE_IS[by])
 
 
+def read_summary(folder):
+    """The content of summary.json of a result. Raises InputError where the folder holds no result."""
+    try:
+        found = json.loads((Path(folder) / SUMMARY).read_text())
+        set(found["files"]), found["fixed"], found["moving"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder} holds no result of register: give the folder that was its --out") from error
+    return found
+
+
 def transform_names(bids=None):
     """The names of the files of a transform and of its inverse, without endings; `bids` is that of `Result.save`."""
     if not bids:

@@ -1,8 +1,9 @@
 // The page of a cohort: its pairs, and what is decided about them.
 import { deciding } from "./decide.js";
-import { element, row, table } from "./table.js";
+import { listen } from "./program.js";
+import { by, element, row, table } from "./table.js";
 
-const by = id => document.getElementById(id), say = words => { by("status").textContent = words; };
+const say = words => { by("status").textContent = words; };
 const number = x => x === "" ? "" : String(Number(Number(x).toPrecision(3)));
 
 function shown(pairs) {
@@ -19,17 +20,10 @@ function shown(pairs) {
     })));
 }
 
-const alive = new EventSource("alive");
-alive.addEventListener("message", event => {
-  const {title, pairs} = JSON.parse(event.data);
+listen(({title, pairs}) => {
   by("title").textContent = document.title = title;
   const done = pairs.filter(one => one.decision).length;
   say(`${pairs.length} pairs, ${done} decided`);
   shown(pairs);
   document.body.dataset.ready = "yes";
-});
-alive.addEventListener("error", () => {
-  alive.close();
-  say("The program has ended. Start it again to go on.");
-});
-addEventListener("pagehide", () => alive.close());
+}, say);

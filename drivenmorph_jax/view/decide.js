@@ -1,4 +1,5 @@
 // What a person decides about a pair of a cohort: a choice and a note, which the program keeps in cohort.csv.
+import { ask } from "./program.js";
 import { element } from "./table.js";
 
 // [choice, note] of a pair; `root` is the address of the cohort. `kept()` is called when the program has kept a change,
@@ -13,11 +14,7 @@ export function deciding(pair, root, kept, failed) {
   note.placeholder = "note";
   note.setAttribute("aria-label", `Note on ${pair.name}`);
   for (const one of [choice, note])
-    one.addEventListener("change", async () => {
-      const answer = await fetch(`${root}decide`, {method: "POST", headers: {"Content-Type": "application/json"},
-        body: JSON.stringify({name: pair.name, decision: choice.value, note: note.value})});
-      if (answer.ok) kept();
-      else failed((await answer.json()).error);
-    });
+    one.addEventListener("change", () => ask(
+      `${root}decide`, {name: pair.name, decision: choice.value, note: note.value}, failed).then(kept, () => {}));
   return [choice, note];
 }

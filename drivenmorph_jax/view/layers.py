@@ -3,7 +3,6 @@
 All is cut to the box of what the images show, which a browser draws in half of the time of the whole grid.
 """
 
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import layers, metrics
 from drivenmorph_jax.images.intensity import anchored
 from drivenmorph_jax.images.reading import load_image, load_labels
-from drivenmorph_jax.images.volume import resample
+from drivenmorph_jax.images.volume import affine_of_part, resample
 from drivenmorph_jax.registration.guide import RADIUS
-from drivenmorph_jax.registration.result import SUMMARY, transform_names
+from drivenmorph_jax.registration.result import SUMMARY, read_summary, transform_names
 from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import map_points, without_affine
@@ -36,12 +35,9 @@ class Shown:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        try:
-            self.summary = json.loads((self.folder / SUMMARY).read_text())
-            self._files, names = set(self.summary["files"]), (self.summary["fixed"], self.summary["moving"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{folder} holds no result of register: give the folder that was its --out") from error
-        self.fixed, self.moving = map(self._image, names)
+        self.summary = read_summary(folder)
+        self._files = set(self.summary["files"])
+        self.fixed, self.moving = (self._image(self.summary[role]) for role in ("fixed", "moving"))
 
     def _image(self, path):
         if not Path(path).is_file():
@@ -125,7 +121,7 @@ class Shown:
     @cached_property
     def affine(self):
         """The affine (4, 4) of the box, from voxels to RAS mm."""
-        return layers.part(self.fixed.affine, self.box)
+        return affine_of_part(self.fixed.affine, self.box)
 
     def drawing(self, mask):
         """The bytes of a mask on the grid of the fixed image as a NIfTI file, in the box, for NiiVue's drawing."""

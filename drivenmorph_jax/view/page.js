@@ -1,8 +1,9 @@
 // The page of a result: opens the panels, lists the checks, and hears from the program.
 import { deciding } from "./decide.js";
-import { by, go, open } from "./panels.js";
+import { go, open } from "./panels.js";
+import { listen } from "./program.js";
 import { heard, steer } from "./steer.js";
-import { button, element, row, table } from "./table.js";
+import { button, by, element, row, table } from "./table.js";
 
 async function start() {
   const result = await (await fetch("result.json")).json();
@@ -14,7 +15,7 @@ async function start() {
   if (result.pair) pair(result.pair);
   await open(result);
   steer(result);
-  listen();
+  listen(heard, words => { by("status").textContent = words; });
   document.body.dataset.ready = "yes";
   checks(result.checks, await (await fetch("places.json")).json());
 }
@@ -38,17 +39,6 @@ function checks(found, places) {
       element("span", one.status, one.status), one.name, number(one.value), ...one.limits.map(number),
       places[one.name] ? button("show", () => go(places[one.name]), `Show where ${one.name} is worst`) : "",
       one.sentence]))));
-}
-
-// The open connection tells the program that the page is there, and the page what the program does.
-function listen() {
-  const alive = new EventSource("alive");
-  alive.addEventListener("message", event => heard(JSON.parse(event.data)));
-  alive.addEventListener("error", () => {
-    alive.close();
-    by("status").textContent = "The program has ended. Start it again to go on.";
-  });
-  addEventListener("pagehide", () => alive.close());
 }
 
 start().catch(error => { by("status").textContent = `The page cannot show the result: ${error.message}`; });

@@ -1,13 +1,11 @@
 // The three panels. NiiVue draws; this file links them, and puts maps over them.
 import { Niivue } from "./niivue.js";
-import { element } from "./table.js";
+import { by, element } from "./table.js";
 
 export const NAMES = ["fixed", "warped", "moving"];
-export const by = id => document.getElementById(id);
 export const views = {};
 export const canvas = name => by(name).querySelector("canvas");
 let result, overlay = "", middle, listeners = [];
-
 
 // NiiVue compiles some fifty programs for each panel, most of them for renderings, meshes and filters, of which the page
 // has none. Without their content they take no time.

@@ -1,6 +1,7 @@
 // Corrections: landmarks, paint where the images are not to be trusted, stiffness; and the history of what was asked for.
-import { by, canvas, change, go, mode, NAMES, offer, onMove, overlays, place, views } from "./panels.js";
-import { button, element, row, table } from "./table.js";
+import { canvas, change, go, mode, NAMES, offer, onMove, overlays, place, views } from "./panels.js";
+import * as program from "./program.js";
+import { button, by, element, row, table } from "./table.js";
 
 const PAINT = 1;  // the value of painted voxels in NiiVue's drawing
 let now = null, wanted = null, drawn = Promise.resolve(), tool = "", fixed = null, marks = [], radius;
@@ -11,14 +12,7 @@ export function steer(result) {
   for (const name of NAMES) canvas(name).addEventListener("pointerup", () => pointed(name));
 }
 
-async function ask(what, content = {}) {
-  const answer = await fetch(what, {method: "POST", headers: {"Content-Type": "application/json"},
-    body: JSON.stringify(content)});
-  const found = await answer.json();
-  if (answer.ok) return found;
-  say(found.error, true);
-  throw new Error(found.error);
-}
+const ask = (what, content = {}) => program.ask(what, content, words => say(words, true));
 
 function say(words, warn = false) {
   by("said").textContent = words;

@@ -17,7 +17,7 @@ import numpy as np
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import finite
 from drivenmorph_jax.registration.correct import Correction, Session
-from drivenmorph_jax.registration.history import HISTORY, History
+from drivenmorph_jax.registration.history import HISTORY, History, landmark_rows
 from drivenmorph_jax.transforms.points import Landmarks
 from drivenmorph_jax.transforms.world import channels_first, map_points, sample
 from drivenmorph_jax.view.layers import Shown
@@ -213,14 +213,10 @@ class ResultPage:
         """What the pages are told of a history."""
         step = None if history is None else history.current
         correction, at = (Correction(), 0) if step is None else (step.correction, history.at)
-        marks = correction.landmarks
         return finite({
             "at": at, "before": at > 0, "maps": list(self.shown.maps(self._states.get(at))),
             "stiffness": correction.stiffness, "distrust": correction.distrust is not None,
-            "landmarks": [] if marks is None else [
-                {"name": name, "fixed": fixed.tolist(), "moving": moving.tolist(), "radius": float(radius)}
-                for name, fixed, moving, radius in zip(marks.names, marks.fixed, marks.moving, marks.radius,
-                                                       strict=True)],
+            "landmarks": landmark_rows(correction.landmarks),
             "told": self.shown.summary.get("landmarks", []) if step is None else step.told,
             "steps": [] if history is None else [
                 {"words": _words(one.correction), **one.numbers} for one in history.steps]})

@@ -1,4 +1,6 @@
-// Tables and buttons.
+// Elements of a page, tables and buttons.
+export const by = id => document.getElementById(id);
+
 export function element(tag, text = "", cls = "") {
   const made = document.createElement(tag);
   made.textContent = text;
