@@ -23,7 +23,7 @@ test: lint
 test-slow: $(INSTALLED)
 	.venv/bin/python -m pip install --quiet distributed
 	FUZZ=2000 KILLS=30 .venv/bin/python -m pytest -n 2 -m "" tests/test_fuzz.py tests/test_checkpoint.py \
-		tests/test_kill.py tests/test_contrast.py tests/test_registration_cohort.py
+		tests/test_kill.py tests/test_contrast.py tests/test_registration_cohort.py tests/test_weights.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

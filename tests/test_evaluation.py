@@ -1,5 +1,6 @@
 import csv
 import json
+from functools import cache
 
 import nibabel as nib
 import numpy as np
@@ -33,11 +34,17 @@ def test_scores_of_a_run_hold_every_metric_and_its_definition(smoke):
     assert {path.name for path in out.glob("*.png")} >= {"best.png", "worst.png", "dice.png", "training.png"}
 
 
-def test_a_checkpoint_is_scored_on_files_as_on_the_cohort_that_they_were_written_from(smoke, brains, tmp_path):
-    workdir, summary = smoke
+@pytest.fixture(scope="module")
+def on_files(smoke, brains, tmp_path_factory):
+    """A function (steps of refinement) -> scores of the smoke run on files of its own cohort."""
     (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001"]}))
-    exclude = f"--config.data.exclude={tuple(summary['excluded_labels'])}"
-    scores = evaluate_checkpoint(workdir, tmp_path, root=brains, overrides=[exclude])
+    exclude = f"--config.data.exclude={tuple(smoke[1]['excluded_labels'])}"
+    return cache(lambda steps: evaluate_checkpoint(smoke[0], tmp_path_factory.mktemp("scores"), root=brains,
+                                                   overrides=[exclude], refine_steps=steps))
+
+
+def test_a_checkpoint_is_scored_on_files_as_on_the_cohort_that_they_were_written_from(smoke, on_files):
+    summary, scores = smoke[1], on_files(0)
     assert scores["dice_initial"]["mean"] == pytest.approx(summary["dice_initial"]["mean"], abs=1e-6)
     # Files hold whole numbers and are scaled by their brightest voxels: a little other images, a little other fields.
     assert scores["dice"]["mean"] == pytest.approx(summary["dice"]["mean"], abs=0.02)
@@ -53,10 +60,8 @@ def test_an_atlas_is_the_moving_image_of_every_pair(smoke, brains, tmp_path):
         evaluate_checkpoint(smoke[0], tmp_path, root=brains, overrides=["--config.data.atlas=sub-009"])
 
 
-def test_refinement_goes_on_from_the_network(smoke, brains, tmp_path):
-    (brains / "splits.json").write_text(json.dumps({"test": ["sub-000", "sub-001"]}))
-    plain, refined = (evaluate_checkpoint(smoke[0], tmp_path / str(steps), root=brains, refine_steps=steps)
-                      for steps in (0, 10))
+def test_refinement_goes_on_from_the_network(on_files):
+    plain, refined = on_files(0), on_files(10)
     assert (plain["refine_steps"], refined["refine_steps"]) == (0, 10)
     assert refined["dice"]["mean"] > plain["dice"]["mean"]
     assert refined["fold_pct"]["mean"] == 0 and refined["inverse_mm"]["mean"] < 1  # of 5 mm voxels

@@ -75,16 +75,23 @@ def brain(path, stretch):
     nib.save(nib.Nifti1Image(data, np.diag([1.5, 1.5, 1.5, 1])), path)
 
 
-def test_the_program_registers_with_the_shipped_weights(installed):
+def test_the_program_registers_and_finds_the_shipped_weights(installed):
     folder, elsewhere, run = installed
     brain(elsewhere / "fixed.nii.gz", 1.1)
     brain(elsewhere / "moving.nii.gz", 0.9)
     run(sys.executable, "-m", "drivenmorph_jax.cli.main", "register", "--fixed", "fixed.nii.gz", "--moving",
-        "moving.nii.gz", "--out", "out", "--affine", "none", "--refine_steps", "0")
+        "moving.nii.gz", "--out", "out", "--affine", "none", "--method", "demons")
     summary = json.loads((elsewhere / "out" / "summary.json").read_text())
-    assert summary["checkpoint"] == str(folder / "drivenmorph_jax" / "weights" / "brain-t1")
     assert summary["similarity_after"] > summary["similarity_before"]
     assert summary["environment"]["commit"] is None
+    said = run(sys.executable, "-c", "import jax\n"
+                                     "from drivenmorph_jax.network.inference import load_checkpoint\n"
+                                     "from drivenmorph_jax.runtime.checkpoint import SHIPPED\n"
+                                     "_, params, about = load_checkpoint(SHIPPED)\n"
+                                     "print(SHIPPED, about['step'], sum(x.size for x in jax.tree.leaves(params)))")
+    where, step, parameters = said.split()
+    assert where == str(folder / "drivenmorph_jax" / "weights" / "brain-t1")
+    assert int(step) > 1000 and 100_000 < int(parameters) < 1_000_000
 
 
 def test_the_program_and_the_configurations_are_installed(installed):

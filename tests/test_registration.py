@@ -226,12 +226,20 @@ def test_a_registration_starts_from_a_transform_and_its_result_includes_it(brain
     assert again.summary["initial_transform"] == [str(tmp_path / "first.nii.gz")]
 
 
-@pytest.mark.parametrize("method", ["demons", "drivenmorph"])
-@pytest.mark.parametrize("side", ["fixed", "moving"])
-def test_a_lesion_in_a_mask_changes_little_outside_and_has_no_force(method, side, brains, smoke, tmp_path):
-    """A bright ball is pasted into one brain, where it would pull at everything around it."""
+@pytest.fixture(scope="module", params=["demons", "drivenmorph"])
+def healthy(request, brains, smoke):
+    """(paths of two images, settings of their registration, its result)."""
     paths = {role: brains / f"sub-00{i}_t1.nii.gz" for i, role in enumerate(("fixed", "moving"))}
     labels = {f"{role}_labels": str(brains / f"sub-00{i}_seg.nii.gz") for i, role in enumerate(("fixed", "moving"))}
+    settings = {"method": request.param, "checkpoint": smoke[0], "affine": False, "quiet": True, "refine_steps": 5,
+                **labels}
+    return paths, settings, register(paths["fixed"], paths["moving"], **settings)
+
+
+@pytest.mark.parametrize("side", ["fixed", "moving"])
+def test_a_lesion_in_a_mask_changes_little_outside_and_has_no_force(side, healthy, tmp_path):
+    """A bright ball is pasted into one brain, where it would pull at everything around it."""
+    paths, settings, whole = healthy
     image = nib.load(paths[side])
     data = np.asarray(image.dataobj).copy()
     centre = ndimage.center_of_mass(data > 100) + np.array([4, 3, 2])
@@ -239,8 +247,6 @@ def test_a_lesion_in_a_mask_changes_little_outside_and_has_no_force(method, side
     data[lesion] = 2500
     nib.save(nib.Nifti1Image(data, image.affine), tmp_path / "sick.nii.gz")
     nib.save(nib.Nifti1Image(lesion.astype(np.uint8), image.affine), tmp_path / "mask.nii.gz")
-    settings = {"method": method, "checkpoint": smoke[0], "affine": False, "quiet": True, "refine_steps": 5, **labels}
-    whole = register(paths["fixed"], paths["moving"], **settings)
     sick = paths | {side: tmp_path / "sick.nii.gz"}
     masked = register(sick["fixed"], sick["moving"], **{f"{side}_mask": tmp_path / "mask.nii.gz"}, **settings)
     unmasked = register(sick["fixed"], sick["moving"], **settings)

@@ -368,25 +368,25 @@ config.model.update(ONE_LEVEL)
 config.warmup_steps = 0
 model, optimizer = DrivenMorph(FrozenConfigDict(config.model)), make_optimizer(config)
 rng = np.random.default_rng(0)
-batch = {key: gaussian_filter(rng.random((8, 16, 16, 16, 1), np.float32), (0, 1, 1, 1, 0))
+batch = {key: gaussian_filter(rng.random((2, 64, 16, 16, 1), np.float32), (0, 1, 1, 1, 0))
          for key in ("fixed", "moving")}
 gradients = []
-init = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), batch["fixed"], batch["moving"])["params"])()
-large = {key: jax.ShapeDtypeStruct((1, 128, 32, 32, 1), np.float32) for key in batch}
-for data, space in ((1, 1), (4, 2), (1, 8)):  # pairs alone are split by the test of two processes
+init = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), *(x[:, :16] for x in batch.values()))["params"])()
+for data, space in ((1, 1), (2, 4)):  # pairs alone are split by the test of two processes
     mesh = sharding.device_mesh(space, jax.devices()[:data * space])
     params = jax.device_put(jax.tree.map(np.asarray, init), sharding.replicated(mesh))
     state = jax.device_put(optimizer.init(params), sharding.replicated(mesh))
-    step, losses, first = make_train_step(model, optimizer, config, mesh), [], params
-    memory = step.lower(params, state, large).compile().memory_analysis().temp_size_in_bytes if data == 1 else 0
-    split = sharding.global_batch(batch, mesh)
-    assert {s.data.shape[:2] for s in split["fixed"].addressable_shards} == {(8 // data, 16 // space)}
+    split, losses, first = sharding.global_batch(batch, mesh), [], params
+    assert {s.data.shape[:2] for s in split["fixed"].addressable_shards} == {(2 // data, 64 // space)}
+    step = make_train_step(model, optimizer, config, mesh).lower(params, state, split).compile()
+    memory = step.memory_analysis().temp_size_in_bytes
     for _ in range(3):
         params, state, row = step(params, state, split)
         losses.append(float(row["loss"]))
         if len(losses) == 1:  # of Adam's first moment the gradient is 10 times
             gradients.append(np.concatenate([x.ravel() for x in jax.tree.leaves(jax.device_get(state[1][0].mu))]))
-    np.testing.assert_allclose(gradients[-1], gradients[0], atol=1e-4 * np.linalg.norm(gradients[0]))
+    np.testing.assert_allclose(gradients[-1], gradients[0], atol=3e-4 * np.linalg.norm(gradients[0]))  # a sample at the
+    # border of two cells may fall to either
     assert all(x.is_deleted() for x in jax.tree.leaves(first)), "the state is not donated"
     print(memory, *losses)
 """
@@ -398,16 +398,17 @@ def test_losses_and_gradients_are_the_same_on_every_mesh_and_a_split_volume_take
     for other in others:
         np.testing.assert_allclose(other, one, rtol=1e-4)
     assert one[-1] != one[0]
-    assert memory[0] > 4 * memory[2] > 0
+    assert memory[0] > 4 * memory[1] > 0
 
 
-PREDICT = """
+PREDICT = f"ONE_LEVEL = {ONE_LEVEL}" + """
 import jax, numpy as np
 from configs.smoke import get_config
 from drivenmorph_jax import data
 from drivenmorph_jax.network.inference import grid_multiple, make_predict, predictions
 from drivenmorph_jax.network.networks import make_network
 config = get_config()
+config.model.update(ONE_LEVEL)
 config.space = 2
 pairs = data.ordered_pairs(data.load(config.data, ("test",), grid_multiple(config)).test)
 image = np.zeros((1, 16, 16, 16, 1), np.float32)

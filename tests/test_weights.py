@@ -74,6 +74,7 @@ def test_two_files_are_registered_with_no_settings(registered):
     assert registered["checkpoint"].endswith("brain-t1") and registered["contrast"] == "same"
 
 
+@pytest.mark.slow
 def test_an_inverted_image_is_registered_nearly_as_well_and_nobody_has_to_say_it(registered, files, capsys):
     fixed, _, negative, labels = files
     other = register(fixed, negative, affine=False, **labels).summary
