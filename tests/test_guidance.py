@@ -268,7 +268,7 @@ def test_a_point_outside_its_image_is_refused(files, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("labels, sentence", [
     (["17", "x"], "'x': give labels above 0"), (["0"], "'0': give labels above 0"), (["1=2=3"], "'1=2=3': give"),
     ([17, "17=18"], "label 17 of the fixed image twice"), (["1=3", "2=3"], "label 3 of the moving image twice"),
-    (["2", "4"], r"fixed_seg\.nii\.gz has no label 4"), ([2], "give moving_labels, too")])
+    (["2", "4"], r"fixed_seg\.nii\.gz has no label 4"), ([2], "give moving_labels to register, too")])
 def test_labels_that_cannot_guide_are_refused(files, labels, sentence):
     maps = {f"{role}_labels": files / f"{role}_seg.nii.gz" for role in ("fixed", "moving")}
     if len(labels) == 1:

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,11 +157,13 @@ class Quick:
 
     def __init__(self, folder):
         self.folder, self.summary = Path(folder), json.loads((Path(folder) / "summary.json").read_text())
-        self.fixed = load_image(self.summary["fixed"])
+        self.fixed, self.moving = (load_image(self.summary[role]) for role in ("fixed", "moving"))
         self.transform = Transform.load(self.folder / "displacement.nii.gz")
         voxels = [np.asarray(nib.load(self.folder / f"{name}.nii.gz").dataobj)
                   for name in ("warped", "jacobian", "warped_labels")]
-        self.first = State((self.transform.displacement, *voxels), NOWHERE, None, None, [], {})
+        self.labels = replace(self.fixed, data=np.int32(voxels[2]))
+        self.fixed_labels = replace(self.fixed, data=np.roll(self.labels.data, 1, axis=0))
+        self.first = State((self.transform.displacement, *voxels), NOWHERE, None, None, [], [], {})
 
     def warm(self):
         """Nothing to compile."""
@@ -174,11 +177,13 @@ class Quick:
         marks, found = correction.landmarks, self.first.found
         if marks is None:
             raise InputError("the correction asks for nothing")
-        told = [{"name": name, "fixed": fixed.tolist(), "before_mm": 3.0, "after_mm": 0.0, "left_out": None}
-                for name, fixed in zip(marks.names, marks.fixed, strict=True)]
+        told = [{"name": name, "fixed": fixed.tolist(), "weight": 1.0, "before_mm": 3.0, "after_mm": 0.0,
+                 "left_out": None} for name, fixed in zip(marks.names, marks.fixed, strict=True)]
+        pairs = [{"fixed": a, "moving": b, "dice_before": 0.5, "dice_after": 0.75, "left_out": None}
+                 for a, b in correction.label_pairs]
         move = np.float32(marks.moving[0] - marks.fixed[0])
         parts = np.zeros_like(found[0]) + move, found[1] * 2, found[2] * 2, found[3] * 2
-        return State(found, tuple(slice(0, n) for n in SHAPE), parts, correction, told,
+        return State(found, tuple(slice(0, n) for n in SHAPE), parts, correction, told, pairs,
                      {"similarity_before": 0.25, "similarity_after": 0.5, "fold_pct": 0.0, "seconds": 0.1})
 
     def save(self, history, out, progress):
@@ -276,6 +281,11 @@ def told(running, wanted, seconds=20):
     return content
 
 
+def marks(content):
+    """The landmarks that the pages are told of, without what the program says of them."""
+    return [{name: one[name] for name in MARK} for one in content["landmarks"]]
+
+
 def idle(content):
     return content["able"] and not content["busy"]
 
@@ -284,7 +294,8 @@ def packed(shown, mask):
     return base64.b64encode(gzip.compress(shown.drawing(mask))).decode()
 
 
-MARK = {"name": "one", "fixed": [1.0, 2, 3], "moving": [4.0, 2, 3], "radius": None}
+MARK = {"name": "one", "fixed": [1.0, 2, 3], "moving": [4.0, 2, 3], "radius": None, "weight": 1.0}
+GOOD = {"landmarks": [MARK], "distrust": None, "stiffness": 0, "label_pairs": []}  # what a page asks for
 
 
 @pytest.fixture
@@ -300,18 +311,18 @@ def test_a_correction_is_made_undone_redone_kept_and_exported(result):
         page.begin()
         assert not told(one, idle)["before"]
         drawing, first = packed(page.shown, mask), answer(one, f"/{one.token}/warped.nii").body
-        assert ask(one, "go", landmarks=[MARK], distrust=drawing, stiffness=2.5) == (200, {})
+        assert ask(one, "go", **GOOD | {"distrust": drawing, "stiffness": 2.5}) == (200, {})
         found = told(one, lambda content: content["at"] == 1 and idle(content))
-        assert found["landmarks"] == [MARK] and found["distrust"] and found["stiffness"] == 2.5 and found["before"]
+        assert marks(found) == [MARK] and found["distrust"] and found["stiffness"] == 2.5 and found["before"]
         assert found["maps"] == ["force", "displacement", "jacobian", "labels"]  # the uncertainty is that of another
-        assert found["told"][0]["after_mm"] == 0 and found["steps"][0]["similarity_after"] == 0.5
+        assert found["landmarks"][0]["after_mm"] == 0 and found["steps"][0]["similarity_after"] == 0.5
         assert "1 landmark" in found["steps"][0]["words"] and "2.5 mm" in found["steps"][0]["words"]
         voxels = {name: nib.Nifti1Image.from_bytes(answer(one, f"/{one.token}/{name}.nii").body).get_fdata()
                   for name in ("warped", "before", "displacement", "jacobian", "distrust")}
         np.testing.assert_allclose(voxels["warped"], 2 * voxels["before"], atol=0.1)
         assert answer(one, f"/{one.token}/before.nii").body == first
         np.testing.assert_array_equal(page.shown.mask(answer(one, f"/{one.token}/distrust.nii").body), mask)
-        again = ask(one, "go", landmarks=[MARK, MARK | {"name": "two", "radius": 5.0}], distrust=None, stiffness=0)
+        again = ask(one, "go", **GOOD | {"landmarks": [MARK, MARK | {"name": "two", "radius": 5.0}]})
         assert again == (200, {}) and told(one, lambda content: content["at"] == 2 and idle(content))["landmarks"][1]
         for what, at, steps in (("undo", 1, 2), ("undo", 0, 2), ("undo", 0, 2), ("redo", 1, 2), ("redo", 2, 2)):
             assert ask(one, what)[0] == 200
@@ -339,7 +350,7 @@ def test_a_click_is_carried_to_the_moving_image(result):
         for panel, wanted in (("warped", x + SHIFT), ("moving", x)):
             status, found = ask(one, "point", panel=panel, place=x.tolist())
             np.testing.assert_allclose(found["moving"], TURN[:3, :3] @ wanted + TURN[:3, 3], atol=1e-4)
-        ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)  # moves all by 3 mm along x
+        ask(one, "go", **GOOD)  # moves all by 3 mm along x
         told(one, lambda content: content["at"] == 1 and idle(content))
         np.testing.assert_allclose(ask(one, "point", panel="warped", place=x.tolist())[1]["moving"], x + [3, 0, 0],
                                    atol=1e-4)
@@ -347,16 +358,92 @@ def test_a_click_is_carried_to_the_moving_image(result):
                                    TURN[:3, :3] @ (x + SHIFT) + TURN[:3, 3], atol=1e-4)
 
 
+def test_what_is_marked_is_kept_shown_to_all_pages_and_undone_first(result):
+    mask = np.zeros(SHAPE, bool)
+    mask[14:17, 12:15, 11:20] = True
+    two = [MARK, MARK | {"name": "two", "weight": 0.5, "fixed": [4.0, 2, 3]}]
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        assert not told(one, idle)["undoable"]
+        marked = GOOD | {"landmarks": two, "distrust": packed(page.shown, mask), "label_pairs": [[7, 7]], "page": "a 1"}
+        assert ask(one, "draft", **marked) == (200, {})
+        found = page.news.content
+        assert marks(found) == two and found["distrust"] and found["drafter"] == "a 1" and found["drafted"] == 1
+        assert found["undoable"] and not found["redoable"] and found["at"] == 0 and found["made"] == 0
+        row, pair = found["landmarks"][0], found["label_pairs"][0]
+        assert row["after_mm"] is None and pair["dice_after"] is None and 0.8 < pair["dice_before"] < 1
+        straight = np.linalg.inv(TURN) @ [*MARK["moving"], 1]  # the deformation is SHIFT
+        for panel, wanted in (("fixed", MARK["fixed"]), ("moving", straight[:3]), ("warped", straight[:3] - SHIFT)):
+            np.testing.assert_allclose(row["places"][panel], wanted, atol=0.01)
+        assert row["before_mm"] == pytest.approx(np.linalg.norm(MARK["fixed"] + SHIFT - straight[:3]), abs=1e-3)
+        for what, wanted in (("undo", []), ("redo", two)):
+            ask(one, what)
+            assert marks(told(one, lambda content, wanted=wanted: idle(content) and bool(content["landmarks"]) == bool(
+                wanted))) == wanted
+        assert not told(one, idle)["redoable"] and History.read(result / HISTORY, page._session).at == 0
+    with serving(page := steering.ResultPage(result)) as one:  # the program was killed and is started again
+        page.begin()
+        found = told(one, idle)
+        assert marks(found) == two and found["label_pairs"][0]["fixed"] == 7
+        np.testing.assert_array_equal(page.shown.mask(answer(one, f"/{one.token}/distrust.nii").body), mask)
+        ask(one, "go", **marked)
+        found = told(one, lambda content: content["at"] == 1 and idle(content))
+        assert marks(found) == two and found["label_pairs"][0]["dice_after"] == 0.75
+        assert "label 7 onto 7" in found["steps"][0]["words"]
+        assert ask(one, "go", **marked)[1]["error"] == steering.NOTHING_NEW
+        ask(one, "draft", **marked | {"landmarks": two[:1]})
+        assert len(page.news.content["landmarks"]) == 1 and page._history.draft is not None
+        ask(one, "draft", **marked)  # as it is in force
+        assert page._history.draft is None and page.news.content["landmarks"][0]["after_mm"] == 0
+        ask(one, "draft", **marked | {"landmarks": two[:1]})
+        ask(one, "export")
+        said = told(one, lambda content: "All files are in" in content["said"])["said"]
+        assert "What was marked since the last correction is not in them" in said
+    other = (result / HISTORY).read_text().replace('"displacement_crc32": 7', '"displacement_crc32": 8')
+    (result / HISTORY).write_text(other)
+    with serving(page := steering.ResultPage(result)) as one:  # register wrote another result there
+        page.begin()
+        found = told(one, idle)
+        assert found["landmarks"] == [] and "is the history of another result" in found["said"]
+        assert "What you mark next begins another history in its place" in found["said"]
+
+
+def test_what_cannot_be_kept_is_shown_until_the_program_ends(result):
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        told(one, idle)
+        (result / HISTORY).mkdir()  # so that it cannot be written, as on a full disk
+        (result / HISTORY / "file").touch()
+        status, found = ask(one, "draft", **GOOD)
+        assert status == 409 and "lasts until the program ends only" in found["error"] and str(result) in found["error"]
+        assert marks(page.news.content) == [MARK]
+        ask(one, "go", **GOOD)
+        found = told(one, lambda content: content["at"] == 1 and idle(content))
+        assert "lasts until the program ends only" in found["said"] and found["warn"]
+        assert [path.name for path in result.iterdir() if path.name.startswith((".", "distrust"))] == []
+
+
+def test_checks_after_a_correction_say_what_they_are_of(result):
+    with serving(page := steering.ResultPage(result)) as one:
+        page.begin()
+        assert not any("found" in check for check in told(one, idle)["checks"])
+        ask(one, "go", **GOOD | {"label_pairs": [[7, 7]]})
+        checks = {check["name"]: check for check in told(one, lambda content: content["at"] == 1)["checks"]}
+        assert {name for name, check in checks.items() if check.get("found")} == {"stretch", "similarity"}
+        assert checks["overlap"]["status"] == "ok" and checks["landmarks"]["value"] == 0
+        assert checks["guided labels"]["value"] == 0.75 and checks["landmarks left out"]["value"] == 0
+
+
 def test_one_correction_at_a_time_with_its_progress(result, quick, monkeypatch):
     monkeypatch.setattr(quick, "hold", threading.Event())
     with serving(page := steering.ResultPage(result)) as one:
-        assert ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)[0] == 409  # it is not open yet
+        assert ask(one, "go", **GOOD)[0] == 409  # it is not open yet
         page.begin()
         told(one, idle)
-        ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)
+        ask(one, "go", **GOOD)
         assert told(one, lambda content: content["busy"] != "correct")["busy"] == "deform ... 50%"
-        for what in ("go", "undo", "export"):
-            status, found = ask(one, what, landmarks=[MARK], distrust=None, stiffness=0)
+        for what in ("go", "draft", "undo", "export"):
+            status, found = ask(one, what, **GOOD)
             assert status == 409 and "wait until it has ended" in found["error"]
         quick.hold.set()
         assert told(one, idle)["at"] == 1
@@ -366,24 +453,28 @@ def test_what_is_no_correction_is_refused_in_one_sentence(result):
     with serving(page := steering.ResultPage(result)) as one:
         page.begin()
         told(one, idle)
-        good = {"landmarks": [MARK], "distrust": None, "stiffness": 0}
         bomb = base64.b64encode(gzip.compress(bytes(10**7))).decode()
         for wrong in ({"landmarks": None}, {"landmarks": [{"name": "x"}]}, {"landmarks": [MARK | {"fixed": [1, 2]}]},
                       {"landmarks": [MARK | {"moving": [1, 2, "x"]}]}, {"landmarks": [MARK | {"radius": -1}]},
                       {"landmarks": [MARK, MARK]}, {"landmarks": [MARK | {"name": " "}]}, {"stiffness": -1},
                       {"stiffness": "x"}, {"distrust": "%"}, {"distrust": "eA=="}, {"distrust": bomb}, {"distrust": 3},
-                      {"landmarks": [MARK | {"fixed": [1, 2, float("nan")]}]}):
-            status, found = ask(one, "go", **good | wrong)
-            assert status == 409 and found["error"].count("\n") == 0, wrong
+                      {"landmarks": [MARK | {"fixed": [1, 2, float("nan")]}]}, {"landmarks": [MARK | {"weight": 1.5}]},
+                      {"landmarks": [MARK | {"fixed": [500, 2, 3]}]}, {"label_pairs": None}, {"label_pairs": [[7]]},
+                      {"label_pairs": [[7, 7], [7, 8]]}, {"label_pairs": [[7, 9]]}, {"label_pairs": [["x", 7]]}):
+            for what in ("go", "draft"):
+                status, found = ask(one, what, **GOOD | wrong)
+                assert status == 409 and found["error"].count("\n") == 0, wrong
+        assert ask(one, "label", place=nib.affines.apply_affine(AFFINE, [20, 17, 16]).tolist()) == (200, {"label": 7})
+        assert "no label at the crosshair" in ask(one, "label", place=[999, 0, 0])[1]["error"]
         assert ask(one, "point", panel="warped", place=None)[0] == 409
         page_path, json_type = f"/{one.token}/go", {"Content_Type": "application/json"}
-        assert answer(one, page_path, "POST", json.dumps(good)).status == 400  # as a form of another site sends it
+        assert answer(one, page_path, "POST", json.dumps(GOOD)).status == 400  # as a form of another site sends it
         assert answer(one, page_path, "POST", "[1]", **json_type).status == 400
         assert answer(one, page_path, "POST", "{", **json_type).status == 400
         assert answer(one, page_path, "POST", "", Content_Length=str(2**30), **json_type).status == 413
-        assert answer(one, page_path, "POST", json.dumps(good), Origin="http://evil.example", **json_type).status == 403
-        assert answer(one, "/x/go", "POST", json.dumps(good), **json_type).status == 404
-        assert answer(one, f"/{one.token}/other", "POST", json.dumps(good), **json_type).status == 404
+        assert answer(one, page_path, "POST", json.dumps(GOOD), Origin="http://evil.example", **json_type).status == 403
+        assert answer(one, "/x/go", "POST", json.dumps(GOOD), **json_type).status == 404
+        assert answer(one, f"/{one.token}/other", "POST", json.dumps(GOOD), **json_type).status == 404
         assert told(one, idle)["at"] == 0 and not (result / HISTORY).exists()
 
 
@@ -393,7 +484,7 @@ def test_a_result_that_changed_or_cannot_be_corrected_says_so(result, monkeypatc
         told(one, idle)
         summary = json.loads((result / "summary.json").read_text())
         (result / "summary.json").write_text(json.dumps(summary | {"method": "drivenmorph"}))
-        ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)
+        ask(one, "go", **GOOD)
         found = told(one, lambda content: content["warn"])
         assert "holds another result than it did" in found["said"] and found["at"] == 0 and idle(found)
     (result / HISTORY).write_text("{}")
@@ -405,7 +496,7 @@ def test_a_result_that_changed_or_cannot_be_corrected_says_so(result, monkeypatc
         page.begin()
         found = told(one, lambda content: content["said"])
         assert "looked at only. It is a correction of other" in found["said"] and not found["able"]
-        assert ask(one, "go", landmarks=[MARK], distrust=None, stiffness=0)[1]["error"] == found["said"]
+        assert ask(one, "go", **GOOD)[1]["error"] == found["said"]
 
 
 @pytest.fixture

@@ -124,6 +124,7 @@ def test_images_maps_and_checks(folder, tab):  # noqa: F811
 
 
 def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chromium):  # noqa: F811
+    from playwright.sync_api import expect
     with serving(steering.ResultPage(result)) as one:
         load(tab, one.address)
         tab.click("#add")
@@ -136,6 +137,11 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         click(tab, "moving", 0.24, 0.32)
         says(tab, "#said", "landmark 1 is added")
         moving = one.page.act("point", {"panel": "moving", "place": place(tab).tolist()})["moving"]
+        for panel, spot in (("fixed", (0.2, 0.3)), ("moving", (0.24, 0.32))):  # its mark is where the click was
+            box, *boxes = (found.bounding_box() for found in tab.locator(f"#{panel} :is(canvas, .marks span)").all())
+            assert min(max(abs(mark[axis] + mark[side] / 2 - box[axis] - share * box[side]) for axis, side, share in (
+                ("x", "width", spot[0]), ("y", "height", spot[1]))) for mark in boxes) < 3
+        assert tab.locator("#warped .marks .asked").count()  # dashed: not computed yet
         tab.get_by_label("Radius of landmark 1 in mm").fill("7")
         tab.click("#paint")
         box = tab.locator("#fixed canvas").bounding_box()
@@ -146,6 +152,11 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         tab.mouse.up()
         number = painted(tab)
         assert number > 100 and painted(tab, "warped") == number
+        tab.wait_for_selector("body[data-drafted='3']")  # the landmark, its radius, the paint
+        tab.reload()
+        tab.wait_for_selector("#add:enabled")
+        tab.wait_for_selector("body[data-drafted='3']")
+        assert painted(tab) == number and tab.get_by_label("Radius of landmark 1 in mm").input_value() == "7"
         tab.click("#go")
         reaches(tab, 1)
         says(tab, "#history", "1 (shown): 1 landmark, not to be trusted where painted; similarity there 0.250 before")
@@ -154,6 +165,8 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         np.testing.assert_allclose(asked.landmarks.moving[0], moving, atol=1e-3)
         assert asked.landmarks.radius.tolist() == [7] and asked.distrust.sum() == number
         assert asked.distrust[tuple(np.rint(nib.affines.apply_affine(np.linalg.inv(AFFINE), place(tab))).astype(int))]
+        assert tab.locator("#fixed .marks span").count() and not tab.locator("#fixed .marks .asked").count()
+        says(tab, "#checks", "the value before the correction")
         says(tab, "#status", "before")  # the old result beside the new one
         value, before = (float(tab.inner_text("#status").split(f"{name} ")[1].split(",")[0])
                          for name in ("warped", "before"))
@@ -167,6 +180,10 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         assert tab.is_enabled("#redo") and tab.is_disabled("#undo") and painted(tab) == 0
         tab.keyboard.press("r")
         reaches(other, 1)
+        tab.get_by_label("Weight of landmark 1").fill("0.5")
+        tab.keyboard.press("Tab")
+        expect(other.get_by_label("Weight of landmark 1")).to_have_value("0.5")
+        assert tab.evaluate("document.activeElement.ariaLabel") == "Show landmark 1"  # where Tab went
         other.close()
         tab.click("#export")
         says(tab, "#said", f"All files are in {result}-corrected")
@@ -175,7 +192,7 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
     with serving(steering.ResultPage(result)) as one:
         load(tab, one.address)
         reaches(tab, 1)
-        assert painted(tab) == number and tab.get_by_label("Name of landmark 1").input_value() == "landmark 1"
+        assert painted(tab) == number and tab.get_by_label("Weight of landmark 1").input_value() == "0.5"
         (result / "summary.json").write_text((result / "summary.json").read_text().replace("demons", "drivenmorph"))
         tab.click("#go")
         says(tab, "#said", "holds another result than it did when it was opened")

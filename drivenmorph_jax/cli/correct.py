@@ -1,9 +1,9 @@
-"""Correct a finished result of `register` at a place: by landmarks, and by a mask where not to trust the images."""
+"""Correct a finished result of `register` at a place: by landmarks, labels, a mask where not to trust the images."""
 
 from drivenmorph_jax.cli import program
 
 EPILOG = """\
-The deformation changes around the landmarks and the mask only. The folder gets all that `register` writes, and
+The deformation changes around the landmarks, labels and mask only. The folder gets all that `register` writes, and
 history.json, which says what led to it. RESULT stays as it is. Examples:
 
   %(prog)s result --landmarks landmarks.csv --out corrected
@@ -16,11 +16,11 @@ def main(arguments=None, prog="drivenmorph correct"):
     parser = program.parser(prog, __doc__, EPILOG)
     _flags(parser.add_argument)
     flags = parser.parse_args(arguments)
-    asked = flags.landmarks or flags.distrust
+    asked = flags.landmarks or flags.guide_labels or flags.distrust
     if flags.history and (asked or flags.stiffness):
-        parser.error("--history excludes --landmarks, --distrust and --stiffness, which it holds")
+        parser.error("--history excludes --landmarks, --guide_labels, --distrust and --stiffness, which it holds")
     if not flags.history and not asked:
-        parser.error("give --landmarks, --distrust or --history; --stiffness alone has no place")
+        parser.error("give --landmarks, --guide_labels, --distrust or --history; --stiffness alone has no place")
 
     # Imported late, so that --help answers at once.
     from drivenmorph_jax.files import check_folder
@@ -36,7 +36,7 @@ def main(arguments=None, prog="drivenmorph correct"):
         history = History.read(flags.history, session)
     else:
         history = History.of(session)
-        correction = session.correction(flags.landmarks, flags.distrust, flags.stiffness)
+        correction = session.correction(flags.landmarks, flags.distrust, flags.stiffness, flags.guide_labels)
         history.add(correction, session.corrected(correction, _tell))
     session.save(history, flags.out, _tell)
     print("done")
@@ -50,7 +50,16 @@ def _flags(add):
         "--landmarks",
         metavar="FILE",
         help="CSV with columns fixed_x, fixed_y, fixed_z, moving_x, moving_y, moving_z in RAS mm and, where you like, "
-        "name and radius, as `register` takes it. They drive the deformation around them, up to three radii of 10 mm",
+        "name, radius, weight and curve, as `register` takes it. They drive the deformation around them, up to three "
+        "radii of 10 mm",
+    )
+    add(
+        "--guide_labels",
+        nargs="+",
+        default=(),
+        metavar="LABEL",
+        help="labels whose borders are brought to each other, as `register` takes them: 17, or 10=49. RESULT needs the "
+        "label maps of both images",
     )
     add(
         "--distrust",
@@ -82,6 +91,9 @@ def _described(step):
     for one in step.told:
         left = f"; left out: it {one['left_out']}" if one["left_out"] else ""
         yield f"landmark {one['name']} {one['before_mm']:.2f} mm before, {one['after_mm']:.2f} mm after{left}"
+    for one in step.labels_told:
+        left = f"; left out: it {one['left_out']}" if one["left_out"] else ""
+        yield f"label {one['fixed']} Dice {one['dice_before']:.3f} before, {one['dice_after']:.3f} after{left}"
     if "similarity_after" in step.numbers:
         before, after = (step.numbers[f"similarity_{when}"] for when in ("before", "after"))
         yield f"similarity where the correction acts {before:.4f} before, {after:.4f} after"

@@ -174,11 +174,11 @@ def guided(fixed: chex.Array, moving: chex.Array, u: chex.Array, points: chex.Ar
                        iterations=iterations or BORDER_STEPS, driven=driven if iterations else None, max_step=max_step,
                        scale=settings["scale"], sigma_fluid=settings["sigma_fluid"],
                        sigma_diffusion=settings["sigma_diffusion"])
-    psi = _by_landmarks(psi, near, _softly(psi, near, far, trust), reached, step)
+    psi = _by_landmarks(psi, near, softly(psi, near, far, trust), reached, step)
     u = unfolded(_composed(u, psi))
     if borders is not None:
         u = unfolded(_by_borders(u, *borders, REACH * border_radius, max_step))
-    return unfolded(_by_landmarks(u, points, _softly(u, points, targets, trust), reach, max_step))
+    return unfolded(_by_landmarks(u, points, softly(u, points, targets, trust), reach, max_step))
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -255,8 +255,9 @@ def _in_fixed(u, points, targets):
 
 
 @jax.jit
-def _softly(u, points, targets, trust):
-    """The targets; of landmarks of a weight below 1, the places that they have now."""
+def softly(u: chex.Array, points: chex.Array, targets: chex.Array, trust: chex.Array) -> jax.Array:
+    """The targets (N, 3); of landmarks of a weight below 1, the places that they have now. The arguments are those of
+    `guided`."""
     return jnp.where(trust[:, None] < 1, points + _sampled(u, points), targets)
 
 

@@ -30,7 +30,7 @@ def working_grid(volume, spacing=1.0, multiple=16, margin=8.0):
     Args:
       volume: the Volume.
       spacing: voxel size in mm.
-      multiple: every side is a multiple of it; the surplus is shared between both ends.
+      multiple: every side is a multiple of it, or each of its own (3,); the surplus is shared between both ends.
       margin: mm around the foreground.
 
     Returns:

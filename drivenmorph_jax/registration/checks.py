@@ -74,6 +74,10 @@ LIMITS = {  # name: (least value, largest value, sentence)
 }
 
 
+OF_DEFORMATION = "similarity", "gain", "agreement", "brightness", "stretch", "inverse"
+OF_GUIDANCE = "landmarks", "landmarks left out", "guided labels"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Checked(Scored):
     """A scored registration and its checks."""
@@ -166,6 +170,17 @@ def _deformation(scored):
         brain &= np.asarray(_coarse(scored.counted.astype(np.float32), factor)[..., 0]) > 0.99
     distance = apart[brain].mean() * factor * scored.spacing * scored.scale
     return values | {"agreement": distance, "brightness": _brightness(np.asarray(f[..., 0]), np.asarray(w[..., 0]))}
+
+
+def after_correction(checks, landmarks, labels):
+    """Checks as summary.json has them, once a result was corrected: those of the landmarks and the pairs of labels are
+    measured again. What the deformation changes beside them gets "found": True, and is measured when the correction is
+    written. `landmarks` and `labels` are told as summary.json tells them."""
+    values = {**_landmarks(landmarks), **_labels(labels)}
+    kept_ones = [one | {"found": True} if one["name"] in OF_DEFORMATION else one for one in checks
+                 if one["name"] not in OF_GUIDANCE]
+    return kept_ones + [Check(name, float(values[name]), LIMITS[name][:2], LIMITS[name][2]).as_dict()
+                        for name in OF_GUIDANCE if name in values]
 
 
 def _landmarks(told):

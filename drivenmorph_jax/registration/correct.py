@@ -1,19 +1,20 @@
 """Corrections of a finished result: a person says what is wrong at a place, and the deformation is continued there.
 
-A correction has landmarks, a mask where the images are not to be trusted, and a stiffness. Landmarks and parts of the
-mask that do not reach each other are places by themselves. Each is computed in a box around it, on voxels of the
-working grid of Demons, see `registration.piece`. Let phi = T (id + n) be the transform
-of the result, T its affine, F the fixed and M the moving image. With a mask, n is first interpolated in it from its
+A correction has landmarks, pairs of labels, a mask where the images are not to be trusted, and a stiffness. Landmarks,
+structures and parts of the mask that do not reach each other are places by themselves. Each is computed in a box around
+it, on voxels of the working grid of Demons, see `registration.piece`. Let phi = T (id + n) be the transform of the
+result, T its affine, F the fixed and M the moving image. With a mask, n is first interpolated in it from its
 surroundings. Then
 
-  n <- n o psi              psi from `demons.guided`, of the landmarks and of the images F and M o phi around them
+  n <- n o psi              psi from `demons.guided`, of landmarks, borders of structures, and the images F and M o phi
+                            around them
   n <- n, interpolated in the mask again
-  n <- n + w (K_s * n - n)  K_s a Gaussian of the stiffness s, w from 1 at the landmarks and the mask to 0
-  n <- n o psi'             psi' of the landmarks alone, so that they hold
+  n <- n + w (K_s * n - n)  K_s a Gaussian of the stiffness s, w from 1 at the landmarks, borders and mask to 0
+  n <- n o psi'             psi' of the landmarks of weight 1 alone, so that they hold
   n <- unfolded(n)
 
 w = min(1, 2 K(d / g)) at the distance d, K the function of Wendland in `demons.guidance`. g is three radii of a
-landmark, and 20 mm of the mask. Beyond g nothing changes.
+landmark or a border, and 20 mm of the mask. Beyond g nothing changes.
 
 Each correction starts from the result as it was found, not from the correction before it. So a history is a list of
 corrections, each of which can be computed by itself.
@@ -23,7 +24,7 @@ import hashlib
 import itertools
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,12 +45,32 @@ from drivenmorph_jax.images.volume import resample, same_grid, smoothed
 from drivenmorph_jax.images.working_grid import coarse_factor
 from drivenmorph_jax.registration import region
 from drivenmorph_jax.registration.export import corrected_result
-from drivenmorph_jax.registration.guide import RADIUS, SLACK, contradicting, too_far, warn
+from drivenmorph_jax.registration.guide import (
+    BORDER_RADIUS,
+    RADIUS,
+    SLACK,
+    contradicting,
+    overlap,
+    too_far,
+    warn,
+    warn_of_labels,
+    with_curves,
+)
 from drivenmorph_jax.registration.piece import AROUND, Piece, joined, joined_numbers, piece_of
 from drivenmorph_jax.registration.plan import demons_grid
-from drivenmorph_jax.registration.read import MOST_MASKED, Request, read, scaled, scaled_grid, within
+from drivenmorph_jax.registration.read import (
+    MOST_MASKED,
+    Request,
+    check_labels,
+    label_pairs,
+    read,
+    scaled,
+    scaled_grid,
+    within,
+)
 from drivenmorph_jax.registration.result import SUMMARY, former_files, read_summary, transform_names
 from drivenmorph_jax.registration.strip import stripped_by
+from drivenmorph_jax.transforms.maps import Affine
 from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
 from drivenmorph_jax.transforms.reading import BACK
 from drivenmorph_jax.transforms.transform import Transform
@@ -67,6 +88,7 @@ class Correction:
     landmarks: Landmarks | None = None  # RAS mm; radius in mm, nan for the default
     distrust: np.ndarray | None = None  # (X, Y, Z) bool on the grid of the fixed image: there images give no force
     stiffness: float = 0.0  # mm, standard deviation of the Gaussian that smooths the deformation; 0: as the method does
+    label_pairs: tuple[tuple[int, int], ...] = ()  # (label of the fixed image, label of the moving image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +100,7 @@ class State:
     parts: tuple[np.ndarray | None, ...] | None  # the same in the region
     correction: Correction | None  # None: as it was found
     told: list  # of each landmark, as summary.json has it under "landmarks"
+    labels_told: list  # of each pair of labels, as summary.json has it under "guided_labels"
     numbers: dict  # similarity_before and similarity_after in the region, fold_pct there, seconds
 
     @property
@@ -177,13 +200,22 @@ class Session:
                 raise InputError(f"{self.folder / name} does not lie on the grid of {self.fixed.path}: run register "
                                  "again")
         found += [None] * (4 - len(found))
-        return State(tuple(found), region.NOWHERE, None, None, self.summary.get("landmarks", []), {})
+        told = (self.summary.get(name, []) for name in ("landmarks", "guided_labels"))
+        return State(tuple(found), region.NOWHERE, None, None, *told, {})
 
     @cached_property
     def labels(self):
         """The label map of the moving image as a Volume, or None."""
-        path = self.files.get("moving_labels")
-        return path and load_labels(path[0], self.moving, self.summary["settings"]["geometry"])
+        return self._labels("moving")
+
+    @cached_property
+    def fixed_labels(self):
+        """The label map of the fixed image as a Volume, or None."""
+        return self._labels("fixed")
+
+    def _labels(self, role):
+        path = self.files.get(f"{role}_labels")
+        return path and load_labels(path[0], getattr(self, role), self.summary["settings"]["geometry"])
 
     @cached_property
     def identity(self) -> int:
@@ -236,15 +268,24 @@ class Session:
 
     # A correction.
 
-    def correction(self, landmarks: str | Path | None = None, distrust: Source | None = None,
-                   stiffness: float = 0.0) -> Correction:
-        """The `Correction` of a table of landmarks and of a mask on the grid of the fixed image, as files.
+    def correction(self, landmarks: str | Path | None = None, distrust: Source | None = None, stiffness: float = 0.0,
+                   guide_labels: Sequence[str | int] = ()) -> Correction:
+        """The `Correction` of a table of landmarks and of a mask on the grid of the fixed image, as files, and of pairs
+        of labels such as 17 or "10=49".
 
-        Raises InputError where a file cannot be used.
+        Curves of the table become landmarks along them.
+
+        Raises InputError where a file or a label cannot be used.
         """
         mask = None if distrust is None else load_mask(distrust, self.fixed, self.summary["settings"]["geometry"])
-        return Correction(None if landmarks is None else read_landmarks(landmarks),
-                          None if mask is None else mask.data > 0, stiffness)
+        return Correction(None if landmarks is None else self._with_curves(read_landmarks(landmarks)),
+                          None if mask is None else mask.data > 0, stiffness, label_pairs(guide_labels))
+
+    def _with_curves(self, marks):
+        way = Affine(self.transform.linear)
+        within(marks, {"fixed": self.fixed, "moving": self.moving})
+        return with_curves(marks, lambda x: way.inverse(_moved(self.first.displacement, self.fixed, x)), way,
+                           RADIUS / self.scale)
 
     def corrected(self, correction: Correction, progress: Callable[[str, float], None] | None = None) -> State:
         """The result with a correction. It starts from the result as it was found.
@@ -253,9 +294,9 @@ class Session:
           correction: the `Correction`.
           progress: function of what is done next, in words, and of the share of the work that is done.
 
-        Raises InputError where nothing is asked for, where a landmark lies outside its image, or where the mask lies on
-        another grid or leaves out most of the brain. A landmark that contradicts another or is out of reach is left
-        out, with a warning.
+        Raises InputError where nothing is asked for, where a landmark lies outside its image, where a label map is
+        missing or lacks a label, or where the mask lies on another grid or leaves out most of the brain. A landmark or
+        a pair of labels that contradicts another or is out of reach is left out, with a warning.
         """
         began, tell = time.perf_counter(), progress or _silent
         self.check()
@@ -266,54 +307,74 @@ class Session:
         points, targets = (map_points(way, x) for way, x in zip(ways, (marks.fixed, marks.moving), strict=True))
         lacked = np.linalg.norm(_moved(first.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         radius = np.where(np.isnan(marks.radius), RADIUS / self.scale, marks.radius)
-        left_out = contradicting(marks.names, points, targets, lacked, SLACK / self.scale / self.spacing)
+        weight = np.ones(len(points)) if marks.weight is None else marks.weight
+        left_out = contradicting(marks.names, points, targets, lacked / weight, SLACK / self.scale / self.spacing)
         used, pieces = np.array([k for k in range(len(points)) if k not in left_out], int), []
-        places = list(self._places(points[used], radius[used] / self.spacing, correction.distrust))
-        for number, (box, some, mask) in enumerate(places):
+        pairs, labels_left_out = correction.label_pairs, {}
+        places = list(self._places(points[used], radius[used] / self.spacing, correction.distrust, pairs))
+        for number, (box, some, mask, lines) in enumerate(places):
             def told(words, share, number=number):
                 tell(words, (number + share) / len(places))
 
             some = used[some]
-            pieces.append(self._piece(box, points[some], targets[some], radius[some] / self.spacing, mask,
-                                      correction.stiffness / self.spacing, told))
+            pieces.append(self._piece(box, points[some], targets[some], radius[some] / self.spacing, weight[some], mask,
+                                      [pairs[k] for k in lines], correction.stiffness / self.spacing, told))
             left_out |= too_far(some[pieces[-1].far], lacked, radius)
-        state = State(first.found, *joined(pieces, first.found), correction, [], joined_numbers(pieces))
+            labels_left_out |= {lines[k]: why for k, why in pieces[-1].labels_left_out.items()}
+        state = State(first.found, *joined(pieces, first.found), correction, [], [], joined_numbers(pieces))
         warn(marks.names, left_out)
+        warn_of_labels(pairs, labels_left_out)
         after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
-        told = [{"name": name, "fixed": marks.fixed[k].tolist(), "weight": 1.0, "before_mm": float(lacked[k]),
-                 "after_mm": float(after[k]), "left_out": left_out.get(k)} for k, name in enumerate(marks.names)]
-        return replace(state, told=told, numbers=state.numbers | {"seconds": time.perf_counter() - began})
+        told = [{"name": name, "fixed": marks.fixed[k].tolist(), "weight": float(weight[k]),
+                 "before_mm": float(lacked[k]), "after_mm": float(after[k]), "left_out": left_out.get(k)}
+                for k, name in enumerate(marks.names)]
+        labels_told = [{"fixed": a, "moving": b, **{
+            f"dice_{when}": overlap(self.fixed_labels.data == a, one.labels == b)
+            for when, one in (("before", first), ("after", state))}, "left_out": labels_left_out.get(k)}
+            for k, (a, b) in enumerate(pairs)]
+        return replace(state, told=told, labels_told=labels_told,
+                       numbers=state.numbers | {"seconds": time.perf_counter() - began})
 
-    def _places(self, points, radius, distrust):
-        """The places of a correction that do not reach each other, as (box, indices of landmarks, mask or None).
+    def _places(self, points, radius, distrust, pairs):
+        """The places of a correction that do not reach each other, as (box, indices of landmarks, mask or None, indices
+        of pairs of labels).
 
         Points and radii are in voxels of the working grid.
         """
         low, high, reach = [points], [points], [REGION * radius]
+        way = np.linalg.inv(self.grid) @ self.fixed.affine
+
+        def add(part, mm):
+            corners = map_points(way, np.array(list(itertools.product(*((s.start, s.stop - 1) for s in part)))))
+            low.append(corners.min(0)[None])
+            high.append(corners.max(0)[None])
+            reach.append([mm / self.scale / self.spacing])
+
+        for number, _ in pairs:
+            add(ndimage.find_objects(self.fixed_labels.data == number)[0], REGION * BORDER_RADIUS)
         if distrust is not None:
             labels, _ = ndimage.label(distrust, np.ones((3, 3, 3)))
-            way = np.linalg.inv(self.grid) @ self.fixed.affine
             for part in ndimage.find_objects(labels):
-                corners = map_points(way, np.array(list(itertools.product(*((s.start, s.stop - 1) for s in part)))))
-                low.append(corners.min(0)[None])
-                high.append(corners.max(0)[None])
-                reach.append([AROUND / self.scale / self.spacing])
+                add(part, AROUND)
         low, high, reach = map(np.concatenate, (low, high, reach))
         apart = region.APART * max(1.0, self.fixed.spacing.max() / self.spacing)
         for some in region.reaching(low, high, reach, apart):
-            wide, parts = reach[some, None], some[some >= len(points)] - len(points) + 1
-            yield (region.box_around((low[some] - wide).min(0), (high[some] + wide).max(0), self.grid),
-                   some[some < len(points)], np.isin(labels, parts) if len(parts) else None)
+            wide = reach[some, None]
+            marks, lines, parts = np.split(some, np.searchsorted(some, (len(points), len(points) + len(pairs))))
+            yield (region.box_around((low[some] - wide).min(0), (high[some] + wide).max(0), self.grid), marks,
+                   np.isin(labels, parts - len(points) - len(pairs) + 1) if len(parts) else None,
+                   (lines - len(points)).tolist())
 
-    def _piece(self, box, points, targets, radius, mask, stiffness, tell):
+    def _piece(self, box, points, targets, radius, weight, mask, pairs, stiffness, tell):
         """The `Piece` of a place. It is kept: of many places, a correction after it mostly changes one."""
-        asked = [np.array([*box.shape, stiffness]), box.affine, points, targets, radius]
+        asked = [np.array([*box.shape, len(points), stiffness]), box.affine, points, targets, radius, weight,
+                 np.array(pairs)]
         key = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in [
             *asked, np.zeros(0) if mask is None else np.packbits(mask)])).digest()
         if key not in self._pieces:
             while len(self._pieces) >= MOST_PIECES:
                 self._pieces.pop(next(iter(self._pieces)))
-            self._pieces[key] = piece_of(self, box, points, targets, radius, mask, stiffness, tell)
+            self._pieces[key] = piece_of(self, box, points, targets, radius, weight, mask, pairs, stiffness, tell)
         return self._pieces[key]
 
     def warm(self) -> None:
@@ -344,7 +405,7 @@ class Session:
         tell("inverse, score and check", 0.0)
         result = corrected_result(self, state)
         tell("write", 0.7)
-        result.save(out, self.summary["formats"], self.summary["bids"], history.write)
+        result.save(out, self.summary["formats"], self.summary["bids"], replace(history, draft=None).write)
 
     def check_out(self, out):
         """Raises InputError where a corrected result cannot be written to the folder `out`."""
@@ -360,14 +421,13 @@ class Session:
     def _checked(self, correction):
         """Raises InputError where a correction cannot be made."""
         marks, mask = correction.landmarks, correction.distrust
-        if (marks is None or not marks.names) and (mask is None or not mask.any()):
-            raise InputError("the correction asks for nothing: give landmarks, or a mask of where not to trust the "
-                             "images; the stiffness alone has no place")
-        if marks is not None and (marks.curves or marks.weight is not None and (marks.weight < 1).any()):
-            raise InputError("a correction takes landmarks of full weight and no curves: leave out their columns, or "
-                             "give the table to register")
+        if (marks is None or not marks.names) and (mask is None or not mask.any()) and not correction.label_pairs:
+            raise InputError("the correction asks for nothing: give landmarks, pairs of labels, or a mask of where not "
+                             "to trust the images; the stiffness alone has no place")
         if marks is not None:
             within(marks, {"fixed": self.fixed, "moving": self.moving})
+        if correction.label_pairs:
+            check_labels(correction.label_pairs, {"fixed_labels": self.fixed_labels, "moving_labels": self.labels})
         if mask is not None:
             if mask.shape != self.fixed.data.shape:
                 raise InputError(f"the mask of where not to trust the images has {mask.shape} voxels, not those of "

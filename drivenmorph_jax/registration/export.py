@@ -9,8 +9,8 @@ from scipy import ndimage
 
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.contrast import recoloured
-from drivenmorph_jax.images.reading import load_labels
 from drivenmorph_jax.images.volume import affine_of_part, widened
+from drivenmorph_jax.images.working_grid import working_grid
 from drivenmorph_jax.registration import region
 from drivenmorph_jax.registration.align import align
 from drivenmorph_jax.registration.checks import check
@@ -55,8 +55,10 @@ def corrected_result(session, state) -> Result:
     given = session.summary["affine"]
     given = {True: "affine", False: "none"}[given] if isinstance(given, bool) else given
     aligned = replace(align(pair), given_affine=given if isinstance(given, str) else np.array(given))
-    grid, scale = scaled_grid(session.grid, session.scale), session.scale
-    prepared = prepare(Planned(**kept(aligned), shape=session.shape, grid=grid, spacing=session.spacing * scale,
+    # The working grid of the result, so that numbers before and after compare, and with those of the result.
+    spacing, sides = session.summary["working_spacing_mm"] * session.scale, np.array(session.summary["working_grid"])
+    shape, grid = working_grid(aligned.fixed, spacing, sides)
+    prepared = prepare(Planned(**kept(aligned), shape=shape, grid=grid, spacing=spacing,
                                needed=1e9 * session.summary["memory_gb"], whole=None))
     transform = replace(session.transform, displacement=state.displacement, grid=session.fixed, other=session.moving,
                         backward=_backward(session, state), exact=None)
@@ -72,9 +74,8 @@ def _read(session, state):
     pair = replace(pair, landmarks=state.correction.landmarks)
     if session.labels is not None:
         pair = replace(pair, moving_labels=scaled(session.labels, scale))
-    if "fixed_labels" in files:
-        labels = load_labels(files["fixed_labels"][0], session.fixed, settings["geometry"])
-        pair = replace(pair, fixed_labels=scaled(labels, scale))
+    if session.fixed_labels is not None:
+        pair = replace(pair, fixed_labels=scaled(session.fixed_labels, scale))
     distrust = state.correction.distrust
     if distrust is not None:
         mask = distrust if pair.fixed_mask is None else distrust | (pair.fixed_mask.data > 0)
@@ -123,7 +124,8 @@ def _backward(session, state):
 def _transferred(session, state, prepared, transform, start):
     """The stages `deform` and `transfer` for a transform that is known."""
     fixed, moving, linear = session.fixed, session.moving, session.transform.linear
-    shape, grid, to_voxel = session.shape, session.grid, np.linalg.inv(session.grid)[:3, :3].T.astype(np.float32)
+    shape, grid = prepared.shape, scaled_grid(prepared.grid, 1 / session.scale)
+    to_voxel = np.linalg.inv(grid)[:3, :3].T.astype(np.float32)
     start = Affine(linear) if start is None else start
     there = Chain((faded(transform.displacement, fixed.affine, linear), start.inverse))
     back = Chain((start, faded(transform.backward, moving.affine, np.linalg.inv(linear))))
@@ -144,7 +146,8 @@ def _transferred(session, state, prepared, transform, start):
     deformed = unscaled(Deformed(
         **kept(prepared), contrast=summary["contrast"], correlation=None, seen=seen,
         channels=(prepared.fixed_on_grid[..., None], seen[..., None]), stiffness=summary["stiffness"],
-        agreement=summary["agreement"], u=u, u_inverse=u_inverse, force=force, counted=counted, landmarks_told=told))
+        agreement=summary["agreement"], u=u, u_inverse=u_inverse, force=force, counted=counted, landmarks_told=told,
+        labels_told=tuple(state.labels_told)))
     return Transferred(**kept(deformed), transform=transform, warped=state.warped, warped_labels=state.labels,
                        jacobian=state.jacobian, vectors=vectors)
 

@@ -21,6 +21,7 @@ from drivenmorph_jax.transforms.world import channels_first, map_points, sample
 RADIUS = 10.0  # mm, of a landmark without one
 APART = 0.5  # radii between landmarks along a curve
 BORDER_RADIUS = 5.0  # mm, of the border of a structure
+OPPOSED = 2.5  # mm, how precisely the centre of a structure tells where it has to go
 SLACK = 0.5  # mm, how precisely landmarks can be placed
 ITERATIONS = 20  # of `demons.guided`
 
@@ -30,14 +31,14 @@ def guide(deformed: Deformed) -> Deformed:
     part.
 
     A landmark is left out where it contradicts another one after the affine, or where it is out of reach. So is a pair
-    of labels out of reach. A warning names it. `landmarks_told` gets {"name", "fixed", "weight", "before_mm",
+    of labels, see `labels_left_out`. A warning names it. `landmarks_told` gets {"name", "fixed", "weight", "before_mm",
     "left_out"} of each landmark, and `labels_told` {"fixed", "moving", "dice_before", "dice_after", "left_out"} of each
     pair of labels. Landmarks along the curves are added to `landmarks`.
 
     Raises InputError where one of the labels is on no voxel of the working grid.
     """
     request, way = deformed.request, _way(deformed)
-    marks = _with_curves(deformed, way)
+    marks = _marks(deformed, way)
     points, targets, radius, told = _landmarks(deformed, marks, way)
     borders, labels = _borders(deformed)
     deformed = replace(deformed, landmarks=marks, landmarks_told=told, labels_told=labels)
@@ -61,25 +62,39 @@ def _way(deformed):
     return Affine(deformed.affine) if deformed.start is None else rescaled(deformed.start, deformed.scale)
 
 
-def _with_curves(deformed, way):
-    """The landmarks of the request, and those along its curves, `APART` radii from each other, see `demons.curves`."""
-    marks, scale, grid = deformed.landmarks, deformed.scale, deformed.grid
-    if marks is None:
+def _marks(deformed, way):
+    """The landmarks of the request, with those along its curves."""
+    scale, grid, u = deformed.scale, deformed.grid, channels_first(deformed.u)
+    if deformed.landmarks is None:
         return Landmarks((), *np.zeros((2, 0, 3)), *np.zeros((2, 0)))
-    if marks.weight is None:
-        marks = replace(marks, weight=np.ones(len(marks.names)))
-    to_voxel, u = np.linalg.inv(grid), channels_first(deformed.u)
-    found = [(marks.names, marks.fixed, marks.moving, marks.radius, marks.weight)]
+
+    def moved(points):
+        voxels = map_points(np.linalg.inv(grid), scale * points)
+        return map_points(grid, voxels + sample(u, voxels)) / scale
+
+    return with_curves(deformed.landmarks, moved, rescaled(way, 1 / scale), RADIUS / scale)
+
+
+def with_curves(marks, moved, way, radius):
+    """`Landmarks` with those along their curves, `APART` radii from each other, see `demons.curves`; all have weights.
+
+    Args:
+      marks: the `Landmarks`, in RAS mm.
+      moved: function of points (N, 3) of the fixed world, where the deformation found so far has them.
+      way: the map from there to the moving world, with its inverse, one of `transforms.maps`.
+      radius: mm, of a curve without one.
+    """
+    weight = np.ones(len(marks.names)) if marks.weight is None else marks.weight
+    found = [(marks.names, marks.fixed, marks.moving, marks.radius, weight)]
     for curve in marks.curves:
-        radius = RADIUS if np.isnan(curve.radius) else scale * curve.radius
-        number = 1 + max(1, math.ceil(scale * demons.curves.length(curve.fixed) / (APART * radius)))
+        apart = APART * (radius if np.isnan(curve.radius) else curve.radius)
+        number = 1 + max(1, math.ceil(demons.curves.length(curve.fixed) / apart))
         fixed = demons.curves.along(curve.fixed, number)
-        voxels = map_points(to_voxel, scale * fixed)
-        places, line = voxels + sample(u, voxels), map_points(to_voxel, way.inverse(scale * curve.moving))
+        places, line = moved(fixed), way.inverse(curve.moving)
         # It may be drawn from its other end.
         ends = min((demons.curves.matching(places, one) for one in (line, line[::-1])), key=lambda both: both[1])[0]
-        found.append((tuple(f"{curve.name} ({k} of {number})" for k in range(1, number + 1)), fixed,
-                      way(map_points(grid, ends)) / scale, *(np.full(number, x) for x in (curve.radius, curve.weight))))
+        found.append((tuple(f"{curve.name} ({k} of {number})" for k in range(1, number + 1)), fixed, way(ends),
+                      *(np.full(number, x) for x in (curve.radius, curve.weight))))
     names, *values = zip(*found, strict=True)
     return Landmarks(sum(names, ()), *map(np.concatenate, values))
 
@@ -119,24 +134,54 @@ def _borders(deformed):
                 raise InputError(f"label {number} of {labels.path} fills no voxel of {deformed.spacing:.2g} mm: leave "
                                  "it out of --guide_labels")
         distances.append(np.stack(list(map(demons.signed_distance, inside)), -1))
-    fixed, moving = distances
-    moved, radius = np.asarray(warp(jnp.asarray(moving), deformed.u)), BORDER_RADIUS / deformed.spacing
-    told = []
-    for k, (pair, dice) in enumerate(zip(wanted, _dice(distances, deformed.u), strict=True)):
-        apart = np.abs(moved[..., k])[np.abs(fixed[..., k]) < 1].mean()
-        far = None if apart <= demons.FARTHEST * radius else (
-            f"lies {apart * deformed.spacing / deformed.scale:.1f} mm from its partner, too far to be brought there")
-        if far:
-            warnings.warn(InputWarning(f"label {pair[0]} {far}, and is left out; correct --guide_labels"), stacklevel=3)
-        told.append({"fixed": pair[0], "moving": pair[1], "dice_before": dice, "dice_after": dice, "left_out": far})
-    return distances, tuple(told)
+    moved = np.asarray(warp(jnp.asarray(distances[1]), deformed.u))
+    left_out = labels_left_out(wanted, distances[0], moved, deformed.spacing / deformed.scale, deformed.scale)
+    warn_of_labels(wanted, left_out)
+    return distances, tuple({"fixed": pair[0], "moving": pair[1], "dice_before": dice, "dice_after": dice,
+                             "left_out": left_out.get(k)}
+                            for k, (pair, dice) in enumerate(zip(wanted, _dice(distances, deformed.u), strict=True)))
+
+
+def labels_left_out(pairs, fixed, moved, spacing, scale):
+    """{index: why it is left out} of pairs of labels that are out of reach, or contradict others.
+
+    A pair is out of reach where the two borders are more than `demons.FARTHEST` radii from each other in the mean. The
+    centres of the structures contradict each other as landmarks do, see `demons.contradictory`: two neighbours that are
+    to change their places, for instance.
+
+    Args:
+      pairs: (label of the fixed image, label of the moving image) of each.
+      fixed, moved: their signed distances (D, H, W, C), in voxels, the latter after the registration found so far.
+      spacing: mm, of the voxels.
+      scale: that of the registration, in whose lengths `BORDER_RADIUS` and `OPPOSED` are.
+    """
+    apart = [np.abs(b)[np.abs(a) < 1].mean() * spacing for a, b in zip(*(np.moveaxis(x, -1, 0) for x in (fixed, moved)),
+                                                                      strict=True)]
+    found = {k: f"lies {mm:.1f} mm from its partner, too far to be brought there"
+             for k, mm in enumerate(apart) if mm > demons.FARTHEST * BORDER_RADIUS / scale}
+    near = [k for k in range(len(pairs)) if k not in found and (moved[..., k] < 0).any()]
+    centres = [np.array([np.argwhere(x[..., k] < 0).mean(0) for k in near]).reshape(-1, 3) for x in (fixed, moved)]
+    lacked = np.linalg.norm(centres[1] - centres[0], axis=-1)
+    against = demons.contradictory(*centres, lacked, OPPOSED / scale / spacing)
+    return found | {near[k]: f"contradicts label {pairs[near[other]][0]}: no smooth deformation brings both to their "
+                             "partners" for k, other in against.items()}
+
+
+def warn_of_labels(pairs, left_out):
+    """Warn of each pair of labels that is left out."""
+    for k, why in left_out.items():
+        warnings.warn(InputWarning(f"label {pairs[k][0]} {why}, and is left out; correct --guide_labels"), stacklevel=3)
+
+
+def overlap(a, b):
+    """Dice of two structures, bool."""
+    return float(2 * (a & b).sum() / max(a.sum() + b.sum(), 1))
 
 
 def _dice(borders, u):
     """Dice of each pair of structures on the working grid, from their signed distances, by the displacement u."""
     fixed, moved = np.asarray(borders[0]) < 0, np.asarray(warp(jnp.asarray(borders[1]), u)) < 0
-    return [float(2 * (a & b).sum() / (a.sum() + b.sum())) for a, b in zip(np.moveaxis(fixed, -1, 0),
-                                                                          np.moveaxis(moved, -1, 0), strict=True)]
+    return list(map(overlap, np.moveaxis(fixed, -1, 0), np.moveaxis(moved, -1, 0)))
 
 
 def contradicting(names, points, targets, lacked, slack):

@@ -10,7 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from drivenmorph_jax import demons
-from drivenmorph_jax.demons.guidance import FARTHEST, REGION, STRIDE, driven_by_images, kernel
+from drivenmorph_jax.demons.guidance import FARTHEST, REGION, STRIDE, driven_by_images, kernel, softly
+from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.unfold import unfolded
@@ -22,7 +23,7 @@ from drivenmorph_jax.images.masks import fill
 from drivenmorph_jax.images.volume import affine_of_part, resample, widened
 from drivenmorph_jax.registration import region
 from drivenmorph_jax.registration.align import RIM
-from drivenmorph_jax.registration.guide import ITERATIONS
+from drivenmorph_jax.registration.guide import BORDER_RADIUS, ITERATIONS, labels_left_out
 from drivenmorph_jax.registration.read import scaled
 from drivenmorph_jax.registration.score import similarity
 from drivenmorph_jax.transforms.world import (
@@ -44,6 +45,7 @@ class Piece:
     """What a correction changes at one place."""
 
     far: np.ndarray  # (N,) bool, the landmarks that are out of reach
+    labels_left_out: dict  # {index of a pair of labels: why it is left out}
     region: tuple[slice, slice, slice] = region.NOWHERE  # on the fixed grid
     changed: tuple[np.ndarray, ...] = ()  # where in the region the arrays below replace those of the result, bool
     parts: tuple[np.ndarray | None, ...] = ()  # displacement, warped image, Jacobian and warped labels there
@@ -52,19 +54,20 @@ class Piece:
     folded: tuple[int, int] = (0, 0)  # voxels of the brain in the region: those that fold, and all
 
 
-def piece_of(session, box, points, targets, radius, mask, stiffness, tell) -> Piece:
+def piece_of(session, box, points, targets, radius, weight, mask, pairs, stiffness, tell) -> Piece:
     """Compute the `Piece` of a box. Points (N, 3), radii (N,) and the stiffness are in voxels of the working grid, the
-    mask (X, Y, Z) is on the fixed grid, or None."""
+    mask (X, Y, Z) is on the fixed grid, or None. `pairs` are those of labels whose structures lie in the box."""
     tell("images", 0.0)
     work = _Work(session, box, mask)
     to_box = np.linalg.inv(box.affine) @ session.grid
-    far = work.placed(*(map_points(to_box, x) for x in (points, targets)), radius)
-    if far.all() and mask is None:
-        return Piece(far)
+    far = work.placed(*(map_points(to_box, x) for x in (points, targets)), radius, weight)
+    left_out = work.bordered(pairs) if pairs else {}
+    if far.all() and mask is None and work.borders is None:
+        return Piece(far, left_out)
     tell("deform", 0.15)
     n = work.deformed(0 if session.summary["stiffness"] == "high" else ITERATIONS, session.force, stiffness)
     tell("warp", 0.7)
-    piece = _pasted(session, box, np.asarray(n - work.n), Piece(far))
+    piece = _pasted(session, box, np.asarray(n - work.n), Piece(far, left_out))
     tell("measure", 0.9)
     return replace(piece, **work.numbers(n, piece))
 
@@ -122,7 +125,7 @@ class _Work:
     """A correction in its box. Images are (D, H, W, 1), fields (D, H, W, 3) in voxels of the box."""
 
     def __init__(self, session, box, mask):
-        self.session, self.box = session, box
+        self.session, self.box, self.borders = session, box, None
         self.n = self._found()
         self.mask = None
         if mask is not None:
@@ -166,7 +169,7 @@ class _Work:
                                   RIM / session.scale)[1][..., None]
         return images, tuple(1.0 - out for out in outs)
 
-    def placed(self, points, targets, radius):
+    def placed(self, points, targets, radius, weight):
         """Place landmarks, in voxels of the box; returns which of them are out of reach (N,) bool. They are not used.
 
         Landmarks AWAY, which want nothing, fill them up.
@@ -175,35 +178,69 @@ class _Work:
         away = np.full((more, 3), AWAY)
         points, targets = np.concatenate([points, away]), np.concatenate([targets, away + self.start[0, 0, 0]])
         radius = np.concatenate([radius, np.full(more, radius.mean() if len(radius) else PLACES)])
+        weight = np.concatenate([weight, np.ones(more)])
         between, found = (np.array(x) for x in inverse_at(self.start, *(jnp.asarray(x, jnp.float32) for x in (
             targets, points)), 100))
         far = ~found | (np.linalg.norm(between - points, axis=-1) > FARTHEST * radius)
         points[far], between[far], targets[far] = AWAY, AWAY, AWAY + np.asarray(self.start[0, 0, 0])
-        self.points, self.between, self.targets, self.radius = (
-            jnp.asarray(x, jnp.float32) for x in (points, between, targets, radius))
+        self.points, self.between, self.targets, self.radius, self.trust = (
+            jnp.asarray(x, jnp.float32) for x in (points, between, targets, radius, weight))
         return far[:len(far) - more]
+
+    def bordered(self, pairs):
+        """Take the borders of pairs of labels; returns those that are left out, {index: why}.
+
+        Raises InputError where a structure of the fixed image is too small for the voxels of the box.
+        """
+        session, box, way, found = self.session, self.box, self.way(self.start), ([], [])
+        for fixed, moving in pairs:
+            volume = replace(session.fixed_labels, data=(session.fixed_labels.data == fixed).astype(np.float32))
+            inside = resample(volume, box.shape, box.affine) > 0.5
+            if not inside.any():
+                raise InputError(f"label {fixed} of {volume.path} fills no voxel of {session.spacing:.2g} mm: leave it "
+                                 "out")
+            volume = replace(session.labels, data=(session.labels.data == moving).astype(np.float32))
+            found[0].append(demons.signed_distance(inside))
+            partner = pull_back(volume, way, box.affine) > 0.5
+            found[1].append(demons.signed_distance(partner) if partner.any() else np.full(box.shape, -AWAY, np.float32))
+        found = [np.stack(some, -1) for some in found]
+        left_out = labels_left_out(pairs, *found, session.spacing, session.scale)
+        used = [k for k in range(len(pairs)) if k not in left_out]
+        if used:
+            self.borders = tuple(jnp.asarray(x[..., used]) for x in found)
+        return left_out
 
     def deformed(self, iterations, force, stiffness):
         """n with the correction. `stiffness` is in voxels."""
         weight = self.around = self._around()
         psi = demons.guided(*self.images, jnp.zeros_like(self.n), self.points, self.between, self.radius,
-                            iterations=iterations, force=force, weights=self.weights, around=self.around)
+                            iterations=iterations, force=force, weights=self.weights, around=self.around,
+                            trust=self.trust, borders=self.borders, border_radius=self._lengths(BORDER_RADIUS))
         n = compose(self.start, psi)
         if self.mask is not None:
             n = fill(n, self.mask)
         if stiffness:
             n = n + weight * (gaussian_smooth(n, stiffness) - n)
-        return demons.guided(*self.images, n, self.points, self.targets, self.radius, iterations=0, force=force,
+        targets = softly(n, self.points, self.targets, self.trust)
+        return demons.guided(*self.images, n, self.points, targets, self.radius, iterations=0, force=force,
                              weights=self.weights)
+
+    def _lengths(self, mm):
+        """A length of the registration in voxels of the box."""
+        return mm / self.session.scale / self.session.spacing
 
     def _around(self):
         """w: how much images drive each voxel. It ends a voxel of `guided` sooner, which samples linearly."""
-        weight = driven_by_images(self.box.shape, self.points, REGION * self.radius - STRIDE)
-        if self.mask is None:
-            return weight
-        far = ndimage.distance_transform_edt(~np.asarray(self.mask[..., 0]))
-        reach = max(AROUND / self.session.scale / self.session.spacing - STRIDE, 1)
-        return jnp.maximum(weight, jnp.minimum(1, 2 * kernel(jnp.asarray(far, jnp.float32) / reach))[..., None])
+        weight, others = driven_by_images(self.box.shape, self.points, REGION * self.radius - STRIDE), []
+        if self.borders is not None:
+            others.append((jnp.abs(self.borders[0]).min(-1), REGION * BORDER_RADIUS))
+        if self.mask is not None:
+            far = ndimage.distance_transform_edt(~np.asarray(self.mask[..., 0]))
+            others.append((jnp.asarray(far, jnp.float32), AROUND))
+        for far, mm in others:
+            near = kernel(far / max(self._lengths(mm) - STRIDE, 1))
+            weight = jnp.maximum(weight, jnp.minimum(1, 2 * near)[..., None])
+        return weight
 
     def numbers(self, n, piece):
         """The numbers of a `Piece` whose deformation is n, by their names there."""

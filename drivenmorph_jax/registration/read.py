@@ -72,10 +72,7 @@ class Request:
             if getattr(self, name) not in choices:
                 *others, last = map(repr, choices)
                 raise InputError(f"{name} is {getattr(self, name)!r}: set it to {', '.join(others)} or {last}")
-        for k, name in enumerate(("fixed", "moving")):
-            numbers = [pair[k] for pair in self.label_pairs]
-            if repeated := [number for number in numbers if numbers.count(number) > 1]:
-                raise InputError(f"guide_labels names label {repeated[0]} of the {name} image twice: name each once")
+        self.label_pairs  # noqa: B018 refused now
         if len(self.extra["fixed"]) != len(self.extra["moving"]):
             raise InputError(f"extra_fixed has {len(self.extra['fixed'])} images and extra_moving "
                              f"{len(self.extra['moving'])}: give the same number of both, in the same order")
@@ -85,18 +82,8 @@ class Request:
 
     @property
     def label_pairs(self):
-        """The pairs (label of the fixed image, label of the moving image) of `guide_labels`.
-
-        Raises InputError where these are no labels.
-        """
-        found = []
-        for text in map(str, self.guide_labels or ()):
-            numbers = [int(part) if part.isdecimal() else 0 for part in text.split("=")]
-            if len(numbers) > 2 or min(numbers) < 1:
-                raise InputError(f"guide_labels has {text!r}: give labels above 0 such as 17, or 10=49 where label 10 "
-                                 "of the fixed image is 49 in the moving one")
-            found.append((numbers[0], numbers[-1]))
-        return found
+        """The pairs of labels of `guide_labels`, see `label_pairs`."""
+        return label_pairs(self.guide_labels)
 
     @property
     def extra(self):
@@ -150,7 +137,7 @@ def read(request: Request) -> Pair:
              else _ignored(mask, image, request) for role, image in images.items()}
     extra = tuple(zip(*([load_image(source, request.geometry) for source in some] for some in request.extra.values()),
                       strict=True))
-    _check_labels(request, maps)
+    check_labels(request.label_pairs, maps)
     affine, start = _initial(request, images) if request.initial_transform is not None else (request.affine, None)
     if isinstance(affine, bool):
         affine = "affine" if affine else "none"
@@ -211,15 +198,35 @@ def within(landmarks, images, file=""):
     return landmarks
 
 
-def _check_labels(request, maps):
-    """Raises InputError where `guide_labels` names a label that its map lacks, or a map is not given."""
+def label_pairs(given):
+    """The pairs (label of the fixed image, label of the moving image) of texts such as 17, or 10=49.
+
+    Raises InputError where these are no labels, or one label of an image is in two pairs.
+    """
+    found = []
+    for text in map(str, given or ()):
+        numbers = [int(part) if part.isdecimal() else 0 for part in text.split("=")]
+        if len(numbers) > 2 or min(numbers) < 1:
+            raise InputError(f"guide_labels has {text!r}: give labels above 0 such as 17, or 10=49 where label 10 of "
+                             "the fixed image is 49 in the moving one")
+        found.append((numbers[0], numbers[-1]))
+    for name, numbers in zip(("fixed", "moving"), zip(*found, strict=True), strict=False):
+        if repeated := [number for number in numbers if numbers.count(number) > 1]:
+            raise InputError(f"the pairs of labels name label {repeated[0]} of the {name} image twice: name each once")
+    return tuple(found)
+
+
+def check_labels(pairs, maps):
+    """Raises InputError where a pair has a label that its map lacks, or a map is None; `maps` are {"fixed_labels",
+    "moving_labels": Volume}."""
     for k, role in enumerate(("fixed", "moving")):
-        for pair in request.label_pairs:
+        for pair in pairs:
             if (labels := maps[f"{role}_labels"]) is None:
-                raise InputError(f"guide_labels needs the label maps of both images: give {role}_labels, too")
+                raise InputError(f"pairs of labels need the label maps of both images: give {role}_labels to register, "
+                                 "too")
             if not (labels.data == pair[k]).any():
-                raise InputError(f"{labels.path} has no label {pair[k]}, which guide_labels names: give one that it "
-                                 "has")
+                raise InputError(f"{labels.path} has no label {pair[k]}, which a pair of labels names: give one that "
+                                 "it has")
 
 
 def _ignored(source, image, request):

@@ -15,6 +15,7 @@ from drivenmorph_jax.evaluation import layers, metrics
 from drivenmorph_jax.images.intensity import anchored
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import affine_of_part, resample
+from drivenmorph_jax.registration.checks import after_correction
 from drivenmorph_jax.registration.guide import RADIUS
 from drivenmorph_jax.registration.result import SUMMARY, read_summary, transform_names
 from drivenmorph_jax.transforms.itk import read_affine
@@ -160,5 +161,10 @@ class Shown:
         return {"title": f"{Path(self.moving.path).name} to {Path(self.fixed.path).name}",
                 "middle": map_points(self.fixed.affine, np.array(self.fixed.data.shape) // 2).tolist(),
                 "colours": layers.COLOURS, "overlays": {name: vars(layers.OVERLAYS[name]) for name in self.maps()},
-                "radius": RADIUS,
-                "checks": sorted(self.summary.get("checks", ()), key=lambda one: one["status"] == "ok")}
+                "radius": RADIUS, "checks": self.checks()}
+
+    def checks(self, state=None, landmarks=(), labels=()):
+        """The checks, those that warn first. Of a state: with those that tell of its landmarks and pairs of labels."""
+        found = self.summary.get("checks", ())
+        return sorted(found if state is None else after_correction(found, landmarks, labels),
+                      key=lambda one: one["status"] == "ok")

@@ -11,13 +11,14 @@ async function start() {
   for (const [name, map] of Object.entries(result.overlays))
     if (name !== "labels") by("overlay").append(new Option(map.name, name));
   by("outline").hidden = !("labels" in result.overlays);
-  checks(result.checks, {});
+  checks(result.checks);
   if (result.pair) pair(result.pair);
   await open(result);
-  steer(result);
+  steer(result, checks);
   listen(heard, words => { by("status").textContent = words; });
   document.body.dataset.ready = "yes";
-  checks(result.checks, await (await fetch("places.json")).json());
+  places = await (await fetch("places.json")).json();
+  checks(shown);
 }
 
 // In a cohort: the way to the others, and what is decided.
@@ -32,13 +33,16 @@ async function pair({name, next}) {
   by("pair").hidden = false;
 }
 
-function checks(found, places) {
+let shown = [], places = {};
+
+function checks(found) {
+  shown = found;
   const number = x => x === null ? "" : String(Number(x.toPrecision(3)));
   by("checks").replaceChildren(table(
     ["", "check", "value", "at least", "at most", "where it is worst", "what it means"], found.map(one => row([
       element("span", one.status, one.status), one.name, number(one.value), ...one.limits.map(number),
       places[one.name] ? button("show", () => go(places[one.name]), `Show where ${one.name} is worst`) : "",
-      one.sentence]))));
+      one.found ? `${one.sentence} This is the value before the correction; Export measures it again.` : one.sentence]))));
 }
 
 start().catch(error => { by("status").textContent = `The page cannot show the result: ${error.message}`; });

@@ -1,4 +1,5 @@
 // The three panels. NiiVue draws; this file links them, and puts maps over them.
+import { draw as drawMarks } from "./marks.js";
 import { Niivue } from "./niivue.js";
 import { by, element } from "./table.js";
 
@@ -39,7 +40,13 @@ export async function open(told) {
     view.setSliceType(Number(by("slices").value));
     views[name] = view;
     await draw(name, await files[name]);
-    view.scene.crosshairPos = view.mm2frac(middle ?? (middle = result.middle));
+    const drawScene = view.drawScene.bind(view);
+    view.drawScene = (...how) => {
+      const drawn = drawScene(...how);
+      drawMarks(name, view);
+      return drawn;
+    };
+    view.scene.crosshairPos = fraction(view, middle ?? (middle = result.middle));
     view.drawScene();
     view.onLocationChange = place => moved(name, Array.from(place.mm).slice(0, 3));
   }
@@ -62,13 +69,18 @@ export function onMove(heard) {
 
 export const place = () => middle;
 
+// Parts of the sides of the images, which NiiVue has, from RAS mm and back. In an oblique image NiiVue's own millimetres
+// are others, along its axes.
+export const fraction = (view, mm) => view.mm2frac(mm, 0, true);
+const millimetres = (view, frac) => Array.from(view.frac2mm(frac, 0, true)).slice(0, 3);
+
 // Every panel goes to a point in RAS mm.
 export function go(mm, except = "") {
-  const frac = views.fixed.mm2frac(mm).map(x => Math.min(Math.max(x, 0), 1));
-  middle = Array.from(views.fixed.frac2mm(frac)).slice(0, 3);
+  const frac = Array.from(fraction(views.fixed, mm)).map(x => Math.min(Math.max(x, 0), 1));
+  middle = millimetres(views.fixed, frac);
   for (const [name, view] of Object.entries(views))
     if (name !== except) {
-      view.scene.crosshairPos = view.mm2frac(middle);
+      view.scene.crosshairPos = fraction(view, middle);
       view.drawScene();
     }
   tell();

@@ -38,7 +38,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 JSON = "application/json"
 SCRIPT, STYLE, HTML = (f"text/{kind}; charset=utf-8" for kind in ("javascript", "css", "html"))
-SCRIPTS = "page", "panels", "steer", "program", "table", "decide", "cohort"
+SCRIPTS = "page", "panels", "marks", "steer", "program", "table", "decide", "cohort"
 PARTS = {"page.css": STYLE} | {f"{name}.js": SCRIPT for name in SCRIPTS}
 
 

@@ -1,7 +1,8 @@
 """The page of a result: what it shows, and the corrections that are asked for on it.
 
-The history of the corrections is written to the folder of the result after each of them, so that a program that was
-ended goes on where it was. All pages of a program show the same.
+The history of the corrections is written to the folder of the result after each of them, and after each mark on the
+page, which is a draft of the next one. So a program that was ended goes on where it was. All pages of a program show
+the same.
 """
 
 import base64
@@ -15,15 +16,20 @@ from pathlib import Path
 import numpy as np
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import finite
+from drivenmorph_jax.files import finite, json_text
 from drivenmorph_jax.registration.correct import Correction, Session
-from drivenmorph_jax.registration.history import HISTORY, History, landmark_rows
+from drivenmorph_jax.registration.guide import overlap
+from drivenmorph_jax.registration.history import HISTORY, History, landmark_rows, same
+from drivenmorph_jax.registration.read import check_labels, label_pairs, within
 from drivenmorph_jax.transforms.points import Landmarks
 from drivenmorph_jax.transforms.world import channels_first, map_points, sample
 from drivenmorph_jax.view.layers import Shown
 from drivenmorph_jax.view.news import News
 
+BYTES = "application/octet-stream"
 BUSY = "the program is at work: wait until it has ended"
+NOTHING_NEW = "nothing was changed since the last correction: mark a landmark, paint, or change the stiffness first"
+INVERSE_STEPS, CLOSE = 60, 0.5  # of the place of a landmark in the warped image; mm, how close it has to come
 
 
 class ResultPage:
@@ -42,7 +48,9 @@ class ResultPage:
         self._session = self._history = None
         self._states = {}  # of the history, by their numbers
         self._state = {}  # what the pages are told of the one that is shown, when a work has ended
-        self.news = News(able=False, busy=None, said="", warn=False, made=0, **self._told(None))
+        self._structures = {}  # of the label maps, {label of the fixed image: a point of it}
+        self.news = News(able=False, busy=None, said="", warn=False, made=0, drafted=0, drafter="", labels=None,
+                         **self._told(None))
 
     # What the page gets.
 
@@ -55,21 +63,21 @@ class ResultPage:
         layer, told = name.removesuffix(".nii"), self.news.content
         if layer == name:
             return None
+        if layer == "distrust":  # empty where there is none: a page may ask for what was undone meanwhile
+            mask = self._wanted.distrust
+            return self.shown.drawing(np.zeros(self.shown.fixed.data.shape) if mask is None else mask), BYTES
         with self._making:  # a file that two pages want is made once
             if (layer, told["made"]) not in self._files:
                 if (made := self._file(layer, told["at"])) is None:
                     return None
                 self._files = {key: file for key, file in self._files.items() if key[1] == told["made"]}
                 self._files[layer, told["made"]] = made
-            return self._files[layer, told["made"]], "application/octet-stream"
+            return self._files[layer, told["made"]], BYTES
 
     def _file(self, layer, at):
         state = self._states.get(at)
         if layer == "before":
             return self.shown.file("warped", self._states.get(at - 1))
-        if layer == "distrust":  # empty where there is none: a page may ask for what was undone meanwhile
-            mask = None if state is None else state.correction.distrust
-            return self.shown.drawing(np.zeros(self.shown.fixed.data.shape) if mask is None else mask)
         known = layer in self.shown.images or layer in self.shown.maps(state)
         return self.shown.file(layer, state) if known else None
 
@@ -91,14 +99,18 @@ class ResultPage:
     def act(self, name, asked):
         """Do what a page asks for, and return the answer, a dictionary. Raises InputError where it cannot be done."""
         acts = {"go": self._go, "undo": self._undo, "redo": self._redo, "export": self._export}
-        if name not in (*acts, "point", "warm"):
+        if name not in (*acts, "point", "label", "draft", "warm"):
             return None
         told = self.news.content
         if not told["able"]:
             raise InputError(BUSY if told["busy"] else told["said"])
         if name == "point":
             return {"moving": self._carried(asked.get("panel"), _point(asked.get("place")))}
-        if name == "warm":
+        if name == "label":
+            return {"label": self._label(_point(asked.get("place")))}
+        if name == "draft":
+            self._draft(asked)
+        elif name == "warm":
             if self._warmed.acquire(blocking=False):
                 threading.Thread(target=self._warm, daemon=True).start()
         else:
@@ -139,10 +151,13 @@ class ResultPage:
                 try:
                     self._history = History.read(self.shown.folder / HISTORY, session)
                 except InputError as error:
-                    said = f"{error}. The next correction begins another history in its place"
+                    said = f"{error}. What you mark next begins another history in its place"
         except InputError as error:
             raise InputError(f"The result can be looked at only. {error}") from error
         self._session = session
+        maps = {"fixed": session.fixed_labels, "moving": session.labels}
+        if None not in maps.values():
+            self._state |= {"labels": {role: np.unique(one.data[one.data > 0]).tolist() for role, one in maps.items()}}
         self._show()
         self._state |= {"able": True}
         return said
@@ -158,8 +173,30 @@ class ResultPage:
         with self._computing:
             return self._session.corrected(correction, self._progress)
 
+    @property
+    def _wanted(self):
+        """The correction whose marks the page shows: the draft, or else what is in force."""
+        return Correction() if self._history is None else (
+            self._history.draft or self._history.correction or Correction())
+
+    def _draft(self, asked):
+        """Keep what is marked on a page, and show it on the others."""
+        correction = self._asked(asked)
+        with self._asking:
+            if self.news.content["busy"]:
+                raise InputError(BUSY)
+            self._history.ask(correction)
+            try:
+                self._write()
+            finally:
+                self._state |= self._told(self._history)
+                self.news.tell(**self._state, said="", warn=False, drafted=self.news.content["drafted"] + 1,
+                               drafter=str(asked.get("page", ""))[:99])
+
     def _go(self, asked):
         correction = self._asked(asked)
+        if same(correction, self._history.correction or Correction()) and self._history.at:
+            raise InputError(NOTHING_NEW)
 
         def work():
             state = self._corrected(correction)
@@ -183,9 +220,17 @@ class ResultPage:
     def _keep(self):
         """Write the history, and show where it is, also where it cannot be written."""
         try:
-            self._history.write(self.shown.folder)
+            self._write()
         finally:
             self._show()
+
+    def _write(self):
+        try:
+            self._history.write(self.shown.folder)
+        except InputError as error:
+            raise InputError("What is marked and corrected lasts until the program ends only, since "
+                             f"{self.shown.folder / HISTORY} cannot be written: make the folder writable, or free "
+                             "space") from error
 
     def _show(self):
         """Show the state at which the history is, and the one before."""
@@ -202,7 +247,8 @@ class ResultPage:
         def work():
             with self._computing:
                 self._session.save(self._history, out, self._progress)
-            return f"All files are in {out}"
+            return f"All files are in {out}" + (
+                ". What was marked since the last correction is not in them" if self._history.draft else "")
 
         return "write the files", work
 
@@ -212,31 +258,105 @@ class ResultPage:
     def _told(self, history):
         """What the pages are told of a history."""
         step = None if history is None else history.current
-        correction, at = (Correction(), 0) if step is None else (step.correction, history.at)
+        at, wanted = (0, Correction()) if history is None else (history.at, self._wanted)
+        state = self._states.get(at)
+        told = [self.shown.summary.get(name, []) for name in ("landmarks", "guided_labels")] if step is None else (
+            [step.told, step.labels_told])
         return finite({
-            "at": at, "before": at > 0, "maps": list(self.shown.maps(self._states.get(at))),
-            "stiffness": correction.stiffness, "distrust": correction.distrust is not None,
-            "landmarks": landmark_rows(correction.landmarks),
-            "told": self.shown.summary.get("landmarks", []) if step is None else step.told,
+            "at": at, "before": at > 0, "maps": list(self.shown.maps(state)),
+            "undoable": history is not None and history.undoable, "redoable": history is not None and history.redoable,
+            "stiffness": wanted.stiffness, "distrust": wanted.distrust is not None,
+            "landmarks": self._landmarks(wanted, step, at), "label_pairs": self._pairs(wanted, step),
+            "told": told[0] if step is None else [], "checks": self.shown.checks(step, *told),
             "steps": [] if history is None else [
                 {"words": _words(one.correction), **one.numbers} for one in history.steps]})
 
+    def _landmarks(self, correction, step, at):
+        """The rows of the landmarks of a correction. Each has its distance in the result as it was found, the place
+        where each panel shows its point, in RAS mm, or None, and, where it is in force, what came of it."""
+        rows = landmark_rows(correction.landmarks)
+        if not rows:
+            return rows
+        came = {} if step is None else {json_text(row): {name: one[name] for name in ("after_mm", "left_out")}
+                                        for row, one in zip(landmark_rows(step.correction.landmarks), step.told,
+                                                            strict=True)}
+        fixed, moving = correction.landmarks.fixed, correction.landmarks.moving
+        straight = map_points(np.linalg.inv(self.shown.linear), moving)
+        places = {"fixed": fixed, "moving": straight, "warped": self._inverse(at, straight, fixed),
+                  "before": self._inverse(at - 1, straight, fixed)}
+        lacked = np.linalg.norm(self._moved(0, fixed) - straight, axis=-1)
+        return [row | {"before_mm": float(lacked[k]), **came.get(json_text(row), {"after_mm": None}), "places": {
+            panel: None if np.isnan(points[k]).any() else points[k].tolist() for panel, points in places.items()}}
+            for k, row in enumerate(rows)]
+
+    def _moved(self, at, points):
+        """Points (N, 3) of the fixed world by the deformation of a state, without the affine, RAS mm."""
+        displacement, affine = self._states.get(at, self._session.first).displacement, self.shown.fixed.affine
+        moved = points + sample(np.moveaxis(displacement, -1, 0), map_points(np.linalg.inv(affine), points))
+        return map_points(np.linalg.inv(self.shown.linear), moved)
+
+    def _inverse(self, at, targets, start):
+        """Where the deformation of a state, without the affine, takes targets (N, 3) from; nan where that is not found.
+
+        It is found by the iteration of `fields.inverse.inverse`.
+        """
+        points = start.copy()
+        for _ in range(INVERSE_STEPS):
+            error = self._moved(at, points) - targets
+            points -= 0.5 * error
+        return np.where(np.linalg.norm(error, axis=-1, keepdims=True) < CLOSE, points, np.nan)
+
+    def _pairs(self, correction, step):
+        """The rows of the pairs of labels of a correction, with Dice before and, where it is in force, after."""
+        known, rows = {} if step is None else {(one["fixed"], one["moving"]): one for one in step.labels_told}, []
+        for fixed, moving in correction.label_pairs:
+            if fixed not in self._structures:
+                voxels = np.argwhere(self._session.fixed_labels.data == fixed)
+                nearest = voxels[np.linalg.norm(voxels - voxels.mean(0), axis=-1).argmin()]
+                self._structures[fixed] = map_points(self.shown.fixed.affine, nearest).tolist()
+            before = known.get((fixed, moving)) or {"dice_before": overlap(
+                self._session.fixed_labels.data == fixed, self._session.first.labels == moving), "left_out": None}
+            rows.append({"dice_after": None} | before | {"fixed": fixed, "moving": moving,
+                                                         "place": self._structures[fixed]})
+        return rows
+
+    def _label(self, place):
+        """The label of the fixed image at a point. Raises InputError where it has none."""
+        labels = self._session.fixed_labels
+        if labels is None:
+            raise InputError("the result has no label map of the fixed image: give --fixed_labels to register")
+        voxel = np.rint(map_points(np.linalg.inv(labels.affine), place)).astype(int)
+        inside = (voxel >= 0).all() and (voxel < labels.data.shape).all()
+        if not inside or not labels.data[tuple(voxel)]:
+            raise InputError("the fixed image has no label at the crosshair: go to a structure, or write its label")
+        return int(labels.data[tuple(voxel)])
+
     def _asked(self, asked):
         """The `Correction` that a page asks for."""
-        marks, drawing, stiffness = (asked.get(name) for name in ("landmarks", "distrust", "stiffness"))
+        marks, drawing, stiffness, pairs = (asked.get(name) for name in ("landmarks", "distrust", "stiffness",
+                                                                         "label_pairs"))
         try:
             stiffness = float(stiffness)
             names = tuple(str(one["name"]).strip() for one in marks)
             points = [np.array([_point(one[role]) for one in marks]).reshape(-1, 3) for role in ("fixed", "moving")]
-            radius = np.array([np.nan if one["radius"] is None else float(one["radius"]) for one in marks])
+            radius, weight = (np.array([otherwise if one[name] is None else float(one[name]) for one in marks])
+                              for name, otherwise in (("radius", np.nan), ("weight", 1.0)))
+            pairs = [f"{fixed}={moving}" for fixed, moving in pairs]
         except (TypeError, ValueError, KeyError) as error:
             raise InputError("the page sent something that is no correction: load the page again") from error
         if not 0 <= stiffness < np.inf or (radius <= 0).any() or np.isinf(radius).any():
             raise InputError("a radius is not above 0, or the stiffness is below 0: correct it")
+        if not ((weight > 0) & (weight <= 1)).all():
+            raise InputError("a weight is not above 0 and up to 1: correct it")
         if not all(names) or len(set(names)) < len(names):
             raise InputError("two landmarks have one name, or one has none: name each of them")
-        landmarks = Landmarks(names, *points, radius) if names else None
-        return Correction(landmarks, None if drawing is None else self.shown.mask(self._unpacked(drawing)), stiffness)
+        landmarks, session = Landmarks(names, *points, radius, weight) if names else None, self._session
+        if names:
+            within(landmarks, {"fixed": session.fixed, "moving": session.moving})
+        if pairs := label_pairs(pairs):
+            check_labels(pairs, {"fixed_labels": session.fixed_labels, "moving_labels": session.labels})
+        return Correction(landmarks, None if drawing is None else self.shown.mask(self._unpacked(drawing)), stiffness,
+                          pairs)
 
     def _unpacked(self, drawing):
         """The bytes of a drawing that was compressed, of which no more are unpacked than an image in the box has."""
@@ -282,6 +402,7 @@ def _words(correction):
     """What a correction asks for, in a few words."""
     number = 0 if correction.landmarks is None else len(correction.landmarks.names)
     parts = [f"{number} landmark{'s' if number != 1 else ''}"] if number else []
+    parts += [f"label {a} onto {b}" for a, b in correction.label_pairs]
     if correction.distrust is not None:
         parts.append("not to be trusted where painted")
     if correction.stiffness:
