@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 
 import nibabel as nib
 import numpy as np
@@ -20,7 +21,9 @@ from drivenmorph_jax.images.volume import affine_of_part
 from drivenmorph_jax.registration import correct, piece, region
 from drivenmorph_jax.registration.correct import Correction, Session
 from drivenmorph_jax.registration.export import corrected_result
-from drivenmorph_jax.registration.history import History
+from drivenmorph_jax.registration.guide import labels_left_out
+from drivenmorph_jax.registration.history import History, same
+from drivenmorph_jax.registration.plan import demons_grid
 from drivenmorph_jax.registration.register import register
 from drivenmorph_jax.transforms.points import Landmarks
 from drivenmorph_jax.transforms.transform import Transform
@@ -54,8 +57,10 @@ def study(tmp_path_factory):
     brain(folder / "fixed.nii.gz", 1.1)
     brain(folder / "moving.nii.gz", 0.95)
     brain(folder / "moving_seg.nii.gz", 0.95, labels=True)
-    register(str(folder / "fixed.nii.gz"), str(folder / "moving.nii.gz"), fixed_labels=None,
-             moving_labels=str(folder / "moving_seg.nii.gz"), **FAST).save(folder / "result")
+    brain(folder / "fixed_seg.nii.gz", 1.1, labels=True)
+    register(str(folder / "fixed.nii.gz"), str(folder / "moving.nii.gz"), **{
+        f"{role}_labels": str(folder / f"{role}_seg.nii.gz") for role in ("fixed", "moving")}, **FAST).save(
+            folder / "result")
     return folder
 
 
@@ -143,6 +148,48 @@ def test_stiffness_is_a_gaussian_where_the_correction_acts(session, study, tmp_p
     loss = 1 - np.exp(-2 * (np.pi * stiffness / length) ** 2)
     np.testing.assert_allclose(state.displacement, wave * (1 - w * loss)[..., None], atol=0.05 * height)
     assert (w * loss).max() > 0.4 and state.told[0]["after_mm"] < 0.1 and state.jacobian.min() > 0
+
+
+def test_a_landmark_of_less_weight_lets_the_images_decide_partly(session, led):
+    marks = replace(led.correction.landmarks, weight=np.array([0.5]))
+    (one,) = session.corrected(Correction(marks)).told
+    assert one["weight"] == 0.5 and 0.5 < one["after_mm"] < 0.95 * one["before_mm"]
+
+
+def test_pairs_of_labels_bring_borders_together_and_nothing_moves_elsewhere(session, study, tmp_path, monkeypatch):
+    for module in (correct, piece, import_module(labels_left_out.__module__)):  # voxels are large here
+        monkeypatch.setattr(module, "BORDER_RADIUS", 2 * MM)
+    middle = [0.0, 0, 0]
+    bump = np.exp(-0.5 * (distance(session, [middle]) / 30) ** 2)[..., None] * np.array([5.0, 0, 0])
+    wrong = changed(session, study, tmp_path, session.first.displacement + bump)
+    wrong.first.found[3][:] = pull_back(wrong.labels, wrong.first.displacement, AFFINE, "nearest")
+    state = wrong.corrected(wrong.correction(guide_labels=["3"]))
+    (told,) = state.labels_told
+    assert told["fixed"] == told["moving"] == 3 and told["left_out"] is None and state.jacobian.min() > 0
+    one, other = wrong.fixed_labels.data == 3, state.labels == 3
+    assert told["dice_after"] == pytest.approx(2 * (one & other).sum() / (one.sum() + other.sum()))
+    assert told["dice_after"] > 0.9 > told["dice_before"] + 0.05
+    moved = np.linalg.norm(state.displacement - wrong.first.displacement, axis=-1)
+    border = ndimage.distance_transform_edt(wrong.fixed_labels.data != 3) * MM
+    assert moved[border > 3 * 2 * MM + MM].max() == 0 < 2 < moved.max()
+    with pytest.raises(InputError, match=r"fixed_seg.nii.gz has no label 8"):
+        session.corrected(Correction(label_pairs=((8, 3),)))
+
+
+def test_curves_of_a_table_become_landmarks_from_end_to_end(session, tmp_path):
+    """The moving line is that of the fixed one by the result, from its other end, and so the landmarks lack nothing."""
+    line = np.array([[-20.0, 0, 0], [0, 5, 0], [20, 0, 10]])
+    there = landmarks(session, line, np.zeros(3)).moving[::-1]
+    rows = [",".join([*map(repr, map(float, (*a, *b))), "ridge"]) for a, b in zip(line, there, strict=True)]
+    header = "fixed_x,fixed_y,fixed_z,moving_x,moving_y,moving_z,curve"
+    (tmp_path / "l.csv").write_text("\n".join([header, *rows]))
+    marks = session.correction(tmp_path / "l.csv").landmarks
+    number = 1 + np.ceil(np.linalg.norm(np.diff(line, axis=0), axis=-1).sum() / (0.5 * 10))
+    assert marks.names == tuple(f"ridge ({k} of {number:.0f})" for k in range(1, int(number) + 1))
+    np.testing.assert_allclose(marks.fixed[[0, -1]], line[[0, -1]])
+    found = landmarks(session, marks.fixed, np.zeros(3), names=marks.names).moving
+    np.testing.assert_allclose(marks.moving[[0, -1]], there[[-1, 0]], atol=1e-3)
+    assert np.linalg.norm(marks.moving - found, axis=-1).max() < 2  # mm, of voxels of 5
 
 
 def test_contradictory_and_distant_landmarks_are_named_and_not_obeyed(session, led):
@@ -239,6 +286,31 @@ def test_the_history_goes_back_and_forth(session, led, tmp_path):
     assert history.at == 0 and history.correction is None
 
 
+def test_a_draft_is_kept_undone_first_and_taken_again(session, led, tmp_path):
+    history, ball = History.of(session), distance(session, POINTS) < 15
+    history.ask(Correction(stiffness=0.0))  # as it is in force
+    assert history.draft is None and not history.undoable and not history.redoable
+    history.add(led.correction, led)
+    draft = Correction(led.correction.landmarks, ball, 1.0, ((3, 3), (6, 9)))
+    history.ask(draft)
+    history.write(tmp_path)
+    found = History.read(tmp_path / "history.json", session)
+    assert found.at == 1 and found.current.correction.distrust is None and same(found.draft, draft)
+    assert not same(draft, replace(draft, label_pairs=())) and not same(draft, replace(draft, distrust=~ball))
+    for one in (history, found):
+        assert not one.redoable
+        one.undo()
+        assert one.draft is None and one.at == 1 and one.redoable
+        one.undo()
+        one.redo()
+        one.redo()
+        assert same(one.draft, draft) and one.at == 1
+        one.ask(led.correction)
+        assert one.draft is None and not one.redoable
+    history.write(tmp_path)
+    assert not list(tmp_path.glob("distrust-*"))
+
+
 @pytest.mark.parametrize("change", [{"at": 5}, {"steps": [{}]}, {"displacement_crc32": 1}, None])
 def test_a_history_that_is_damaged_or_of_another_result_is_refused(session, led, tmp_path, change):
     history = History.of(session)
@@ -271,6 +343,20 @@ def test_the_export_has_all_files_of_register_and_the_history(exported, study, s
     assert summary["corrected"]["stiffness"] == 3 and summary["corrected"]["distrust_voxels"] > 0
     assert {one["name"] for one in summary["checks"]} > {"landmarks", "stretch", "inverse"}
     assert summary["method"] == "demons" and summary["inputs"] == session.summary["inputs"]
+
+
+def test_the_numbers_are_those_of_the_working_grid_of_the_result(study, led, tmp_path, monkeypatch):
+    """A network works on another grid than Demons, on which a correction is computed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module(demons_grid.__module__), "DEMONS_SPACING", 1.2 * MM)
+        register(str(study / "fixed.nii.gz"), str(study / "moving.nii.gz"), **FAST).save(tmp_path / "result")
+    other = Session(tmp_path / "result")
+    assert other.spacing == pytest.approx(MM) and other.summary["working_spacing_mm"] == pytest.approx(1.2 * MM)
+    summary = corrected_result(other, other.corrected(led.correction)).summary
+    for name in ("working_grid", "working_spacing_mm"):
+        assert summary[name] == other.summary[name]
+    assert summary["similarity_before"] == pytest.approx(other.summary["similarity_before"], abs=1e-5)
+    assert summary["similarity_after"] == pytest.approx(other.summary["similarity_after"], abs=0.1)
 
 
 def test_the_files_are_those_of_the_state_and_the_inverse_leads_back(exported, session):

@@ -15,6 +15,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.inverse import inverse
 from drivenmorph_jax.fields.jacobian import jacobian_determinant
 from drivenmorph_jax.fields.warp import compose, warp
+from drivenmorph_jax.registration.guide import labels_left_out
 from drivenmorph_jax.registration.read import Request, read
 from drivenmorph_jax.transforms.points import read_landmarks
 
@@ -95,6 +96,26 @@ def test_contradictory_landmarks_are_found_and_consistent_ones_are_not():
 def test_a_landmark_that_is_too_far_for_its_radius_is_known():
     far = demons.out_of_reach(jnp.zeros((*(SIDE,) * 3, 3)), POINTS, POINTS + (7, 0, 0), np.array([4.0, 5.0]))
     np.testing.assert_array_equal(far, [True, False])
+
+
+def test_pairs_of_labels_that_are_out_of_reach_or_contradict_others_are_named():
+    """Two neighbours that are to change their places; shells around each other, which do not; and one far away."""
+    balls = [distance([place]) - size for place, size in (([12, 20, 20], 4), ([20, 20, 20], 4), ([14, 20, 20], 4),
+                                                         ([22, 20, 20], 4), ([12, 20, 34], 4), ([12, 20, 20], 7))]
+    left, right, left_moved, right_moved, far, around = balls
+    pairs = [(17, 17), (53, 53)]
+
+    def left_out(fixed, moved):
+        return labels_left_out(pairs, np.stack(fixed, -1), np.stack(moved, -1), 1.0, 1.0)
+
+    assert left_out([left, right], [left_moved, right_moved]) == {}
+    found = left_out([left, right], [right, left_moved])
+    assert list(found) == [0] and found[0].startswith("contradicts label 53")  # it is the one that lacks more
+    assert left_out([left, around], [left_moved, around]) == {}
+    found = left_out([left, right], [left_moved, far])
+    assert list(found) == [1] and "mm from its partner, too far to be brought there" in found[1]
+    twice = labels_left_out(pairs, np.stack([left, right], -1), np.stack([right, left_moved], -1), 2.0, 0.5)
+    assert list(twice) == [0]  # lengths are those of the files
 
 
 def test_a_weight_lets_the_images_decide_partly():

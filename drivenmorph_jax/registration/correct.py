@@ -351,7 +351,8 @@ class Session:
             reach.append([mm / self.scale / self.spacing])
 
         for number, _ in pairs:
-            add(ndimage.find_objects(self.fixed_labels.data == number)[0], REGION * BORDER_RADIUS)
+            part, = ndimage.find_objects((self.fixed_labels.data == number).astype(np.uint8))
+            add(part, REGION * BORDER_RADIUS)
         if distrust is not None:
             labels, _ = ndimage.label(distrust, np.ones((3, 3, 3)))
             for part in ndimage.find_objects(labels):
