@@ -30,7 +30,7 @@ from drivenmorph_jax.transforms.files import write_force
 from drivenmorph_jax.transforms.itk import write_affine
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.view import niivue, server, steering
-from drivenmorph_jax.view.layers import Shown
+from drivenmorph_jax.view.layers import IMAGES, Shown
 
 SHAPE = 30, 34, 32
 AFFINE = from_matvec(np.diag([-2.0, 2, 2]), [30, -34, -32])  # LAS
@@ -105,9 +105,12 @@ def test_outlines_are_the_borders_of_labels():
 
 
 def test_every_layer_is_a_file_that_niivue_shows_rightly(shown):
-    seen = np.argwhere(np.any([x > 0.1 * np.percentile(x[x > 0], 99) for x in shown.images.values()], axis=0))
-    corner, end = np.maximum(seen.min(0) - 2, 0), np.minimum(seen.max(0) + 3, SHAPE)  # two voxels of background
-    for name in (*shown.images, *shown.maps()):
+    images = [shown.image(name) for name in IMAGES]
+    seen = np.argwhere(np.any([x > 0.1 * np.percentile(x[x > 0], 99) for x in images], axis=0))
+    corner, end = (np.array([getattr(one, side) for one in shown.box]) for side in ("start", "stop"))
+    for at, wanted in ((corner, seen.min(0) - 2), (SHAPE - end, SHAPE - seen.max(0) - 3)):
+        assert ((at == np.maximum(wanted, 0)) | (at == np.maximum(wanted - 1, 0))).all()  # 2 or 3 voxels of background
+    for name in (*IMAGES, *shown.maps()):
         image = nib.Nifti1Image.from_bytes(shown.file(name))
         assert image.shape == tuple(end - corner) and image.get_data_dtype() == np.int16
         assert not image.header["intent_code"] and image.header["cal_min"] < image.header["cal_max"]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import nibabel
 import numpy as np
-from scipy import ndimage
 
 from drivenmorph_jax.images.intensity import anchored, foreground
 from drivenmorph_jax.images.volume import widened
@@ -83,11 +82,17 @@ def outlines(labels):
     return edge
 
 
-def box(images):
-    """Three slices of the grid of images (X, Y, Z), outside of which none shows anything."""
-    seen = np.any([foreground(anchored(x)) for x in images], axis=0)
-    part, = ndimage.find_objects(seen.astype(np.uint8))
-    return widened(part, seen.shape, MARGIN)
+def bounds(x):
+    """The first and the last voxel (2, 3) of what an image (X, Y, Z) shows."""
+    seen = foreground(anchored(x))
+    planes = [np.flatnonzero(seen.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return np.array([[some[0], some[-1]] for some in planes]).T
+
+
+def box(found, shape):
+    """Three slices of a grid of `shape`, outside of which no image shows anything. `found` are the `bounds` of each."""
+    low, high = np.min(found, axis=0)[0], np.max(found, axis=0)[1]
+    return widened([slice(int(a), int(b) + 1) for a, b in zip(low, high, strict=True)], shape, MARGIN)
 
 
 def window(x):

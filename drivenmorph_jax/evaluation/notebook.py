@@ -33,7 +33,8 @@ def widget(images, maps, affine):
         import ipywidgets
     except ImportError as error:
         raise InputError(f"a result is shown in a notebook by the package ipyniivue: {INSTALL}") from error
-    box, brain = layers.box(images.values()), metrics.brain(anchored(images["fixed"]))
+    box = layers.box([layers.bounds(x) for x in images.values()], images["fixed"].shape)
+    brain = metrics.brain(anchored(images["fixed"]))
 
     def volume(name, x, low, high, **how):
         file = layers.nifti(x[box], low, high, affine_of_part(affine, box)).to_bytes()

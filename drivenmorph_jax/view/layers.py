@@ -22,6 +22,8 @@ from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import map_points, without_affine
 
+IMAGES = "fixed", "warped", "moving"  # in the order in which the page needs them
+EVERY = 2  # voxels along an axis, of which one tells where images show something: the first panel waits for it
 RIM = 4  # voxels of the brain at its border, where the confidence is low in any case
 # {check: the map in whose worst voxel it is looked at}
 PLACES = {"stretch": "jacobian", "inverse": "jacobian", "similarity": "confidence", "gain": "confidence",
@@ -37,7 +39,7 @@ class Shown:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.summary = read_summary(folder)
-        self._files = set(self.summary["files"])
+        self._files, self._images, self._windows = set(self.summary["files"]), {}, {}
         self.fixed, self.moving = (self._image(self.summary[role]) for role in ("fixed", "moving"))
 
     def _image(self, path):
@@ -57,12 +59,17 @@ class Shown:
             return read_affine(self.folder / "affine.tfm")
         return None if self._transform is None else Transform.load(self._transform, fixed=self.fixed).linear
 
-    @cached_property
-    def images(self):
-        """{name: voxels (X, Y, Z)} of the three images, in the order in which the page needs them."""
-        shape, affine = self.fixed.data.shape, self.fixed.affine
-        return {"fixed": self.fixed.data, "warped": self._read("warped.nii.gz"),
-                "moving": resample(self.moving, shape, affine, self.linear)}
+    def image(self, name):
+        """The voxels (X, Y, Z) of an image of `IMAGES`."""
+        if name not in self._images:
+            self._images[name] = self.fixed.data if name == "fixed" else self._read("warped.nii.gz") if (
+                name == "warped") else self._moving()
+        return self._images[name]
+
+    def _moving(self, every=1):
+        """The moving image after the affine, at voxels of the fixed grid of which each axis has one in `every`."""
+        shape = [-(-n // every) for n in self.fixed.data.shape]
+        return resample(self.moving, shape, self.fixed.affine @ np.diag([every] * 3 + [1]), self.linear)
 
     def maps(self, state=None):
         """{name: function that gives what `layers.overlay` takes} of the overlays."""
@@ -100,18 +107,22 @@ class Shown:
     @cached_property
     def box(self):
         """Three slices of the grid of the fixed image, outside of which no image shows anything."""
-        return layers.box(self.images.values())
+        some = (slice(None, None, EVERY),) * 3
+        images = self.image("fixed")[some], self.image("warped")[some], self._moving(EVERY)
+        between = np.array([[1 - EVERY], [EVERY - 1]])
+        return layers.box([EVERY * layers.bounds(x) + between for x in images], self.fixed.data.shape)
 
-    @cached_property
-    def windows(self):
-        """{name: the range of grey values} of the three images."""
-        return {name: layers.window(x[self.box]) for name, x in self.images.items()}
+    def _window(self, name):
+        """The range of grey values of an image of `IMAGES`."""
+        if name not in self._windows:
+            self._windows[name] = layers.window(self.image(name)[self.box])
+        return self._windows[name]
 
     def layer(self, name, state=None):
         """(voxels on the grid of the fixed image, lowest and highest value of the colours) of an image or a map."""
-        if name in self.images:
-            x = self.images[name] if state is None or name != "warped" else state.warped
-            return x, *self.windows[name]
+        if name in IMAGES:
+            x = self.image(name) if state is None or name != "warped" else state.warped
+            return x, *self._window(name)
         return layers.overlay(name, self.maps(state)[name](), self.brain)
 
     def file(self, name, state=None):

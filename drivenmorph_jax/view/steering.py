@@ -23,7 +23,7 @@ from drivenmorph_jax.registration.history import HISTORY, History, landmark_rows
 from drivenmorph_jax.registration.read import check_labels, label_pairs, within
 from drivenmorph_jax.transforms.points import Landmarks
 from drivenmorph_jax.transforms.world import channels_first, map_points, sample
-from drivenmorph_jax.view.layers import Shown
+from drivenmorph_jax.view.layers import IMAGES, Shown
 from drivenmorph_jax.view.news import News
 
 BYTES = "application/octet-stream"
@@ -66,19 +66,21 @@ class ResultPage:
         if layer == "distrust":  # empty where there is none: a page may ask for what was undone meanwhile
             mask = self._wanted.distrust
             return self.shown.drawing(np.zeros(self.shown.fixed.data.shape) if mask is None else mask), BYTES
+        key = layer, told["made"]
+        if (known := self._files.get(key)) is not None:  # one that is made does not wait for the next
+            return known, BYTES
         with self._making:  # a file that two pages want is made once
-            if (layer, told["made"]) not in self._files:
+            if key not in self._files:
                 if (made := self._file(layer, told["at"])) is None:
                     return None
-                self._files = {key: file for key, file in self._files.items() if key[1] == told["made"]}
-                self._files[layer, told["made"]] = made
-            return self._files[layer, told["made"]], BYTES
+                self._files = {one: file for one, file in self._files.items() if one[1] == told["made"]} | {key: made}
+            return self._files[key], BYTES
 
     def _file(self, layer, at):
         state = self._states.get(at)
         if layer == "before":
             return self.shown.file("warped", self._states.get(at - 1))
-        known = layer in self.shown.images or layer in self.shown.maps(state)
+        known = layer in IMAGES or layer in self.shown.maps(state)
         return self.shown.file(layer, state) if known else None
 
     def page(self, number):
@@ -86,7 +88,7 @@ class ResultPage:
 
     def prepare(self):
         """Make what the page needs first."""
-        for name in self.shown.images:
+        for name in IMAGES:
             self.content(f"{name}.nii")
 
     # What is asked for on the page.
