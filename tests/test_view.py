@@ -371,7 +371,7 @@ def test_what_is_marked_is_kept_shown_to_all_pages_and_undone_first(result):
         marked = GOOD | {"landmarks": two, "distrust": packed(page.shown, mask), "label_pairs": [[7, 7]], "page": "a 1"}
         assert ask(one, "draft", **marked) == (200, {})
         found = page.news.content
-        assert marks(found) == two and found["distrust"] and found["drafter"] == "a 1" and found["drafted"] == 1
+        assert marks(found) == two and found["distrust"] and found["drafter"] == "a 1" and found["drafted"] == 2
         assert found["undoable"] and not found["redoable"] and found["at"] == 0 and found["made"] == 0
         row, pair = found["landmarks"][0], found["label_pairs"][0]
         assert row["after_mm"] is None and pair["dice_after"] is None and 0.8 < pair["dice_before"] < 1

@@ -4,6 +4,7 @@
 """
 
 import io
+import json
 import os
 import shutil
 from importlib.util import find_spec
@@ -12,7 +13,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.affines import from_matvec
 from scipy.ndimage import binary_erosion
+from scipy.spatial.transform import Rotation
 from test_view import AFFINE, SWOLLEN, Quick, folder, quick, result, serving, told  # noqa: F401, fixtures among them
 from test_view import cohort as cohort_folder  # noqa: F401
 
@@ -123,6 +126,29 @@ def test_images_maps_and_checks(folder, tab):  # noqa: F811
             assert len({(box["x"], box["y"]) for box in boxes}) == 3
 
 
+def test_a_click_in_an_oblique_image_moves_all_crosshairs_to_its_place(folder, tab, tmp_path):  # noqa: F811
+    """NiiVue has other millimetres beside those of the world there."""
+    turn = from_matvec(Rotation.from_euler("xyz", [20, -15, 30], degrees=True).as_matrix())
+    copy = shutil.copytree(folder, tmp_path / "oblique")
+    for path in copy.rglob("*.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine, image.header), path)
+    summary = json.loads((copy / "out" / "summary.json").read_text())
+    (copy / "out" / "summary.json").write_text(json.dumps(summary | {
+        role: str(copy / f"{role}.nii.gz") for role in ("fixed", "moving")}))
+    with serving(steering.ResultPage(copy / "out")) as one:
+        load(tab, one.address, able=False)
+        click(tab, "fixed", 0.2, 0.3)
+        fixed, warped = (np.array(inside(tab, f"Array.from(views.{name}.scene.crosshairPos)")) for name in (
+            "fixed", "warped"))
+        np.testing.assert_allclose(warped, fixed, atol=1e-3)
+        affine = nib.Nifti1Image.from_bytes(one.page.shown.file("fixed")).affine
+        voxel = nib.affines.apply_affine(np.linalg.inv(affine), place(tab))
+        shape = np.array([side.stop - side.start for side in one.page.shown.box])
+        frac = (voxel + 0.5) / shape  # along the axes of the file, of which the first is turned round
+        np.testing.assert_allclose([1 - frac[0], *frac[1:]], fixed, atol=1e-3)
+
+
 def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chromium):  # noqa: F811
     from playwright.sync_api import expect
     with serving(steering.ResultPage(result)) as one:
@@ -131,6 +157,8 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         says(tab, "#said", "Click on a structure in the fixed image.")
         click(tab, "warped", 0.2, 0.3)
         says(tab, "#said", "Click in the fixed image first.")
+        click(tab, "fixed", 0.97, 0.97)
+        says(tab, "#said", "Click on an image, not beside it.")
         click(tab, "fixed", 0.2, 0.3)
         says(tab, "#said", "Now click on the same structure")
         fixed = place(tab)
@@ -150,12 +178,12 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         tab.mouse.down()
         tab.mouse.move(*spots[1], steps=4)
         tab.mouse.up()
-        number = painted(tab)
+        number, last = painted(tab), place(tab)
         assert number > 100 and painted(tab, "warped") == number
-        tab.wait_for_selector("body[data-drafted='3']")  # the landmark, its radius, the paint
+        tab.wait_for_selector("body[data-drafted='4']")  # the landmark, its radius, the paint
         tab.reload()
         tab.wait_for_selector("#add:enabled")
-        tab.wait_for_selector("body[data-drafted='3']")
+        tab.wait_for_selector("body[data-drafted='4']")
         assert painted(tab) == number and tab.get_by_label("Radius of landmark 1 in mm").input_value() == "7"
         tab.click("#go")
         reaches(tab, 1)
@@ -164,7 +192,7 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         np.testing.assert_allclose(asked.landmarks.fixed[0], fixed, atol=1e-3)
         np.testing.assert_allclose(asked.landmarks.moving[0], moving, atol=1e-3)
         assert asked.landmarks.radius.tolist() == [7] and asked.distrust.sum() == number
-        assert asked.distrust[tuple(np.rint(nib.affines.apply_affine(np.linalg.inv(AFFINE), place(tab))).astype(int))]
+        assert asked.distrust[tuple(np.rint(nib.affines.apply_affine(np.linalg.inv(AFFINE), last)).astype(int))]
         assert tab.locator("#fixed .marks span").count() and not tab.locator("#fixed .marks .asked").count()
         says(tab, "#checks", "the value before the correction")
         says(tab, "#status", "before")  # the old result beside the new one
@@ -189,6 +217,7 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         says(tab, "#said", f"All files are in {result}-corrected")
         assert (result.parent / "result-corrected" / HISTORY).is_file()
     says(tab, "#status", "The program has ended.")
+    assert all(tab.is_disabled(f"#{name}") for name in ("add", "go", "undo", "export"))
     with serving(steering.ResultPage(result)) as one:
         load(tab, one.address)
         reaches(tab, 1)
@@ -224,6 +253,13 @@ def test_the_keyboard_alone(result, tab):  # noqa: F811
         tab.keyboard.press("d")
         number = painted(tab)
         assert number == pytest.approx(4 / 3 * np.pi * 6**3 / 8, rel=0.1)  # a ball of 6 mm, of voxels of 8 mm³
+        tab.wait_for_selector("body[data-drafted='3']")  # opened, the landmark, the ball
+        tab.keyboard.press("u")  # what is not computed yet is dropped
+        tab.wait_for_selector("body[data-drafted='4']")
+        assert painted(tab) == 0 and not tab.get_by_label("Name of landmark 1").count()
+        tab.keyboard.press("r")
+        tab.wait_for_selector("body[data-drafted='5']")
+        assert painted(tab) == number and tab.get_by_label("Name of landmark 1").count()
         tab.keyboard.press("Shift+D")
         assert painted(tab) == 0
         tab.keyboard.press("g")

@@ -68,7 +68,7 @@ LIMITS = {  # name: (least value, largest value, sentence)
     "inverse": (0, 0.5, "Inverse consistency in mm."),
     "landmarks": (0, 0.5, "Largest distance in mm of a landmark of weight 1 from its place in the moving image."),
     "landmarks left out": (0, 0, "Landmarks that contradict others or are too far for their radius."),
-    "guided labels": (0.8, 1, "Least Dice of a pair of labels of --guide_labels; 0 where one was left out."),
+    "guided labels": (0.7, 1, "Least Dice of a pair of labels of --guide_labels; 0 where one was left out."),
     "slices": (0, 0.05, "Share of slices that equal the one before."),
     "flatness": (0, 0.5, "Share of neighbouring voxels with one value; above it, a label map was given as an image."),
 }

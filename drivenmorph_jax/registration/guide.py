@@ -186,7 +186,7 @@ def _dice(borders, u):
 
 def contradicting(names, points, targets, lacked, slack):
     """{index: why it is left out} of landmarks that contradict others, see `demons.contradictory`."""
-    return {k: f"contradicts landmark {names[other]}"
+    return {k: f"contradicts {_called(names[other])}"
             for k, other in demons.contradictory(points, targets, lacked, slack).items()}
 
 
@@ -199,5 +199,9 @@ def too_far(far, lacked, radius):
 def warn(names, left_out):
     """Warn of each landmark that is left out."""
     for k, why in left_out.items():
-        warnings.warn(InputWarning(f"landmark {names[k]} {why}, and is left out; correct or delete it, or change its "
+        warnings.warn(InputWarning(f"{_called(names[k])} {why}, and is left out; correct or delete it, or change its "
                                    "radius"), stacklevel=3)
+
+
+def _called(name):
+    return name if name.startswith("landmark") else f"landmark {name}"

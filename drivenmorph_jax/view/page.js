@@ -2,7 +2,7 @@
 import { deciding } from "./decide.js";
 import { go, open } from "./panels.js";
 import { listen } from "./program.js";
-import { heard, steer } from "./steer.js";
+import { ended, heard, steer } from "./steer.js";
 import { button, by, element, row, table } from "./table.js";
 
 async function start() {
@@ -15,7 +15,7 @@ async function start() {
   if (result.pair) pair(result.pair);
   await open(result);
   steer(result, checks);
-  listen(heard, words => { by("status").textContent = words; });
+  listen(heard, words => { by("status").textContent = words; ended(words); });
   document.body.dataset.ready = "yes";
   places = await (await fetch("places.json")).json();
   checks(shown);
@@ -42,7 +42,7 @@ function checks(found) {
     ["", "check", "value", "at least", "at most", "where it is worst", "what it means"], found.map(one => row([
       element("span", one.status, one.status), one.name, number(one.value), ...one.limits.map(number),
       places[one.name] ? button("show", () => go(places[one.name]), `Show where ${one.name} is worst`) : "",
-      one.found ? `${one.sentence} This is the value before the correction; Export measures it again.` : one.sentence]))));
+      one.found ? `${one.sentence} Of the result before the correction.` : one.sentence]))));
 }
 
 start().catch(error => { by("status").textContent = `The page cannot show the result: ${error.message}`; });

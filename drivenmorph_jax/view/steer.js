@@ -19,7 +19,7 @@ export function steer(result, checks) {
     ball(mm, tool === "paint");
     stroke = true;
   });
-  for (const name of NAMES) canvas(name).addEventListener("pointerup", () => pointed(name));
+  for (const name of NAMES) canvas(name).addEventListener("pointerup", event => pointed(name, event));
   document.addEventListener("pointerup", () => { if (stroke) keep(); stroke = false; });
 }
 
@@ -79,6 +79,13 @@ async function asked() {
 
 const draft = () => `${ME} ${drafts}`;
 
+// The program has ended.
+export function ended(words) {
+  now = {...now, able: false};
+  enable();
+  say(words, true);
+}
+
 // Let the program keep what is marked. Where it refuses, the page shows again what the program has.
 function keep() {
   drafts++;
@@ -125,8 +132,11 @@ function choose(name) {
       "Drag over what is to be trusted again." : "");
 }
 
-function pointed(name) {
-  if (tool === "add") mark(name);
+function pointed(name, {offsetX, offsetY}) {
+  if (tool !== "add") return;
+  const {uiData: {dpr}} = views[name];
+  if (views[name].canvasPos2frac([offsetX * dpr, offsetY * dpr])[0] < 0) return say("Click on an image, not beside it.", true);
+  mark(name).catch(quiet);
 }
 
 async function mark(name) {

@@ -49,8 +49,8 @@ class ResultPage:
         self._states = {}  # of the history, by their numbers
         self._state = {}  # what the pages are told of the one that is shown, when a work has ended
         self._structures = {}  # of the label maps, {label of the fixed image: a point of it}
-        self.news = News(able=False, busy=None, said="", warn=False, made=0, drafted=0, drafter="", labels=None,
-                         **self._told(None))
+        self._drafted = -1  # how often what is marked has changed
+        self.news = News(able=False, busy=None, said="", warn=False, made=0, labels=None, **self._told(None))
 
     # What the page gets.
 
@@ -191,9 +191,8 @@ class ResultPage:
             try:
                 self._write()
             finally:
-                self._state |= self._told(self._history)
-                self.news.tell(**self._state, said="", warn=False, drafted=self.news.content["drafted"] + 1,
-                               drafter=str(asked.get("page", ""))[:99])
+                self._state |= self._told(self._history, str(asked.get("page", ""))[:99])
+                self.news.tell(**self._state, said="", warn=False)
 
     def _go(self, asked):
         correction = self._asked(asked)
@@ -257,15 +256,17 @@ class ResultPage:
     def _progress(self, words, share):
         self.news.tell(busy=f"{words} ... {share:.0%}")
 
-    def _told(self, history):
-        """What the pages are told of a history."""
+    def _told(self, history, drafter=""):
+        """What the pages are told of a history, and which page has marked what is new, if it was one."""
         step = None if history is None else history.current
         at, wanted = (0, Correction()) if history is None else (history.at, self._wanted)
         state = self._states.get(at)
         told = [self.shown.summary.get(name, []) for name in ("landmarks", "guided_labels")] if step is None else (
             [step.told, step.labels_told])
+        self._drafted += 1
         return finite({
-            "at": at, "before": at > 0, "maps": list(self.shown.maps(state)),
+            "at": at, "before": at > 0, "maps": list(self.shown.maps(state)), "drafted": self._drafted,
+            "drafter": drafter,
             "undoable": history is not None and history.undoable, "redoable": history is not None and history.redoable,
             "stiffness": wanted.stiffness, "distrust": wanted.distrust is not None,
             "landmarks": self._landmarks(wanted, step, at), "label_pairs": self._pairs(wanted, step),
