@@ -434,6 +434,7 @@ def test_checks_after_a_correction_say_what_they_are_of(result):
         checks = {check["name"]: check for check in told(one, lambda content: content["at"] == 1)["checks"]}
         assert {name for name, check in checks.items() if check.get("found")} == {"stretch", "similarity"}
         assert checks["overlap"]["status"] == "ok" and checks["landmarks"]["value"] == 0
+        assert checks["landmarks"]["place"] == MARK["fixed"] and checks["landmarks"]["limits"] == [0, 0.5]
         assert checks["guided labels"]["value"] == 0.75 and checks["landmarks left out"]["value"] == 0
 
 

@@ -194,7 +194,7 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         assert asked.landmarks.radius.tolist() == [7] and asked.distrust.sum() == number
         assert asked.distrust[tuple(np.rint(nib.affines.apply_affine(np.linalg.inv(AFFINE), last)).astype(int))]
         assert tab.locator("#fixed .marks span").count() and not tab.locator("#fixed .marks .asked").count()
-        says(tab, "#checks", "the value before the correction")
+        says(tab, "#checks", "Of the result before the correction.")
         says(tab, "#status", "before")  # the old result beside the new one
         value, before = (float(tab.inner_text("#status").split(f"{name} ")[1].split(",")[0])
                          for name in ("warped", "before"))

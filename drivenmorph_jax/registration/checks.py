@@ -174,13 +174,18 @@ def _deformation(scored):
 
 def after_correction(checks, landmarks, labels):
     """Checks as summary.json has them, once a result was corrected: those of the landmarks and the pairs of labels are
-    measured again. What the deformation changes beside them gets "found": True, and is measured when the correction is
-    written. `landmarks` and `labels` are told as summary.json tells them."""
+    measured again, the first one with "place", the landmark that is furthest from its place. What the deformation
+    changes beside them gets "found": True, and is measured when the correction is written. `landmarks` and `labels` are
+    told as summary.json tells them."""
     values = {**_landmarks(landmarks), **_labels(labels)}
     kept_ones = [one | {"found": True} if one["name"] in OF_DEFORMATION else one for one in checks
                  if one["name"] not in OF_GUIDANCE]
-    return kept_ones + [Check(name, float(values[name]), LIMITS[name][:2], LIMITS[name][2]).as_dict()
-                        for name in OF_GUIDANCE if name in values]
+    new = [Check(name, float(values[name]), LIMITS[name][:2], LIMITS[name][2]).as_dict()
+           for name in OF_GUIDANCE if name in values]
+    for one in new:
+        if one["name"] == "landmarks":
+            one["place"] = next(mark["fixed"] for mark in landmarks if mark["after_mm"] == one["value"])
+    return kept_ones + new
 
 
 def _landmarks(told):

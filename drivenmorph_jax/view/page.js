@@ -35,13 +35,16 @@ async function pair({name, next}) {
 
 let shown = [], places = {};
 
+// After a correction a check may have a place of its own.
+const place = one => one.place ?? places[one.name];
+
 function checks(found) {
   shown = found;
   const number = x => x === null ? "" : String(Number(x.toPrecision(3)));
   by("checks").replaceChildren(table(
     ["", "check", "value", "at least", "at most", "where it is worst", "what it means"], found.map(one => row([
       element("span", one.status, one.status), one.name, number(one.value), ...one.limits.map(number),
-      places[one.name] ? button("show", () => go(places[one.name]), `Show where ${one.name} is worst`) : "",
+      place(one) ? button("show", () => go(place(one)), `Show where ${one.name} is worst`) : "",
       one.found ? `${one.sentence} Of the result before the correction.` : one.sentence]))));
 }
 
