@@ -168,7 +168,7 @@ def test_pairs_of_labels_bring_borders_together_and_nothing_moves_elsewhere(sess
     assert told["fixed"] == told["moving"] == 3 and told["left_out"] is None and state.jacobian.min() > 0
     one, other = wrong.fixed_labels.data == 3, state.labels == 3
     assert told["dice_after"] == pytest.approx(2 * (one & other).sum() / (one.sum() + other.sum()))
-    assert told["dice_after"] > 0.9 > told["dice_before"] + 0.05
+    assert told["dice_after"] > max(0.9, told["dice_before"] + 0.04)
     moved = np.linalg.norm(state.displacement - wrong.first.displacement, axis=-1)
     border = ndimage.distance_transform_edt(wrong.fixed_labels.data != 3) * MM
     assert moved[border > 3 * 2 * MM + MM].max() == 0 < 2 < moved.max()
