@@ -601,6 +601,238 @@ ffi::Error DampedStepAdjoint(ffi::ThreadPool pool, Array d, Array slope, Array w
   return ffi::Error::Success();
 }
 
+// Attention over neighbourhoods ---------------------------------------------------------------------------------------
+
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0, to 1e-7 of it, after the Cephes library. That of a NaN is NaN.
+Vector exponential(Vector x) {
+  const Vector least = x - x - 87.0f;
+  x = x < least ? least : x;
+  const Integers power = __builtin_convertvector(x * 1.44269504f - 0.5f, Integers);
+  const Vector n = __builtin_convertvector(power, Vector), f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector y = 1.9875691500e-4f * f + 1.3981999507e-3f;
+  y = ((((y * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f) * f * f;
+  const Integers exponent = (power + 127) << 23;
+  Vector scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  return (y + f + 1.0f) * scale;
+}
+
+// Queries and keys (B, D, H, W, heads, C), values (B, D, H, W, heads, V). A padded plane of keys or values repeats the
+// voxels at its edges; within the flat plane, a shift is an offset. Planes of queries have the same rows.
+struct Attention {
+  Index b, d, h, w, heads, c, v, radius;
+  Attention(const Array& q, const Array& values, Index radius) : radius(radius) {
+    auto n = q.dimensions();
+    b = n[0], d = n[1], h = n[2], w = n[3], heads = n[4], c = n[5], v = values.dimensions()[5];
+  }
+  Index row() const { return w + 2 * radius; }
+  Index plane() const { return (h + 2 * radius) * row() + 4 * LANES; }
+  Index channel() const { return (d + 2 * radius) * plane(); }
+  Index flat() const { return (h * row() + LANES - 1) / LANES * LANES; }
+  Index shifts() const { return (2 * radius + 1) * (2 * radius + 1) * (2 * radius + 1); }
+};
+
+// x (B, D, H, W, channels) -> (B channels, D + 2 r, plane).
+std::vector<float> padded_at_edges(ffi::ThreadPool pool, const float* x, const Attention& s, Index channels) {
+  std::vector<float> out(s.b * channels * s.channel());
+  parallel(pool, s.b * channels, [&](Index number) {
+    const float* from = x + number / channels * s.d * s.h * s.w * channels + number % channels;
+    float* to = out.data() + number * s.channel();
+    auto near = [&](Index place, Index n) { return std::clamp<Index>(place - s.radius, 0, n - 1); };
+    for (Index i = 0; i < s.d + 2 * s.radius; i++, to += s.plane())
+      for (Index j = 0; j < s.h + 2 * s.radius; j++)
+        for (Index k = 0; k < s.row(); k++)
+          to[j * s.row() + k] = from[((near(i, s.d) * s.h + near(j, s.h)) * s.w + near(k, s.w)) * channels];
+  });
+  return out;
+}
+
+// `count` of the `channels` of a plane (H, W, channels) -> (count, flat), zero between the rows.
+void flatten(const float* x, const Attention& s, Index channels, Index count, std::vector<float>& out) {
+  out.assign(count * s.flat(), 0.0f);
+  for (Index c = 0; c < count; c++)
+    for (Index j = 0; j < s.h; j++)
+      for (Index k = 0; k < s.w; k++) out[c * s.flat() + j * s.row() + k] = x[(j * s.w + k) * channels + c];
+}
+
+void unflatten(const std::vector<float>& x, const Attention& s, Index channels, Index count, float* out) {
+  for (Index c = 0; c < count; c++)
+    for (Index j = 0; j < s.h; j++)
+      for (Index k = 0; k < s.w; k++) out[(j * s.w + k) * channels + c] = x[c * s.flat() + j * s.row() + k];
+}
+
+// The products of x (channels, flat) at 8 voxels with its neighbours y, summed over the channels, for all shifts.
+template <Index SIDE>
+void dots(const float* x, const float* y, const Attention& s, Index channels, Vector* out) {
+  for (Index a = 0; a < SIDE; a++)
+    for (Index b = 0; b < SIDE; b++, out += SIDE) {
+      const float* at = y + a * s.plane() + b * s.row();
+      Vector total[SIDE] = {};
+      for (Index c = 0; c < channels; c++) {
+        const Vector here = load(x + c * s.flat());
+        for (Index z = 0; z < SIDE; z++) total[z] += here * load(at + c * s.channel() + z);
+      }
+      for (Index z = 0; z < SIDE; z++) out[z] = total[z];
+    }
+}
+
+// The sum over all shifts of the weights times the neighbours y, for every channel: (channels, flat) at 8 voxels.
+template <Index SIDE>
+void weighted(const Vector* weights, const float* y, const Attention& s, Index channels, float* out) {
+  for (Index c = 0; c < channels; c++, y += s.channel(), out += s.flat()) {
+    Vector total[SIDE] = {};
+    for (Index a = 0; a < SIDE; a++)
+      for (Index b = 0; b < SIDE; b++)
+        for (Index z = 0; z < SIDE; z++)
+          total[z] += weights[(a * SIDE + b) * SIDE + z] * load(y + a * s.plane() + b * s.row() + z);
+    for (Index z = 1; z < SIDE; z++) total[0] += total[z];
+    store(out, total[0]);
+  }
+}
+
+// Adds the weights times x (channels, flat) at 8 voxels to each of their neighbours y.
+template <Index SIDE>
+void spread(const Vector* weights, const float* x, const Attention& s, Index channels, float* y, Index channel) {
+  for (Index a = 0; a < SIDE; a++)
+    for (Index b = 0; b < SIDE; b++)
+      for (Index z = 0; z < SIDE; z++, weights++) {
+        float* at = y + a * s.plane() + b * s.row() + z;
+        for (Index c = 0; c < channels; c++) {
+          float* to = at + c * channel;
+          store(to, load(to) + *weights * load(x + c * s.flat()));
+        }
+      }
+}
+
+// Logits -> softmax.
+void normalise(Vector* x, Index count) {
+  Vector highest = x[0], total = {};
+  for (Index k = 1; k < count; k++) highest = larger(highest, x[k]);
+  for (Index k = 0; k < count; k++) total += x[k] = exponential(x[k] - highest);
+  for (Index k = 0; k < count; k++) x[k] /= total;
+}
+
+template <Index SIDE>
+void attend_plane(const Attention& s, const float* queries, const float* keys, const float* values, Index number,
+                  float* attended, float* offset) {
+  static thread_local std::vector<float> q, found, moved;
+  const Index b = number / s.d, i = number % s.d, radius = SIDE / 2, voxels = s.h * s.w;
+  Vector weights[SIDE * SIDE * SIDE];
+  moved.assign(3 * s.flat(), 0.0f);
+  found.resize(s.v * s.flat());
+  for (Index head = 0; head < s.heads; head++) {
+    flatten(queries + (number * voxels * s.heads + head) * s.c, s, s.heads * s.c, s.c, q);
+    for (Index p = 0; p < s.flat(); p += LANES) {
+      const Index at = i * s.plane() + p;
+      dots<SIDE>(q.data() + p, keys + (b * s.heads + head) * s.c * s.channel() + at, s, s.c, weights);
+      normalise(weights, s.shifts());
+      weighted<SIDE>(weights, values + (b * s.heads + head) * s.v * s.channel() + at, s, s.v, found.data() + p);
+      for (Index axis = 0, step = SIDE * SIDE; axis < 3; axis++, step /= SIDE) {
+        Vector sum = {};
+        for (Index k = 0; k < s.shifts(); k++) sum += weights[k] * float(k / step % SIDE - radius);
+        float* to = moved.data() + axis * s.flat() + p;
+        store(to, load(to) + sum / float(s.heads));
+      }
+    }
+    unflatten(found, s, s.heads * s.v, s.v, attended + (number * voxels * s.heads + head) * s.v);
+  }
+  unflatten(moved, s, 3, 3, offset + number * voxels * 3);
+}
+
+// f<2 radius + 1>() for a radius of 1 to 3.
+#define FOR_RADIUS(radius, f, ...)          \
+  switch (radius) {                         \
+    case 1: f<3>(__VA_ARGS__); break;       \
+    case 2: f<5>(__VA_ARGS__); break;       \
+    default: f<7>(__VA_ARGS__);             \
+  }
+
+ffi::Error AttentionForward(ffi::ThreadPool pool, Array q, Array k, Array v, int64_t radius, Result attended,
+                            Result offset) {
+  const Attention s(q, v, radius);
+  const std::vector<float> keys = padded_at_edges(pool, k.typed_data(), s, s.heads * s.c),
+                           values = padded_at_edges(pool, v.typed_data(), s, s.heads * s.v);
+  parallel(pool, s.b * s.d, [&](Index number) {
+    FOR_RADIUS(radius, attend_plane, s, q.typed_data(), keys.data(), values.data(), number, attended->typed_data(),
+               offset->typed_data())
+  });
+  return ffi::Error::Success();
+}
+
+// One plane of one head. The cotangents of its keys and values are added to g_keys and g_values, which are padded and
+// begin at this plane; `channel` is the step from one channel to the next there.
+template <Index SIDE>
+void attend_plane_adjoint(const Attention& s, const float* queries, const float* keys, const float* values,
+                          const float* g, const float* g_offset, Index number, Index head, float* g_queries,
+                          float* g_keys, float* g_values, Index channel) {
+  static thread_local std::vector<float> q, of, moved, found;
+  const Index b = number / s.d, i = number % s.d, radius = SIDE / 2, voxels = s.h * s.w;
+  flatten(queries + (number * voxels * s.heads + head) * s.c, s, s.heads * s.c, s.c, q);
+  flatten(g + (number * voxels * s.heads + head) * s.v, s, s.heads * s.v, s.v, of);
+  flatten(g_offset + number * voxels * 3, s, 3, 3, moved);
+  found.resize(s.c * s.flat());
+  Vector weights[SIDE * SIDE * SIDE], of_logits[SIDE * SIDE * SIDE];
+  for (Index p = 0; p < s.flat(); p += LANES) {
+    const float* near_keys = keys + (b * s.heads + head) * s.c * s.channel() + i * s.plane() + p;
+    dots<SIDE>(q.data() + p, near_keys, s, s.c, weights);
+    normalise(weights, s.shifts());
+    dots<SIDE>(of.data() + p, values + (b * s.heads + head) * s.v * s.channel() + i * s.plane() + p, s, s.v, of_logits);
+    Vector mean = {};
+    for (Index k = 0; k < s.shifts(); k++) {
+      for (Index axis = 0, step = SIDE * SIDE; axis < 3; axis++, step /= SIDE)
+        of_logits[k] += load(moved.data() + axis * s.flat() + p) * (float(k / step % SIDE - radius) / s.heads);
+      mean += weights[k] * of_logits[k];
+    }
+    for (Index k = 0; k < s.shifts(); k++) of_logits[k] = weights[k] * (of_logits[k] - mean);
+    weighted<SIDE>(of_logits, near_keys, s, s.c, found.data() + p);
+    spread<SIDE>(of_logits, q.data() + p, s, s.c, g_keys + p, channel);
+    spread<SIDE>(weights, of.data() + p, s, s.v, g_values + p, channel);
+  }
+  unflatten(found, s, s.heads * s.c, s.c, g_queries + (number * voxels * s.heads + head) * s.c);
+}
+
+ffi::Error AttentionAdjoint(ffi::ThreadPool pool, Array q, Array k, Array v, Array g, Array g_offset, int64_t radius,
+                            Result g_q, Result g_k, Result g_v) {
+  constexpr Index PLANES = 4;
+  const Attention s(q, v, radius);
+  const std::vector<float> keys = padded_at_edges(pool, k.typed_data(), s, s.heads * s.c),
+                           values = padded_at_edges(pool, v.typed_data(), s, s.heads * s.v);
+  // Every block adds up the cotangents of keys and values by itself, with a margin. They are joined in one order.
+  const Index channel = (PLANES + 2 * s.radius) * s.plane();
+  const Index each = (s.d + PLANES - 1) / PLANES, blocks = s.b * each * s.heads, size = (s.c + s.v) * channel;
+  std::vector<float> made(blocks * size);
+  parallel(pool, blocks, [&](Index number) {
+    const Index b = number / (each * s.heads), head = number % s.heads, first = number / s.heads % each * PLANES;
+    for (Index i = first; i < std::min(first + PLANES, s.d); i++) {
+      float* to = made.data() + number * size + (i - first) * s.plane();
+      FOR_RADIUS(radius, attend_plane_adjoint, s, q.typed_data(), keys.data(), values.data(), g.typed_data(),
+                 g_offset.typed_data(), b * s.d + i, head, g_q->typed_data(), to, to + s.c * channel, channel)
+    }
+  });
+  parallel(pool, s.b * s.heads * (s.c + s.v), [&](Index number) {
+    const Index c = number % (s.c + s.v), head = number / (s.c + s.v) % s.heads, b = number / (s.c + s.v) / s.heads;
+    const bool key = c < s.c;
+    const Index count = key ? s.c : s.v, channels = s.heads * count;
+    float* out = (key ? g_k : g_v)->typed_data() + b * s.d * s.h * s.w * channels + head * count + (key ? c : c - s.c);
+    for (Index p = 0; p < s.d * s.h * s.w; p++) out[p * channels] = 0;
+    auto near = [&](Index place, Index n) { return std::clamp<Index>(place - s.radius, 0, n - 1); };
+    for (Index block = 0; block < each; block++) {
+      const float* from = made.data() + ((b * each + block) * s.heads + head) * size + c * channel;
+      const Index planes = std::min(PLANES, s.d - block * PLANES) + 2 * s.radius;
+      for (Index i = 0; i < planes; i++, from += s.plane())
+        for (Index j = 0; j < s.h + 2 * s.radius; j++)
+          for (Index k = 0; k < s.row(); k++)
+            out[((near(block * PLANES + i, s.d) * s.h + near(j, s.h)) * s.w + near(k, s.w)) * channels] +=
+                from[j * s.row() + k];
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define HANDLER(name, f, arguments, results) \
@@ -609,6 +841,7 @@ ffi::Error DampedStepAdjoint(ffi::ThreadPool pool, Array d, Array slope, Array w
 #define TAKES_3 TAKES_2.Arg<Array>()
 #define GIVES_1 .Ret<Array>()
 #define TAKES_4 TAKES_3.Arg<Array>()
+#define TAKES_5 TAKES_4.Arg<Array>()
 #define DAMPING .Attr<float>("share").Attr<float>("floor")
 #define GIVES_2 GIVES_1.Ret<Array>()
 #define GIVES_3 GIVES_2.Ret<Array>()
@@ -619,3 +852,5 @@ HANDLER(warp, WarpForward, TAKES_2, GIVES_1);
 HANDLER(warp_adjoint, WarpAdjoint, TAKES_3, GIVES_2);
 HANDLER(damped_step, DampedStep, TAKES_3 DAMPING, GIVES_1);
 HANDLER(damped_step_adjoint, DampedStepAdjoint, TAKES_4 DAMPING, GIVES_3);
+HANDLER(attention, AttentionForward, TAKES_3.Attr<int64_t>("radius"), GIVES_2);
+HANDLER(attention_adjoint, AttentionAdjoint, TAKES_5.Attr<int64_t>("radius"), GIVES_3);

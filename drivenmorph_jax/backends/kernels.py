@@ -12,8 +12,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from drivenmorph_jax.backends import current
+
 VERSION = 1  # part of every name, since JAX keeps compiled programs: raise it when what a kernel takes or returns changes
-NAMES = "convolution", "convolution_adjoint", "warp", "warp_adjoint", "damped_step", "damped_step_adjoint"
+NAMES = "convolution", "convolution_adjoint", "warp", "warp_adjoint", "damped_step", "damped_step_adjoint", "attention",\
+    "attention_adjoint"
 
 
 @cache
@@ -34,8 +37,12 @@ def available():
 
 
 def usable(*arrays):
-    """Whether kernels take these arrays: float32 ones."""
-    return all(x.dtype == jnp.float32 for x in arrays) and available()
+    """Whether kernels take these arrays: float32 ones, on one CPU.
+
+    XLA cannot split the work of a kernel over devices.
+    """
+    here = current() == "cpu" and jax.device_count() == 1
+    return here and all(x.dtype == jnp.float32 for x in arrays) and available()
 
 
 def call(name, shapes, *arrays, vmap_method="broadcast_all", **numbers):
