@@ -340,7 +340,8 @@ void scatter_row(const Warp& s, const float* image, const float* u, const float*
     if (low[0] >= first) {
       float along[8];
       for (Index corner = 0; corner < 8; corner++) {
-        const float* at = image + place + (corner >> 2) * steps[0] + (corner >> 1 & 1) * steps[1] + (corner & 1) * steps[2];
+        const float* at = image + place + (corner >> 2) * steps[0] + (corner >> 1 & 1) * steps[1]
+                          + (corner & 1) * steps[2];
         along[corner] = 0;
         for (Index c = 0; c < channels; c++) along[corner] += at[c] * g[c];
       }
@@ -359,7 +360,8 @@ void scatter_row(const Warp& s, const float* image, const float* u, const float*
     for (Index side = 0; side < 2; side++) {
       if (low[0] + side < first || low[0] + side >= last) continue;
       for (Index corner = 0; corner < 4; corner++) {
-        const float weight = (side ? f[0] : 1 - f[0]) * (corner >> 1 ? f[1] : 1 - f[1]) * (corner & 1 ? f[2] : 1 - f[2]);
+        const float weight = (side ? f[0] : 1 - f[0]) * (corner >> 1 ? f[1] : 1 - f[1])
+                             * (corner & 1 ? f[2] : 1 - f[2]);
         float* at = g_image + place + side * steps[0] + (corner >> 1) * steps[1] + (corner & 1) * steps[2];
         for (Index c = 0; c < channels; c++) at[c] += weight * g[c];
       }
