@@ -22,6 +22,7 @@ References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren 
 
 import functools
 import itertools
+import numbers
 from collections.abc import Callable
 
 import chex
@@ -63,7 +64,9 @@ def feature_force(d: chex.Array, slope: chex.Array, max_step: float, weights: ch
         along = w * d / (w * sum(x * x for x in slopes) + w * d * d / (4 * max_step**2) + floor)
         return clip_length(jnp.concatenate([along * x for x in slopes], -1), max_step)
     weights = jnp.ones_like(d) if weights is None else weights
-    by_kernel = dims == 3 and kernels.usable(d, slope, weights)
+    # A kernel takes its numbers when a program is compiled, so it has no derivative by them.
+    constant = all(isinstance(x, numbers.Real) for x in (max_step, floor))
+    by_kernel = dims == 3 and constant and kernels.usable(d, slope, weights)
     step = chosen(FORMS, damped_step) if by_kernel else damped_step
     return clip_length(step(d, slope, weights, 1 / (4 * max_step**2), floor), max_step)
 
