@@ -11,21 +11,22 @@ PYTHON ?= python3
 JAX ?= cpu
 WORKDIR ?= runs/default
 INSTALLED = .venv/installed-$(JAX)
+KERNELS = .venv/kernels
 
 .PHONY: train test test-slow lint docs pictures build
 
-train: $(INSTALLED)
+train: $(INSTALLED) $(KERNELS)
 	.venv/bin/python train.py --config configs/default.py --workdir $(WORKDIR)
 
 test: lint
 	.venv/bin/python -m pytest -n 2
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) $(KERNELS)
 	.venv/bin/python -m pip install --quiet distributed
 	FUZZ=2000 KILLS=30 .venv/bin/python -m pytest -n 2 -m "" tests/test_fuzz.py tests/test_checkpoint.py \
 		tests/test_kill.py tests/test_contrast.py tests/test_registration_cohort.py tests/test_weights.py
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) $(KERNELS)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
@@ -52,6 +53,10 @@ $(INSTALLED): requirements.txt requirements-test.txt requirements-view.txt
 	.venv/bin/python -m pip install --quiet -r requirements-view.txt "playwright>=1.49" || \
 		echo "the tests in a browser are skipped"  # they also need a Chromium
 	rm -f .venv/installed-*
+	touch $@
+
+$(KERNELS): $(INSTALLED) setup.py drivenmorph_jax/backends/kernels.cpp
+	.venv/bin/python setup.py --quiet build_ext --inplace || echo "without kernels"  # they are optional
 	touch $@
 
 .venv/installed-docs: $(INSTALLED) requirements-docs.txt

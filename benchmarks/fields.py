@@ -9,19 +9,22 @@ The floor is a lower bound of the seconds: the bytes that must move, at the rate
 the same run. A warp of C channels reads the field and the image once and writes once: 4 (3 + 2 C) bytes a voxel.
 Gathers read each voxel up to eight times from cache. The floor of the backward pass is twice that. Local correlation
 reads two images and writes one value, or two gradients. "Backward" is forward and backward, with respect to all
-arguments.
+arguments. "Without kernels" is the form of XLA's own operations, which machines without the kernels of
+`backends/kernels.cpp` use.
 """
 
 import argparse
 import time
+from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
-from drivenmorph_jax.backends import current
+from drivenmorph_jax.backends import current, kernels
 from drivenmorph_jax.fields.grid import identity_grid
 from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.smooth import gaussian_smooth
@@ -101,6 +104,15 @@ def seconds(f, *arguments):
     return fastest(lambda: jax.block_until_ready(f(*arguments)))
 
 
+@contextmanager
+def without_kernels():
+    """Within the block, no kernels are taken."""
+    jax.clear_caches()
+    with mock.patch.object(kernels, "available", lambda: False):
+        yield
+    jax.clear_caches()
+
+
 def gradient(f, count):
     return jax.grad(lambda *x: (f(*x) ** 2).sum(), argnums=tuple(range(count)))
 
@@ -121,8 +133,8 @@ def main():
         torch, with_torch = None, "PyTorch is not installed"
     print(f"{jax.devices()[0].device_kind}, {'x'.join(map(str, shape))}; a copy runs at {rate / 1e9:.1f} GB/s; "
           f"largest |v| {float(jnp.linalg.norm(v, axis=-1).max()):.1f} voxels; jax {jax.__version__}, {with_torch}\n")
-    print("| | times of PyTorch | times of map_coordinates | ours, s | of the floor |\n"
-          "| --- | ---: | ---: | ---: | ---: |")
+    print("| | times of PyTorch | times of map_coordinates | times without kernels | ours, s | of the floor |\n"
+          "| --- | ---: | ---: | ---: | ---: | ---: |")
 
     def compare(name, floor, ours, scipy, rival, *arguments):
         for backward in (False, True):
@@ -130,7 +142,9 @@ def main():
             a = seconds(of(ours), *arguments)
             b = f"{seconds(of(scipy), *arguments) / a:.1f}" if scipy else ""
             c = f"{torch.seconds(rival, arguments, backward) / a:.1f}" if torch else ""
-            print(f"| {name}{', backward' if backward else ''} | {c} | {b} | {a:.4f} | "
+            with without_kernels():
+                d = f"{seconds(of(ours), *arguments) / a:.1f}"
+            print(f"| {name}{', backward' if backward else ''} | {c} | {b} | {d} | {a:.4f} | "
                   f"{a / ((1 + backward) * floor / rate):.1f} |", flush=True)
 
     for channels in (1, 3, 16):

@@ -5,7 +5,8 @@ python -m benchmarks.step [--config configs/malf.py] [--shape 80 96 80] [--steps
 The rival is VxmDense of the package voxelmorph (0.2, PyTorch; `pip install --no-deps voxelmorph==0.2 neurite pystrum`
 and `pip install torch scikit-image h5py einops`) with its default 3-D U-Net and 7 squarings. Both networks train by
 local correlation of one window and diffusion, with Adam, on one pair of random images. The seconds are those of the
-fastest step. FLOPs, bytes and memory are XLA's estimates for the compiled step, which count the body of a loop once.
+fastest step. Our step is measured with the kernels of `backends/kernels.cpp` and without. FLOPs, bytes and memory are
+XLA's estimates for the compiled step, which count the body of a loop once and leave out what kernels compute.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from benchmarks.fields import fastest, torch_device
+from benchmarks.fields import fastest, torch_device, without_kernels
 from drivenmorph_jax import data
 from drivenmorph_jax.backends import programs
 from drivenmorph_jax.cli.program import run
@@ -106,9 +107,12 @@ def main():
     sharding.start()
     config = configuration.override(configuration.load(flags.config), settings)
     shape = tuple(flags.shape)
+    with without_kernels():
+        before, *_ = ours(config, shape, flags.steps)
     a, compiling, cost, peak = ours(config, shape, flags.steps)
     b = voxelmorph(config.loss.window, shape, flags.steps)
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {'x'.join(map(str, shape))}, {flags.config}\n")
+    print(f"{before / a:.2f} times as fast as without kernels: {a:.2f} s and {before:.2f} s a step")
     if b:
         print(f"{b / a:.2f} times as fast as VoxelMorph: {a:.2f} s and {b:.2f} s a step")
     print(f"ours: {1 / a:.2f} steps/s, {cost['flops'] / 1e9:.0f} GFLOP and {cost['bytes accessed'] / 1e9:.0f} GB with "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drivenmorph_jax.backends import kernels
 from drivenmorph_jax.backends.fusion import alone
 
 
@@ -207,4 +208,30 @@ def _planes_backward(radius, row, residuals, cotangents):
 _planes.defvjp(_planes_forward, _planes_backward)
 
 
-FORMS = {"cpu": _along_planes, "gpu": _gathered, "tpu": _along_planes}
+LARGEST = 3  # radius of a neighbourhood that the kernel takes
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_kernel(queries, keys, values, radius):
+    shapes = [(*queries.shape[:-1], values.shape[-1]), (*queries.shape[:4], 3)]
+    return tuple(kernels.call("attention", shapes, queries, keys, values, vmap_method="sequential", radius=radius))
+
+
+def _by_kernel_forward(queries, keys, values, radius):
+    return _by_kernel(queries, keys, values, radius), (queries, keys, values)
+
+
+def _by_kernel_backward(radius, arrays, cotangents):
+    return tuple(kernels.call("attention_adjoint", [x.shape for x in arrays], *arrays, *cotangents,
+                              vmap_method="sequential", radius=radius))
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+def _on_cpu(queries, keys, values, radius):
+    by_kernel = 1 <= radius <= LARGEST and kernels.usable(queries, keys, values)
+    return (_by_kernel if by_kernel else _along_planes)(queries, keys, values, radius)
+
+
+FORMS = {"cpu": _on_cpu, "gpu": _gathered, "tpu": _along_planes}

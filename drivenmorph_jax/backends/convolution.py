@@ -16,12 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drivenmorph_jax.backends import kernels
 from drivenmorph_jax.backends.fusion import alone
 
 FEW = 24  # input channels times output channels, up to which a sum of shifted volumes is fastest on CPU
 SMALL = 50_000  # voxels, up to which a CPU takes longer to compile that sum than the sum could ever save
 TENSOR_CORE = 8  # the fewest channels that the matrix units of a GPU take
 BLOCK = (1, 2, 2)  # with fewer channels, this many voxels become one voxel with the channels of all
+
+
+@jax.custom_vjp
+def _by_kernel(x, kernel):
+    return kernels.call("convolution", [(*x.shape[:4], kernel.shape[4])], x, kernel, vmap_method="sequential")[0]
+
+
+_by_kernel.defvjp(lambda x, kernel: (_by_kernel(x, kernel), (x, kernel)),
+                  lambda residuals, g: tuple(kernels.call(
+                      "convolution_adjoint", [x.shape for x in residuals], *residuals, g, vmap_method="sequential")))
 
 
 @jax.custom_vjp
@@ -123,6 +134,8 @@ _stacked_planes = partial(_stacked, convolve=_planewise)
 def _on_cpu(x, kernel, stride=1):
     if stride > 1:
         return _stacked(x, kernel, stride)
+    if kernels.usable(x, kernel):
+        return _by_kernel(x, kernel)
     few = math.prod(kernel.shape[3:]) <= FEW and math.prod(x.shape[1:4]) > SMALL
     return _sum_of_shifts(x, kernel) if few else _stacked_planes(x, kernel)
 

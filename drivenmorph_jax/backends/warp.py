@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.backends import warp_tpu
+from drivenmorph_jax.backends import kernels, warp_tpu
 from drivenmorph_jax.backends.cell import cell, flat
 from drivenmorph_jax.backends.fusion import alone
 
@@ -74,5 +74,22 @@ def _scattered_corners(image, u, g, loop):
     return g_rows.reshape(image.shape).astype(image.dtype), g_u
 
 
-FORMS = {"cpu": _gathering(scalar_rows=True, loop=True), "gpu": _gathering(scalar_rows=False, loop=False),
+_gathered_on_cpu = _gathering(scalar_rows=True, loop=True)
+
+
+@jax.custom_vjp
+def _by_kernel(image, u):
+    return kernels.call("warp", [(*u.shape[:-1], image.shape[-1])], image, u)[0]
+
+
+_by_kernel.defvjp(lambda image, u: (_by_kernel(image, u), (image, u)),
+                  lambda residuals, g: tuple(kernels.call("warp_adjoint", [x.shape for x in residuals], *residuals, g)))
+
+
+def _on_cpu(image, u, near=False):
+    in_space = u.shape[-1] == 3
+    return _by_kernel(image, u) if in_space and kernels.usable(image, u) else _gathered_on_cpu(image, u)
+
+
+FORMS = {"cpu": _on_cpu, "gpu": _gathering(scalar_rows=False, loop=False),
          "tpu": warp_tpu.warped}

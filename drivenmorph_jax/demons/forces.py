@@ -22,13 +22,15 @@ References: Thirion, "Image matching as a diffusion process", 1998; Vercauteren 
 
 import functools
 import itertools
+import numbers
 from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from drivenmorph_jax.backends import channels
+from drivenmorph_jax.backends import channels, chosen, kernels
+from drivenmorph_jax.backends.damped_step import FORMS
 from drivenmorph_jax.backends.fusion import alone
 from drivenmorph_jax.fields.grid import average_pool, difference, difference_adjoint
 from drivenmorph_jax.fields.smooth import box_mean
@@ -62,12 +64,16 @@ def feature_force(d: chex.Array, slope: chex.Array, max_step: float, weights: ch
         along = w * d / (w * sum(x * x for x in slopes) + w * d * d / (4 * max_step**2) + floor)
         return clip_length(jnp.concatenate([along * x for x in slopes], -1), max_step)
     weights = jnp.ones_like(d) if weights is None else weights
-    return clip_length(_damped_step(d, slope, weights, 1 / (4 * max_step**2), floor), max_step)
+    # A kernel takes its numbers when a program is compiled, so it has no derivative by them.
+    constant = all(isinstance(x, numbers.Real) for x in (max_step, floor))
+    by_kernel = dims == 3 and constant and kernels.usable(d, slope, weights)
+    step = chosen(FORMS, damped_step) if by_kernel else damped_step
+    return clip_length(step(d, slope, weights, 1 / (4 * max_step**2), floor), max_step)
 
 
 # The backward pass is written by hand. It is one more solve with the same matrix, and it reads every channel only once.
 @jax.custom_vjp
-def _damped_step(d, slope, weights, share, floor):
+def damped_step(d, slope, weights, share, floor):
     """The solution p (*space, n) of the damped step.
 
       (sum_k w_k J_k J_k^T + lambda^2 I) p = sum_k w_k d_k J_k,   lambda^2 = share sum_k w_k d_k^2 + floor
@@ -95,7 +101,7 @@ def _damped_step_forward(d, slope, weights, share, floor):
 
 
 def _damped_step_backward(residuals, g):
-    """The cotangents of the arguments of `_damped_step`, for the cotangent g of p.
+    """The cotangents of the arguments of `damped_step`, for the cotangent g of p.
 
     q solves the same system with g on its right-hand side. The cotangents of every channel are the derivatives, at
     fixed p and q, of
@@ -124,7 +130,7 @@ def _damped_step_backward(residuals, g):
     return *of_channels, -(both * (damping - floor) / share).sum(), -both.sum()
 
 
-_damped_step.defvjp(_damped_step_forward, _damped_step_backward)
+damped_step.defvjp(_damped_step_forward, _damped_step_backward)
 
 
 def _solve(matrix, right, least):
