@@ -21,7 +21,7 @@ import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from drivenmorph_jax.backends import current
+from drivenmorph_jax.backends import current, kernels
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.runtime.shipped import PACKAGE
@@ -177,10 +177,12 @@ def _source():
 
 @cache
 def _surroundings():
-    """What all compiled programs depend on: the versions, the flags, the processor."""
+    """What all compiled programs depend on: the versions, the flags, the processor, and whether there are kernels, which
+    they call and which this loads."""
     processor = platform.processor()
     with contextlib.suppress(OSError):
         processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")),
                          processor)
     return (version("jax"), version("jaxlib"), os.environ.get("XLA_FLAGS"), os.cpu_count(),
-            platform.machine(), processor, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+            platform.machine(), processor, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision,
+            kernels.available())
