@@ -177,8 +177,9 @@ def _source():
 
 @cache
 def _surroundings():
-    """What all compiled programs depend on: the versions, the flags, the processor, and whether there are kernels, which
-    they call and which this loads."""
+    """What all compiled programs depend on: the versions, the flags, the processor, and whether there are kernels.
+
+    Programs call kernels, and the question loads them."""
     processor = platform.processor()
     with contextlib.suppress(OSError):
         processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")),
