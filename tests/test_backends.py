@@ -109,7 +109,8 @@ def test_kernels_join_their_blocks(with_kernels):
     compare(partial(attention.FORMS["cpu"], radius=1), partial(neighbours_attended, radius=1),
             tuple(normal(2, 9, 3, 4, 2, 3, scale=scale) for scale in (1.0, 0.5, 2.0)))
     for radius in (2, 3):
-        compare(partial(attention.FORMS["cpu"], radius=radius), jax.jit(partial(attention._along_planes, radius=radius)),
+        compare(partial(attention.FORMS["cpu"], radius=radius),
+                jax.jit(partial(attention._along_planes, radius=radius)),
                 tuple(normal(1, 5, 3, 4, 1, 2, scale=scale) for scale in (1.0, 0.5, 2.0)))
     image, u = normal(19, 4, 3, 5), normal(17, 5, 6, 3, scale=3.0)
     compare(warp.FORMS["cpu"], warp._gathered_on_cpu, (image, u))
