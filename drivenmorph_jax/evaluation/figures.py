@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.evaluation.tables import write_bytes
-from drivenmorph_jax.evaluation.tiles import BLUE, GREY, HALO, ORANGE, SKY, VIEWS, YELLOW, Sheet, Tile
+from drivenmorph_jax.evaluation.tiles import BLUE, GREY, HALO, ORANGE, SKY, VIEWS, YELLOW, Sheet, Tile, usual_length
 from drivenmorph_jax.fields.grid import resize
 from drivenmorph_jax.images.volume import canonical
 
@@ -212,9 +212,11 @@ def _deformation_panels(fixed, moving, u, force, jac, brain, white):
         tile.image(moving, Normalize(0, 1.4 * white), "gray")
         tile.grid(u, SKY)
 
-    def arrows(tile, vectors, colour):
+    usual = usual_length(size[brain]), usual_length(np.linalg.norm(force[brain], axis=-1))
+
+    def arrows(tile, vectors, colour, usual):
         tile.image(fixed, Normalize(0, 1.8 * white), "gray")
-        tile.arrows(vectors, brain, colour)
+        tile.arrows(vectors, brain, colour, usual)
 
     def logarithm(tile):
         shown = tile.image(log_jac, Normalize(-bound, bound), "RdBu_r", inside=brain)
@@ -222,8 +224,8 @@ def _deformation_panels(fixed, moving, u, force, jac, brain, white):
         return shown
 
     return {"Deformed grid on Moving": grid,
-            "Displacement": lambda tile: arrows(tile, u, ORANGE),
-            "Driving force": lambda tile: arrows(tile, force, SKY),
+            "Displacement": lambda tile: arrows(tile, u, ORANGE, usual[0]),
+            "Driving force": lambda tile: arrows(tile, force, SKY, usual[1]),
             "|Displacement|": lambda tile: tile.image(size, length, "cividis", inside=brain),
             "log Jacobian": logarithm}
 
@@ -270,7 +272,8 @@ def forces(path, fixed, levels, spacing):
                                  ha="right", va="top", fontsize=8, path_effects=[HALO])
             else:
                 tile.image(fixed, Normalize(0, 1.8 * white), "gray")
-                tile.arrows(vectors[name], brain, SKY if column == 3 else ORANGE)
+                tile.arrows(vectors[name], brain, SKY if column == 3 else ORANGE,
+                            usual_length(np.linalg.norm(vectors[name][brain], axis=-1)))
             if row == 0:
                 tile.ax.set_title(f"|{name}|" if column < 2 else name, fontsize=10.5, pad=5)
             if column == 0:

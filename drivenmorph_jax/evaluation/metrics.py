@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage
 from scipy.spatial import KDTree
 from surface_distance import lookup_tables
 
@@ -253,6 +253,8 @@ def force_statistics(force, remaining, mask=None):
       {"cosine", "pearson", "spearman", "r2"}, see `DEFINITIONS`; nan where undefined (no displacement remains).
     """
     where = ... if mask is None else np.asarray(mask) > 0
+    from scipy import stats  # imported where it is used: it takes a second, and `register` ranks nothing
+
     p, u = (np.asarray(x[where], np.float64).reshape(-1, 3) for x in (force, remaining))
     p_size, u_size = np.linalg.norm(p, axis=-1), np.linalg.norm(u, axis=-1)
     far = u_size > 1

@@ -160,5 +160,5 @@ def _mosaic(voxels):
     rows = -(-nz // COLUMNS)
     slices = np.pad(voxels, ((0, 0), (0, 0), (0, rows * COLUMNS - nz))).reshape(nx, ny, rows, COLUMNS)
     file = io.BytesIO()
-    Image.fromarray(slices.transpose(2, 1, 3, 0).reshape(rows * ny, COLUMNS * nx)).save(file, "png", optimize=True)
+    Image.fromarray(slices.transpose(2, 1, 3, 0).reshape(rows * ny, COLUMNS * nx)).save(file, "png")
     return base64.b64encode(file.getvalue()).decode()

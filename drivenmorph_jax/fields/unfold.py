@@ -1,14 +1,13 @@
 """Unfolding: local smoothing of a displacement where its Jacobian determinant is not positive."""
 
-from functools import partial
-
 import jax
 
 from drivenmorph_jax.fields.jacobian import jacobian_determinant
 from drivenmorph_jax.fields.smooth import gaussian_smooth
+from drivenmorph_jax.runtime.kept import kept
 
 
-@partial(jax.jit, static_argnames="most")
+@kept(static_argnames="most")
 def unfolded(u, most=20):
     """u, smoothed locally around its folds until det(I + grad u) > 0 everywhere.
 

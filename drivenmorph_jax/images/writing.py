@@ -56,7 +56,8 @@ def to_nibabel(data, like, intent=None, dtype=None):
         dtype = _storage_type(data, like)
     elif dtype != data.dtype and not np.array_equal(data.astype(dtype), data):
         dtype = data.dtype
-    image = nibabel.Nifti1Image(data.astype(dtype.newbyteorder("=")), like.affine, dtype=dtype.newbyteorder("="))
+    dtype = dtype.newbyteorder("=")
+    image = nibabel.Nifti1Image(data.astype(dtype, copy=False), like.affine, dtype=dtype)
     codes = int(like.header["qform_code"]), int(like.header["sform_code"])
     if codes == (0, 0):
         codes = 0, 1  # without a code, every reader places the volume by a different rule

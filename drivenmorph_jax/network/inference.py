@@ -22,6 +22,7 @@ from drivenmorph_jax.network.outputs import by_level, driving_force
 from drivenmorph_jax.network.refinement import refined
 from drivenmorph_jax.runtime import configuration, sharding
 from drivenmorph_jax.runtime.checkpoint import read_about, read_params, read_shapes
+from drivenmorph_jax.runtime.kept import kept
 
 
 def grid_multiple(config):
@@ -56,20 +57,20 @@ def _refining(network, steps):
     return predict
 
 
-def network_pass(config):
+def network_pass(config, levels=True):
     """One pass of the network, jitted: (params, fixed, moving, weights=None) -> (u, u_inverse, force, levels).
 
     The images are (B, D, H, W). The network gets them pooled by `data.downsample`. Its fields are resampled to the grid
     of the images. `levels` are its `LevelForces`, coarse to fine, (B, D, H, W, 3) each on the grid of its level, in
     voxels of the images. `weights` (B, D, H, W, 2) are those of the fixed and of the moving image: 0 at voxels to
-    ignore, 1 elsewhere.
+    ignore, 1 elsewhere. Without `levels`, which take more memory than the rest, it is (u, u_inverse, force).
     """
-    return _network_pass(make_network(config.model), config.data.downsample)
+    return _network_pass(make_network(config.model), config.data.downsample, levels)
 
 
 @lru_cache(maxsize=8)
-def _network_pass(model, downsample):
-    @partial(jax.jit, compiler_options=compiler_options())
+def _network_pass(model, downsample, with_levels):
+    @kept(compiler_options=compiler_options())
     def network(params, fixed, moving, weights=None):
         small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
         if weights is not None:
@@ -79,8 +80,8 @@ def _network_pass(model, downsample):
         except FlaxError as error:
             raise InputError("the checkpoint belongs to another version of its model: train it again") from error
         fields = registration.u, registration.u_inverse, driving_force(registration)
-        levels = jax.tree.map(lambda x: downsample * x, by_level(registration))
-        return *(resize_field(field, fixed.shape[1:]) for field in fields), levels
+        found = tuple(resize_field(field, fixed.shape[1:]) for field in fields)
+        return (*found, jax.tree.map(lambda x: downsample * x, by_level(registration))) if with_levels else found
 
     return network
 

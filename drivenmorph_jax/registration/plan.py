@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -95,21 +95,22 @@ def _network(aligned, limit):
         config.data.downsample = coarser * aligned.network[0].data.downsample
         shape, grid = working_grid(aligned.fixed, about["spacing"], grid_multiple(config))
         beside = np.prod(shape) * (PASS_BYTES if aligned.refine_steps else 0)
-        program, needed = _program(network_pass(config), tree, tuple(leaves), shape, aligned.masked, limit - beside)
+        program, needed = _program(network_pass(config, levels=False), tree, tuple(leaves), shape, aligned.masked,
+                                   limit - beside)
         refining = REFINE_BYTES + CHANNEL_BYTES * len(aligned.extra) if aligned.refine_steps else 0
         needed = max(needed, np.prod(shape) * refining) + beside
         if needed <= limit:
             break
 
     def network(fixed, moving, weights):
-        return program(params, fixed, moving, weights)
+        return program(params=params, fixed=fixed, moving=moving, weights=weights)
 
     def whole(fixed, moving, weights):
         images, weights = (fixed[None, ..., 0], moving[None, ..., 0]), _of_a_batch(weights)
         if not aligned.refine_steps:
-            return tuple(x[0] for x in network(*images, weights)[:3])
+            return tuple(x[0] for x in network(*images, weights))
         extra = (fixed[None, ..., 1:], moving[None, ..., 1:]) if aligned.extra else None
-        return tuple(x[0] for x in refined(network, *images, aligned.refine_steps, weights, extra)[:3])
+        return tuple(x[0] for x in refined(network, *images, aligned.refine_steps, weights, extra))
 
     return {"shape": shape, "grid": grid, "spacing": about["spacing"], "needed": needed, "whole": whole}
 
@@ -123,4 +124,5 @@ def _program(network, tree, leaves, shape, masked, limit):
     """The result of `sharding.compiled_and_memory`, cached, so that many images of one size are compiled for once."""
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     weights = jax.ShapeDtypeStruct((1, *shape, 2), jnp.float32) if masked else None
-    return sharding.compiled_and_memory(network.lower(jax.tree.unflatten(tree, leaves), image, image, weights), limit)
+    return sharding.compiled_and_memory(
+        partial(network.compiled, jax.tree.unflatten(tree, leaves), image, image, weights), limit)

@@ -61,14 +61,15 @@ def device_mesh(space=1, devices=None):
     return Mesh(np.reshape(devices, (-1, space)), ("data", "space"))
 
 
-def compiled_and_memory(lowered, limit):
-    """(the compiled program, the bytes that it takes of each device), for a caller that wants at most `limit` bytes.
+def compiled_and_memory(compile, limit):
+    """(the program that `compile` returns, the bytes that it takes of each device), for a caller that wants at most
+    `limit` bytes.
 
     The compiler for TPU refuses a program that needs more memory than the device has. Then the result is (None, the
     bytes that the compiler reports, in any case more than `limit`).
     """
     try:
-        compiled = lowered.compile()
+        compiled = compile()
         return compiled, programs.device_memory(compiled)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or limit == np.inf:

@@ -80,7 +80,7 @@ def compiled_step(optimizer, config, mesh, params, opt_state, batch, memory=None
         config = config.copy_and_resolve_references()
         config.model.update({key: value for key, value in settings.items() if key in config.model})
         train_step = make_train_step(make_network(config.model), optimizer, config, mesh)
-        compiled, needed = sharding.compiled_and_memory(train_step.lower(params, opt_state, batch), limit)
+        compiled, needed = sharding.compiled_and_memory(train_step.lower(params, opt_state, batch).compile, limit)
         if needed <= limit:
             break
     shape = "x".join(map(str, batch["fixed"].shape[1:4]))

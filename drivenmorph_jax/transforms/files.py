@@ -55,7 +55,7 @@ def write_force(path, force, like, content):
 
 def _write_vectors(path, vectors, like, frame, intent, sidecar):
     signs = np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3)
-    stored = (vectors * signs).astype(np.float32)[..., None, :]
+    stored = (vectors * np.float32(signs)).astype(np.float32, copy=False)[..., None, :]
     writing.save(path, stored, like, INTENTS[frame] if intent is None else intent)
     sidecar = sidecar | {"Frame": frame, "Unit": "mm", "GridShape": list(vectors.shape[:3]),
                          "GridAffineRAS": like.affine.tolist(), "FieldCRC32": _checksum(stored)}

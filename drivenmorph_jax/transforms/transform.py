@@ -207,10 +207,13 @@ class Transform:
                           "TargetGridAffineRAS": self.other.affine.tolist()}
             field, wide, grid = self.field, self.displacement, self.grid
             if form != "afni" and field.near.shape != wide.shape:
-                # The map `field` at the voxels where it is given, so that nothing is sampled.
-                wide = by_planes(field.near.shape, field.affine,
-                                 lambda i, x: map_points(field.linear, x + field.near[i]) - x)
-                wide = np.rint(wide * MARGIN_STEPS) / MARGIN_STEPS  # rounded, the margin takes a third of the space
+                # The map `field` at the voxels where it is given, so that nothing is sampled. Rounded, the margin takes
+                # a third of the space.
+                def plane(i, x):
+                    there = (map_points(field.linear, x + field.near[i]) - x).astype(np.float32)
+                    return np.rint(there * MARGIN_STEPS) / MARGIN_STEPS
+
+                wide = by_planes(field.near.shape, field.affine, plane)
                 wide[part_of(field.affine, grid.data.shape, grid.affine)] = self.displacement
                 about |= {"ImageGridShape": list(grid.data.shape), "ImageGridAffineRAS": grid.affine.tolist()}
                 grid = on_grid(wide.shape[:3], field.affine, grid.header, grid.path)

@@ -19,6 +19,8 @@ from scipy import ndimage
 
 from drivenmorph_jax.fields import unfold
 from drivenmorph_jax.fields.jacobian import determinant
+from drivenmorph_jax.fields.warp import warp
+from drivenmorph_jax.runtime.kept import kept
 
 
 def linear_part(displacement, affine):
@@ -53,8 +55,8 @@ def total_displacement(shape, affine, u, work_affine, transform):
     Returns:
       (X, Y, Z, 3), in RAS mm.
     """
-    deform = _deformation(u, work_affine)
-    displacement = displacement_of(lambda x: map_points(transform, deform(x)), shape, affine)
+    displacement = _placed(u, np.linalg.inv(work_affine) @ affine, (transform @ work_affine)[:3, :3], shape,
+                           transform @ affine - affine)
     return unfolded_in_world(displacement, affine, transform)
 
 
@@ -72,8 +74,10 @@ def total_inverse_displacement(shape, affine, u_inverse, work_affine, transform)
     Returns:
       (X, Y, Z, 3), in RAS mm.
     """
-    deform, back = _deformation(u_inverse, work_affine), np.linalg.inv(transform)
-    return unfolded_in_world(displacement_of(lambda y: deform(map_points(back, y)), shape, affine), affine, back)
+    back = np.linalg.inv(transform)
+    displacement = _placed(u_inverse, np.linalg.inv(work_affine) @ back @ affine, work_affine[:3, :3], shape,
+                           back @ affine - affine)
+    return unfolded_in_world(displacement, affine, back)
 
 
 def unfolded_in_world(displacement, affine, transform):
@@ -94,9 +98,7 @@ def force_on_grid(shape, affine, force, work_affine):
 
     `force` (D, H, W, 3) is in voxels of the working grid, and `work_affine` is the affine of that grid.
     """
-    to_voxel, channels = np.linalg.inv(work_affine), channels_first(force)
-    back = work_affine[:3, :3].T
-    return by_planes((*shape, 3), affine, lambda i, x: sample(channels, map_points(to_voxel, x)) @ back)
+    return _placed(force, np.linalg.inv(work_affine) @ affine, work_affine[:3, :3], shape)
 
 
 def pull_back(volume, displacement, affine, interpolation="linear", outside=None):
@@ -183,15 +185,28 @@ def jacobian_determinant_of_displacement(displacement, affine):
     return out
 
 
-def _deformation(u, affine):
-    """The map z -> W (w + u(w)), w = W^-1 z, of world points (..., 3). `affine` is W."""
-    to_voxel, field = np.linalg.inv(affine), channels_first(u)
+def _placed(field, place, linear, shape, offset=None):
+    """A field on another grid: linear field(place i) + offset i at every voxel i, (X, Y, Z, 3), float32.
 
-    def deform(points):
-        voxel = map_points(to_voxel, points)
-        return map_points(affine, voxel + sample(field, voxel))
+    `field` (D, H, W, 3) is sampled linearly and clamped at its edge. `place` and `offset` are (4, 4), `linear` (3, 3).
+    Places are rounded to 1e-5 voxels.
+    """
+    field = np.asarray(field, np.float32) @ linear.T.astype(np.float32)
+    offset = np.zeros((4, 4)) if offset is None else offset
+    return np.array(_sampled_at(field, *(_along_axes(matrix, shape) for matrix in (place - np.eye(4), offset))))
 
-    return deform
+
+def _along_axes(matrix, shape):
+    """Three arrays that add up to matrix i at every voxel i of a grid, (X, Y, Z, 3): one for each axis."""
+    parts = [np.arange(n)[:, None] * matrix[:3, axis] for axis, n in enumerate(shape)]
+    parts[0] = parts[0] + matrix[:3, 3]
+    return [part.astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)] + [3])
+            for axis, part in enumerate(parts)]
+
+
+@kept
+def _sampled_at(field, shift, offset):
+    return sum(offset) + warp(field, sum(shift))
 
 
 def displacement_of(move, shape, affine):

@@ -1,0 +1,157 @@
+"""Compiled programs that are kept whole, so that a later run of a command does not trace them again.
+
+JAX's own cache keeps what XLA compiles. To find a program there, JAX first traces and lowers it, which takes longer
+than loading it: for the network 4.6 s of 6 s. A program that is `kept` is found by what it is made from instead.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import os
+import pickle
+import platform
+import time
+from functools import cache, lru_cache, partial, update_wrapper
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+from drivenmorph_jax.backends import current
+from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import replacing
+from drivenmorph_jax.runtime.shipped import PACKAGE
+
+UNUSED = 30 * 24 * 3600  # seconds after which a program that no run has loaded is deleted
+
+
+class Unkeepable(Exception):
+    """A program that is made from something without a text of its own, such as an object's address."""
+
+
+class Kept:
+    """A function like `jax.jit(function, **options)`, whose programs are kept in the folder of JAX's cache.
+
+    They are kept on CPU, for one device, and where that folder is set. Within another program, or for arrays on several
+    devices, the function is an ordinary jitted one.
+    """
+
+    def __init__(self, function, static_argnames=(), **options):
+        self.static = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        self.jitted = jax.jit(function, static_argnames=self.static, **options)
+        self.signature, self.made_from = inspect.signature(function), partial(function, options)
+        update_wrapper(self, function)
+
+    def __call__(self, *args, **kwargs):
+        dynamic, static = self._split(*args, **kwargs)
+        if not _keeps(jax.tree.leaves(dynamic)):
+            return self.jitted(*args, **kwargs)
+        return _program(self, *_types(dynamic), static)(**dynamic)
+
+    def compiled(self, *args, **kwargs):
+        """The compiled program for these arguments, arrays or ShapeDtypeStructs. It takes them by their names."""
+        dynamic, static = self._split(*args, **kwargs)
+        return _program(self, *_types(dynamic), static)
+
+    def _split(self, *args, **kwargs):
+        """The arguments by their names: a dictionary of those that are arrays, and the items of the static ones."""
+        given = self.signature.bind(*args, **kwargs).arguments
+        static = tuple((name, given.pop(name)) for name in self.static if name in given)
+        return given, static
+
+
+def kept(function=None, **options):
+    """Decorator: the `Kept` function; `options` are those of `jax.jit`."""
+    return partial(Kept, **options) if function is None else Kept(function, **options)
+
+
+def _types(dynamic):
+    leaves, tree = jax.tree.flatten(dynamic)
+    return tree, tuple(map(jax.typeof, leaves))
+
+
+def _keeps(leaves):
+    return (jax.config.jax_compilation_cache_dir is not None and current() == "cpu" == jax.devices()[0].platform
+            and jax.device_count() == 1 and not any(isinstance(x, jax.core.Tracer) for x in leaves))
+
+
+@lru_cache(maxsize=64)
+def _program(one, tree, types, static):
+    def compiled():
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in types]
+        return one.jitted.lower(**jax.tree.unflatten(tree, shapes), **dict(static)).compile()
+
+    if not _keeps(()):
+        return compiled()
+    try:
+        name = hashlib.sha256(_text((one.made_from, str(tree), types, static, _surroundings())).encode()).hexdigest()
+    except Unkeepable:
+        return compiled()
+    path = Path(jax.config.jax_compilation_cache_dir) / "programs" / name
+    with contextlib.suppress(Exception):  # it is missing, or damaged; XLA raises many types
+        program = deserialize_and_load(*pickle.loads(path.read_bytes()), execution_devices=jax.devices())
+        os.utime(path)
+        return program
+    with _uncached():
+        program = compiled()
+    with contextlib.suppress(OSError, InputError, ValueError, NotImplementedError):  # then it is compiled next time
+        _store(path, pickle.dumps(serialize(program)))
+    return program
+
+
+@contextlib.contextmanager
+def _uncached():
+    """Within the block, JAX's cache is not used: it would hand out programs that cannot be kept, since they lack the
+    functions that they call (findings/jax_serialized_from_cache.sh)."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        reset_cache()
+
+
+def _store(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    for other in path.parent.iterdir():
+        if other.stat().st_mtime < time.time() - UNUSED:
+            other.unlink()
+
+
+def _text(x):
+    """x as a text that is the same in every process. Raises Unkeepable where there is none."""
+    if isinstance(x, (tuple, list)):
+        return f"({', '.join(map(_text, x))})"
+    if isinstance(x, partial):
+        return _text((x.func, x.args, sorted(x.keywords.items())))
+    if isinstance(x, Kept):
+        return _text(x.made_from)
+    if isinstance(x, jax.core.ShapedArray):
+        return f"{x.str_short()} {x.weak_type}"
+    if callable(x) and hasattr(x, "__qualname__"):
+        inside = [cell.cell_contents for cell in getattr(x, "__closure__", None) or ()]
+        return f"{x.__module__}.{x.__qualname__}{_text(inside)}{_text(getattr(x, '__defaults__', None) or ())}"
+    text = repr(x)
+    if " at 0x" in text:
+        raise Unkeepable(text)
+    return text
+
+
+@cache
+def _surroundings():
+    """What all programs depend on: the source of the package, the versions, the flags, the processor."""
+    source = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".so"):
+            source.update(path.read_bytes())
+    processor = platform.processor()
+    with contextlib.suppress(OSError):
+        processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")),
+                         processor)
+    return (source.hexdigest(), version("jax"), version("jaxlib"), os.environ.get("XLA_FLAGS"), os.cpu_count(),
+            platform.machine(), processor, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
