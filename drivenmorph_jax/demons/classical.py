@@ -20,7 +20,7 @@ from drivenmorph_jax.fields.grid import average_pool, coarsen_field, resize_fiel
 from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.runtime.kept import kept
+from drivenmorph_jax.runtime.stored import stored
 
 # Settings of `demons`. LNCC is for local correlation of images with one channel. INTENSITY is for `symmetric_force` and
 # `thirion_force`, on intensities or on any number of feature channels. STIFF is local correlation of voxels in place of
@@ -37,7 +37,7 @@ STIFF: dict[str, Any] = LNCC | {
 FORCES = {  # name: (function that computes the features of an image, settings of `demons`)
     "lncc": (lambda x: x, LNCC),
     "intensity": (lambda x: x, INTENSITY),
-    "mind": (jax.jit(mind), INTENSITY),
+    "mind": (stored(mind), INTENSITY),
 }
 MULTIPLE = 8  # sides are multiples of it: three levels halve them twice, and the field's grid halves them once more
 
@@ -62,7 +62,7 @@ UPDATE_STEPS = 2
 PATIENCE = 5
 
 
-@kept(static_argnames=("force", "iterations", "update", "max_step", "scale", "tolerance"))
+@stored(static_argnames=("force", "iterations", "update", "max_step", "scale", "tolerance"))
 def demons_level(fixed: chex.Array, moving: chex.Array, field: chex.Array, *, force: Force, iterations: int,
                  max_step: float, scale: bool, sigma_fluid: float, sigma_diffusion: float, update: str,
                  tolerance: float) -> tuple[jax.Array, jax.Array]:
@@ -193,14 +193,14 @@ def demons(fixed: chex.Array, moving: chex.Array, *, force: Force = LNCC["force"
 
 
 # Compiled because JAX compiles each operation outside a compiled function by itself.
-@kept(static_argnames=("factor", "stride"))
+@stored(static_argnames=("factor", "stride"))
 def _at_level(fixed, moving, field, factor, stride):
     dims, space = field.shape[-1], [n // (factor * stride) for n in fixed.shape[:-1]]
     field = (coarsen_field if space[0] < field.shape[0] else resize_field)(field, space)
     return average_pool(fixed, factor, dims), average_pool(moving, factor, dims), field
 
 
-@kept(static_argnames=("space", "update"))
+@stored(static_argnames=("space", "update"))
 def _at_end(field, space, update):
     field = resize_field(field, space)
     return field, exponential(field) if update == "log" else field

@@ -9,6 +9,7 @@ from drivenmorph_jax.demons.forces import Force, masked
 from drivenmorph_jax.fields.grid import padded_pool, resize, resize_field
 from drivenmorph_jax.fields.inverse import coarse_inverse, inverse
 from drivenmorph_jax.fields.unfold import unfolded
+from drivenmorph_jax.runtime.stored import stored
 
 # `refine` counts a start as converged where 5 more iterations lower the energy by no more than this fraction. On real
 # brains, a converged start gains .1 to .2 % of the energy of local correlation and .6 to 1.2 % of that of a squared
@@ -99,12 +100,10 @@ def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
     Returns:
       The displacement (*space, n), in voxels, after `unfolded`.
     """
-    space, dims, multiple = fixed.shape[:-1], fixed.ndim - 1, 2 ** (len(STIFF["iterations"]) - 1)
+    multiple = 2 ** (len(STIFF["iterations"]) - 1)
 
-    def pooled(x):
-        return padded_pool(x, factor, multiple, dims)
-
-    images, weights = (None if pair is None else tuple(map(pooled, pair)) for pair in ((fixed, moving), weights))
+    images, weights = (None if pair is None else tuple(_pooled(x, factor, multiple) for x in pair)
+                       for pair in ((fixed, moving), weights))
 
     def one_way(images, weights, **changes):
         images, driven = weighted(images, weights, STIFF["force"])
@@ -115,10 +114,20 @@ def registered_stiffly(fixed: chex.Array, moving: chex.Array, factor: int = 2,
     else:
         back = one_way(images[::-1], None if weights is None else weights[::-1])
         u = (one_way(images, weights) + inverse(back)) / 2
-    u = resize_field(u, [n * factor for n in u.shape[:-1]])
-    return unfolded(u[tuple(map(slice, space))])
+    return unfolded(_unpooled(u, factor, fixed.shape[:-1]))
 
 
+@stored(static_argnames=("factor", "multiple"))
+def _pooled(x, factor, multiple):
+    return padded_pool(x, factor, multiple, x.ndim - 1)
+
+
+@stored(static_argnames=("factor", "space"))
+def _unpooled(u, factor, space):
+    return resize_field(u, [n * factor for n in u.shape[:-1]])[tuple(map(slice, space))]
+
+
+@stored(static_argnames="force")
 def force_between(fixed: chex.Array, moving: chex.Array, force: str = "lncc",
                   weights: tuple[chex.Array, chex.Array] | None = None) -> jax.Array:
     """The force (*space, n) by which Demons would begin, in voxels: that of a name of `FORCES`, on the images' grid.

@@ -50,7 +50,7 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     fixed, moving, warped, *matched = (np.asarray(x, np.float32).reshape(x.shape[:3])
                                        for x in (fixed, moving, warped, *(matched or (moving, warped))))
     spacing = np.asarray(spacing, float)
-    u, force = np.asarray(u, np.float32) * spacing, np.asarray(force, np.float32) * spacing
+    u, force = (np.asarray(x, np.float32) * np.float32(spacing) for x in (u, force))
     jac = uncropped(jac, fixed.shape)
     white = np.percentile(fixed[fixed > 0], 99.5) if (fixed > 0).any() else 1.0
     brain = ndimage.binary_fill_holes(fixed > 0.05 * white)

@@ -133,7 +133,7 @@ def viewer(caption, fixed, moving, warped, u, force, jacobian, spacing, heads=No
     found |= {f"{name}, head": (x, "gray", 0.0, 1.0, "") for name, x in (heads or {}).items()}
     found["|Fixed - Warped|"] = np.abs(fixed - warped), "cividis", 0.0, white / 2, ""
     for name, x in (("|Displacement|", u), ("|Driving force|", force)):
-        length = np.linalg.norm(x * spacing, axis=-1)
+        length = np.linalg.norm(x * np.float32(spacing), axis=-1)
         found[name] = length, "cividis", 0.0, max(float(np.percentile(length[fixed > 0], 99.8)), 0.1), "mm"
     bound = max(float(np.percentile(np.abs(logarithm[fixed > 0]), 99.5)), 0.1)
     found["log Jacobian"] = logarithm, "RdBu_r", -bound, bound, ""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from drivenmorph_jax.fields.grid import resize_field
 from drivenmorph_jax.fields.warp import compose, warp
-from drivenmorph_jax.runtime.kept import kept
+from drivenmorph_jax.runtime.stored import stored
 
 
 def inverse(u: chex.Array, iterations: int = 40, start: chex.Array | None = None) -> jax.Array:
@@ -111,7 +111,7 @@ def _solved(matrices, vectors):
     return jnp.stack(x, -1) / jnp.where(jnp.abs(determinant) < 1e-3, 1e-3, determinant)
 
 
-@kept(static_argnames=("stride", "steps"))
+@stored(static_argnames=("stride", "steps"))
 def coarse_inverse(u: chex.Array, stride: int = 2, steps: int = 4) -> jax.Array:
     """Displacement w of the inverse of id + u, computed on a coarser grid and corrected on the grid of u.
 

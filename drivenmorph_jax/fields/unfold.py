@@ -4,10 +4,10 @@ import jax
 
 from drivenmorph_jax.fields.jacobian import jacobian_determinant
 from drivenmorph_jax.fields.smooth import gaussian_smooth
-from drivenmorph_jax.runtime.kept import kept
+from drivenmorph_jax.runtime.stored import stored
 
 
-@kept(static_argnames="most")
+@stored(static_argnames="most")
 def unfolded(u, most=20):
     """u, smoothed locally around its folds until det(I + grad u) > 0 everywhere.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from drivenmorph_jax.fields.smooth import box_mean, gaussian_smooth
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.runtime.kept import kept
+from drivenmorph_jax.runtime.stored import stored
 
 BINS, WIDTH = 64, 1.5  # number of values of the curve; width of their smoothing, in bins
 PASSES = 3  # registrations; each takes its curve from the result of the one before
@@ -32,7 +32,7 @@ def _counted(fixed, moved, weight):
     return ((fixed > 0) & (moved > 0)) * (1.0 if weight is None else weight)
 
 
-@kept
+@stored
 def correlation(fixed, moved, weight=None):
     """Pearson correlation of two images over the voxels where neither is background.
 
@@ -44,7 +44,7 @@ def correlation(fixed, moved, weight=None):
     return (w * a * b).sum() * jax.lax.rsqrt(jnp.maximum((w * a * a).sum() * (w * b * b).sum(), 1e-12))
 
 
-@kept
+@stored
 def local_agreement(fixed, moved, weight=None):
     """How much two images have in common around each voxel, in [0, 1]: (D, H, W).
 
@@ -60,7 +60,7 @@ def local_agreement(fixed, moved, weight=None):
     return jnp.clip(w * jnp.maximum(fm - f * m, 0) ** 2 / (variances + 1e-6), 0, 1)
 
 
-@kept
+@stored
 def agreement(fixed, moved, weight=None):
     """How much two images have in common, in [0, 1]: the median of `local_agreement` over the brain.
 
@@ -74,7 +74,7 @@ def agreement(fixed, moved, weight=None):
     return jnp.nanmedian(jnp.where(w > 0, near / jnp.maximum(weights, 1e-3), jnp.nan))
 
 
-@kept
+@stored
 def conditional_mean(fixed, moved, weight=None):
     """E[fixed | moved = m] at the `BINS` values m from 0 to 1, over the voxels where neither image is background.
 
@@ -95,13 +95,13 @@ def conditional_mean(fixed, moved, weight=None):
     return (kernel @ summed(w * fixed)) / jnp.maximum(kernel @ summed(w), 1e-12)
 
 
-@kept
+@stored
 def recoloured(image, curve):
     """curve(image), with `curve` (BINS,) as `conditional_mean` returns it. Background stays 0."""
     return jnp.where(image > 0, jnp.interp(image, jnp.linspace(0, 1, len(curve)), curve), 0)
 
 
-@kept
+@stored
 def _curve(fixed, moving, u, weights):
     weight = None
     if weights is not None:

@@ -19,7 +19,11 @@ CUT = 0.05  # a face is cut from this share of tissue in its slice, of that in t
 
 def cut_faces(volume):
     """The voxel coordinates (2, 3) of the lower and upper faces at which a Volume is cut; infinite at other faces."""
-    tissue, faces = foreground(volume.data), np.array([3 * [-np.inf], 3 * [np.inf]])
+    return _cut_faces(foreground(volume.data))
+
+
+def _cut_faces(tissue):
+    faces = np.array([3 * [-np.inf], 3 * [np.inf]])
     for axis, n in enumerate(tissue.shape):
         full = np.count_nonzero(tissue, axis=tuple(a for a in range(3) if a != axis))
         for end, place in enumerate((0, n - 1)):
@@ -41,7 +45,8 @@ def beyond(volume, shape, affine, transform=None, rim=0.0):
       (the distance in mm beyond the cut faces, float32, 0 on their inner side; bool, True where nothing is known), of
       `shape`. None where no face is cut.
     """
-    faces = cut_faces(volume)
+    tissue = foreground(volume.data)
+    faces = _cut_faces(tissue)
     if np.isinf(faces).all():
         return None
     matrix = np.linalg.inv(volume.affine) @ (np.eye(4) if transform is None else transform) @ affine
@@ -51,7 +56,7 @@ def beyond(volume, shape, affine, transform=None, rim=0.0):
             x = row[3] + sum(np.ix_(*(step * np.arange(n) for step, n in zip(row, shape, strict=False))))
             out = size * np.maximum(low - x, x - high) + rim
             squares += np.where(out > 1e-3 * size, out, 0) ** 2
-    bright = replace(volume, data=foreground(volume.data).astype(np.float32))
+    bright = replace(volume, data=tissue.astype(np.float32))
     tissue = resample(bright, shape, affine, transform, repeated=True) > 0.5  # of the nearest voxel
     reach = 2 * np.rint(AROUND / np.linalg.norm(affine[:3, :3], axis=0)).astype(int) + 1
     return np.sqrt(squares), (squares > 0) & ndimage.maximum_filter(tissue, reach.tolist(), mode="nearest")

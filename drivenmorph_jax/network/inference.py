@@ -22,7 +22,7 @@ from drivenmorph_jax.network.outputs import by_level, driving_force
 from drivenmorph_jax.network.refinement import refined
 from drivenmorph_jax.runtime import configuration, sharding
 from drivenmorph_jax.runtime.checkpoint import read_about, read_params, read_shapes
-from drivenmorph_jax.runtime.kept import kept
+from drivenmorph_jax.runtime.stored import stored
 
 
 def grid_multiple(config):
@@ -70,7 +70,7 @@ def network_pass(config, levels=True):
 
 @lru_cache(maxsize=8)
 def _network_pass(model, downsample, with_levels):
-    @kept(compiler_options=compiler_options())
+    @stored(compiler_options=compiler_options())
     def network(params, fixed, moving, weights=None):
         small = [average_pool(x[..., None], downsample) for x in (fixed, moving)]
         if weights is not None:

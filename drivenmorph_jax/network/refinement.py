@@ -18,7 +18,7 @@ from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import compose, warp
-from drivenmorph_jax.runtime.kept import kept
+from drivenmorph_jax.runtime.stored import stored
 
 RESIDUAL_PASSES = 2
 SIGMA = 0.7  # voxels
@@ -114,12 +114,12 @@ def with_inverse(state):
     return replace(state, u_inverse=_each(partial(coarse_inverse, steps=INVERSE_STEPS), state.u))
 
 
-@kept
+@stored
 def _mean(a, b):
     return 0.5 * (a + b)
 
 
-@kept
+@stored
 def _warped(moving, weights, u):
     """The warped moving image; and the weights, of which those of the moving image are warped too."""
     if weights is not None:
@@ -127,12 +127,12 @@ def _warped(moving, weights, u):
     return warp(moving[..., None], u)[..., 0], weights
 
 
-@kept
+@stored
 def _composed(u, s):
     return compose(u, s)
 
 
-@kept
+@stored
 def _smooth(u):
     return gaussian_smooth(u, SIGMA)
 

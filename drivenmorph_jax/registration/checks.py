@@ -7,8 +7,6 @@ docs/checks.md.
 
 from dataclasses import dataclass, replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import linalg, ndimage
 
@@ -23,6 +21,7 @@ from drivenmorph_jax.network.losses import lncc
 from drivenmorph_jax.registration.read import kept, millilitres
 from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.registration.sides import alike
+from drivenmorph_jax.runtime.stored import stored
 from drivenmorph_jax.transforms.affine import metric_between
 
 WINDOW = 7  # side of the boxes of local correlation, in the voxels of 2 mm on which the checks register once more
@@ -152,7 +151,7 @@ def _share_outside(brain, image, other, transform):
 
 def _deformation(scored):
     """Checks of the deformation."""
-    determinant = np.asarray(jacobian_determinant(scored.u))[metrics.brain(np.asarray(scored.fixed_on_grid))]
+    determinant = np.asarray(_determinant(scored.u))[metrics.brain(np.asarray(scored.fixed_on_grid))]
     low, high = np.percentile(np.log(np.maximum(determinant, 1e-9)), (0.1, 99.9))
     factor = coarse_factor(scored.spacing * scored.scale)
     f, m, w = (_coarse(x, factor) for x in (scored.fixed_on_grid, scored.seen, scored.matched))
@@ -192,16 +191,25 @@ def _brightness(fixed, warped):
 
 def _coarse(x, factor):
     """An image (D, H, W) or field (D, H, W, 3) on voxels `factor` times as large, with sides that Demons takes."""
-    x = np.asarray(x)
-    return padded_pool(jnp.asarray(x[..., None] if x.ndim == 3 else x), factor, demons.MULTIPLE)
+    return _pooled(x[..., None] if x.ndim == 3 else x, factor)
 
 
-@jax.jit
+@stored(static_argnames="factor")
+def _pooled(x, factor):
+    return padded_pool(x, factor, demons.MULTIPLE)
+
+
+@stored
 def _lncc(fixed, moving):
     return lncc(fixed[None], moving[None], WINDOW)
 
 
-@jax.jit
+@stored
+def _determinant(u):
+    return jacobian_determinant(u)
+
+
+@stored
 def _registered(fixed, moving):
     """The displacement by a short run of Demons."""
     return demons.demons(fixed, moving, **demons.LNCC | {"iterations": (40, 10, 0)}).u

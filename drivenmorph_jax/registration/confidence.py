@@ -6,6 +6,7 @@ import numpy as np
 from drivenmorph_jax.fields.grid import padded_pool, resize
 from drivenmorph_jax.images.contrast import local_agreement
 from drivenmorph_jax.images.working_grid import coarse_factor
+from drivenmorph_jax.runtime.stored import stored
 
 # At a confidence of CONFIDENCE, 90 % of the label borders lie within WITHIN mm of their place. `benchmarks.confidence`
 # measured it on pairs of T1 brains.
@@ -24,12 +25,16 @@ def confidence(fixed, warped, spacing, weight=None):
       spacing: voxel size of this grid, in mm of a human brain.
       weight: (D, H, W), 0 where an image does not count; None if every voxel does.
     """
-    factor = coarse_factor(spacing)
+    return np.asarray(_confidence(fixed, warped, weight, coarse_factor(spacing)))
+
+
+@stored(static_argnames="factor")
+def _confidence(fixed, warped, weight, factor):
     coarse = (padded_pool(jnp.asarray(x, jnp.float32)[..., None], factor)[..., 0]
               for x in (fixed, warped, weight) if x is not None)
     local = local_agreement(*coarse)[..., None]
     whole = resize(local, [n * factor for n in local.shape[:3]])[..., 0]
-    return np.asarray(whole[tuple(map(slice, fixed.shape))])
+    return whole[tuple(map(slice, fixed.shape))]
 
 
 def uncertainty(confidence):

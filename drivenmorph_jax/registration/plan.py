@@ -42,7 +42,7 @@ class Planned(Aligned):
     grid: np.ndarray  # (4, 4), voxel to RAS mm
     spacing: float  # mm
     needed: float  # bytes, estimated
-    whole: Callable
+    whole: Callable | None  # None for a stiff field, which needs no method
 
 
 def plan(aligned: Aligned) -> Planned:
@@ -89,6 +89,10 @@ def _network(aligned, limit):
     quarter.
     """
     config, params, about = aligned.network
+    if aligned.request.stiffness == "high":  # `deform` then registers by Demons
+        shape, grid = working_grid(aligned.fixed, about["spacing"], grid_multiple(config))
+        return {"shape": shape, "grid": grid, "spacing": about["spacing"], "needed": DEMONS_BYTES * np.prod(shape),
+                "whole": None}
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
     for coarser in (1, 2, 4):
         config = config.copy_and_resolve_references()

@@ -20,6 +20,7 @@ from drivenmorph_jax.registration.strip import Stripped
 from drivenmorph_jax.registration.strip import strip as find_brains
 from drivenmorph_jax.registration.transfer import transfer
 from drivenmorph_jax.runtime.checkpoint import SHIPPED
+from drivenmorph_jax.runtime.memory import trim_memory
 
 
 def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: str | Path = SHIPPED,
@@ -117,6 +118,7 @@ def finished(state: Stripped, progress: Progress) -> Result:
     for name, stage in stages.items():
         with progress(name):
             state = stage(state)
+            trim_memory()
             if stage is plan:
                 progress.tell(f"memory {state.needed / 1e9:.1f} GB,", end=" ")
             if stage is deform and state.correlation is not None and state.contrast == "other":

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +16,7 @@ from drivenmorph_jax.registration.confidence import confidence, uncertainty
 from drivenmorph_jax.registration.read import kept
 from drivenmorph_jax.registration.transfer import Transferred
 from drivenmorph_jax.runtime.provenance import environment
+from drivenmorph_jax.runtime.stored import stored
 from drivenmorph_jax.transforms.world import displacement_of, pull_back
 
 WINDOW = 9  # side of the boxes of the reported local correlation, in voxels
@@ -122,7 +122,7 @@ def _dice(pair):
             for when, labels in (("before", start), ("after", pair.warped_labels))}
 
 
-@jax.jit
+@stored
 def _mean_lncc(fixed, moving, weight):
     return lncc(fixed[None, ..., None], moving[None, ..., None], WINDOW, weight)
 

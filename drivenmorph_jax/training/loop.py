@@ -21,9 +21,10 @@ from drivenmorph_jax.network.losses import SIMILARITIES
 from drivenmorph_jax.network.networks import make_network, multiple
 from drivenmorph_jax.runtime import checkpoint, sharding
 from drivenmorph_jax.runtime.logs import Logs
+from drivenmorph_jax.runtime.memory import trim_memory
 from drivenmorph_jax.runtime.provenance import environment
 from drivenmorph_jax.training.step import compiled_step, make_augment, make_optimizer
-from drivenmorph_jax.training.stopping import terminated, trim_memory
+from drivenmorph_jax.training.stopping import terminated
 
 MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, after which a run ends
 

@@ -1,19 +1,11 @@
-"""The end of a run by SIGTERM, and the memory that a long run returns to the system."""
+"""The end of a run by SIGTERM."""
 
-import ctypes
 import os
 import signal
 import threading
 from contextlib import contextmanager
 
 import jax
-
-
-def trim_memory():
-    """Return free memory to the system. glibc keeps some of the memory of every validation, which adds up over days."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:  # a Mac has no malloc_trim
-        trim(0)
 
 
 @contextmanager

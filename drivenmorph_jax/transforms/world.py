@@ -20,7 +20,7 @@ from scipy import ndimage
 from drivenmorph_jax.fields import unfold
 from drivenmorph_jax.fields.jacobian import determinant
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.runtime.kept import kept
+from drivenmorph_jax.runtime.stored import stored
 
 
 def linear_part(displacement, affine):
@@ -204,7 +204,7 @@ def _along_axes(matrix, shape):
             for axis, part in enumerate(parts)]
 
 
-@kept
+@stored
 def _sampled_at(field, shift, offset):
     return sum(offset) + warp(field, sum(shift))
 

@@ -1,7 +1,7 @@
-"""Compiled programs that are kept whole, so that a later run of a command does not trace them again.
+"""Compiled programs that are stored whole, so that a later run of a command does not trace them again.
 
 JAX's own cache keeps what XLA compiles. To find a program there, JAX first traces and lowers it, which takes longer
-than loading it: for the network 4.6 s of 6 s. A program that is `kept` is found by what it is made from instead.
+than loading it: for the network 4.6 s of 6 s. A program that is `stored` is found by what it is made from instead.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from drivenmorph_jax.runtime.shipped import PACKAGE
 UNUSED = 30 * 24 * 3600  # seconds after which a program that no run has loaded is deleted
 
 
-class Unkeepable(Exception):
-    """A program that is made from something without a text of its own, such as an object's address."""
+class Nameless(Exception):
+    """A program that is made from something without a text that tells it from all others, in every process."""
 
 
-class Kept:
-    """A function like `jax.jit(function, **options)`, whose programs are kept in the folder of JAX's cache.
+class Stored:
+    """A function like `jax.jit(function, **options)`, whose programs are stored in the folder of JAX's cache.
 
-    They are kept on CPU, for one device, and where that folder is set. Within another program, or for arrays on several
-    devices, the function is an ordinary jitted one.
+    They are stored on CPU, for one device, and where that folder is set. Within another program, or where it is made
+    from a function outside the package, such as a force of your own, it is an ordinary jitted function.
     """
 
     def __init__(self, function, static_argnames=(), **options):
@@ -46,7 +46,7 @@ class Kept:
 
     def __call__(self, *args, **kwargs):
         dynamic, static = self._split(*args, **kwargs)
-        if not _keeps(jax.tree.leaves(dynamic)):
+        if not _storable(jax.tree.leaves(dynamic)):
             return self.jitted(*args, **kwargs)
         return _program(self, *_types(dynamic), static)(**dynamic)
 
@@ -62,9 +62,9 @@ class Kept:
         return given, static
 
 
-def kept(function=None, **options):
-    """Decorator: the `Kept` function; `options` are those of `jax.jit`."""
-    return partial(Kept, **options) if function is None else Kept(function, **options)
+def stored(function=None, **options):
+    """Decorator: the `Stored` function; `options` are those of `jax.jit`."""
+    return partial(Stored, **options) if function is None else Stored(function, **options)
 
 
 def _types(dynamic):
@@ -72,7 +72,7 @@ def _types(dynamic):
     return tree, tuple(map(jax.typeof, leaves))
 
 
-def _keeps(leaves):
+def _storable(leaves):
     return (jax.config.jax_compilation_cache_dir is not None and current() == "cpu" == jax.devices()[0].platform
             and jax.device_count() == 1 and not any(isinstance(x, jax.core.Tracer) for x in leaves))
 
@@ -83,11 +83,11 @@ def _program(one, tree, types, static):
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in types]
         return one.jitted.lower(**jax.tree.unflatten(tree, shapes), **dict(static)).compile()
 
-    if not _keeps(()):
+    if not _storable(()):
         return compiled()
     try:
         name = hashlib.sha256(_text((one.made_from, str(tree), types, static, _surroundings())).encode()).hexdigest()
-    except Unkeepable:
+    except Nameless:
         return compiled()
     path = Path(jax.config.jax_compilation_cache_dir) / "programs" / name
     with contextlib.suppress(Exception):  # it is missing, or damaged; XLA raises many types
@@ -97,13 +97,13 @@ def _program(one, tree, types, static):
     with _uncached():
         program = compiled()
     with contextlib.suppress(OSError, InputError, ValueError, NotImplementedError):  # then it is compiled next time
-        _store(path, pickle.dumps(serialize(program)))
+        _write(path, pickle.dumps(serialize(program)))
     return program
 
 
 @contextlib.contextmanager
 def _uncached():
-    """Within the block, JAX's cache is not used: it would hand out programs that cannot be kept, since they lack the
+    """Within the block, JAX's cache is not used: it would hand out programs that cannot be stored, since they lack the
     functions that they call (findings/jax_serialized_from_cache.sh)."""
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()
@@ -114,7 +114,7 @@ def _uncached():
         reset_cache()
 
 
-def _store(path, content):
+def _write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -124,21 +124,23 @@ def _store(path, content):
 
 
 def _text(x):
-    """x as a text that is the same in every process. Raises Unkeepable where there is none."""
+    """x as a text that is the same in every process. Raises Nameless where there is none."""
     if isinstance(x, (tuple, list)):
         return f"({', '.join(map(_text, x))})"
     if isinstance(x, partial):
         return _text((x.func, x.args, sorted(x.keywords.items())))
-    if isinstance(x, Kept):
+    if isinstance(x, Stored):
         return _text(x.made_from)
     if isinstance(x, jax.core.ShapedArray):
         return f"{x.str_short()} {x.weak_type}"
-    if callable(x) and hasattr(x, "__qualname__"):
-        inside = [cell.cell_contents for cell in getattr(x, "__closure__", None) or ()]
-        return f"{x.__module__}.{x.__qualname__}{_text(inside)}{_text(getattr(x, '__defaults__', None) or ())}"
+    if inspect.isfunction(x):
+        if (x.__module__ or "").split(".")[0] != PACKAGE.name:  # its source may change without a sign
+            raise Nameless(x.__qualname__)
+        inside = [cell.cell_contents for cell in x.__closure__ or ()]
+        return f"{x.__module__}.{x.__qualname__}:{x.__code__.co_firstlineno} {_text((inside, x.__defaults__ or ()))}"
     text = repr(x)
     if " at 0x" in text:
-        raise Unkeepable(text)
+        raise Nameless(text)
     return text
 
 
