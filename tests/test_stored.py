@@ -50,7 +50,7 @@ def power():
 
 
 def programs(folder):
-    return sorted((folder / "programs").iterdir()) if (folder / "programs").exists() else []
+    return [path for path in folder.glob("programs/*") if path.suffix != ".name"]
 
 
 def forget():
@@ -66,6 +66,16 @@ def test_a_stored_program_is_found_without_tracing(folder, traced):
     assert traced == [2] and len(programs(folder)) == 1
     np.testing.assert_array_equal(again["power"], X**2)
     assert float(first["sum"]) == float(again["sum"]) == X.sum()
+
+
+def test_after_a_change_of_the_source_it_is_traced_but_not_compiled(folder, traced, monkeypatch):
+    power()(X, n=2)
+    monkeypatch.setattr(module, "_source", lambda: "another")
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+    for _ in range(2):
+        forget()
+        np.testing.assert_array_equal(power()(X, n=2)["power"], X**2)
+    assert traced == [2, 2] and len(programs(folder)) == 1
 
 
 @pytest.mark.parametrize(("x", "n"), [(X, 3), (X[:1], 2), (X.astype(np.int32), 2)])

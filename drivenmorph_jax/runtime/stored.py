@@ -1,7 +1,9 @@
 """Compiled programs that are stored whole, so that a later run of a command does not trace them again.
 
 JAX's own cache keeps what XLA compiles. To find a program there, JAX first traces and lowers it, which takes longer
-than loading it: for the network 4.6 s of 6 s. A program that is `stored` is found by what it is made from instead.
+than loading it: for the network 4.6 s of 6 s. A program that is `stored` is found by what it is made from instead: the
+names of its functions, its settings, shapes, the source of the package, and what all programs depend on. After a change
+of the source, it is found by its lowered text.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 
 from drivenmorph_jax.backends import current
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import replacing
+from drivenmorph_jax.files import make_folder, replacing
 from drivenmorph_jax.runtime.shipped import PACKAGE
 
 UNUSED = 30 * 24 * 3600  # seconds after which a program that no run has loaded is deleted
@@ -41,7 +43,8 @@ class Stored:
     def __init__(self, function, static_argnames=(), **options):
         self.static = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
         self.jitted = jax.jit(function, static_argnames=self.static, **options)
-        self.signature, self.made_from = inspect.signature(function), partial(function, options)
+        self.signature, self.options = inspect.signature(function), str(sorted(options.items()))
+        self.made_from = function, self.options
         update_wrapper(self, function)
 
     def __call__(self, *args, **kwargs):
@@ -79,25 +82,38 @@ def _storable(leaves):
 
 @lru_cache(maxsize=64)
 def _program(one, tree, types, static):
-    def compiled():
+    def lowered():
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in types]
-        return one.jitted.lower(**jax.tree.unflatten(tree, shapes), **dict(static)).compile()
+        return one.jitted.lower(**jax.tree.unflatten(tree, shapes), **dict(static))
 
     if not _storable(()):
-        return compiled()
+        return lowered().compile()
     try:
-        name = hashlib.sha256(_text((one.made_from, str(tree), types, static, _surroundings())).encode()).hexdigest()
+        made_from = _hashed((one.made_from, str(tree), types, static, _source(), _surroundings()))
     except Nameless:
-        return compiled()
-    path = Path(jax.config.jax_compilation_cache_dir) / "programs" / name
-    with contextlib.suppress(Exception):  # it is missing, or damaged; XLA raises many types
-        program = deserialize_and_load(*pickle.loads(path.read_bytes()), execution_devices=jax.devices())
-        os.utime(path)
-        return program
-    with _uncached():
-        program = compiled()
-    with contextlib.suppress(OSError, InputError, ValueError, NotImplementedError):  # then it is compiled next time
-        _write(path, pickle.dumps(serialize(program)))
+        return lowered().compile()
+    folder = Path(jax.config.jax_compilation_cache_dir) / "programs"
+    known = folder / f"{made_from}.name"
+    with contextlib.suppress(Exception):  # one is missing, or damaged; XLA raises many types
+        return _loaded(folder / known.read_text(), known)
+    found = lowered()
+    path = folder / _hashed((found.as_text(), str(found.out_tree), one.options, _surroundings()))
+    try:
+        program = _loaded(path)
+    except Exception:  # as above
+        with _uncached():
+            program = found.compile()
+        with contextlib.suppress(InputError, ValueError, NotImplementedError):  # then it is compiled next time, too
+            _write(path, pickle.dumps(serialize(program)))
+    with contextlib.suppress(InputError):
+        _write(known, path.name.encode())
+    return program
+
+
+def _loaded(path, *known):
+    program = deserialize_and_load(*pickle.loads(path.read_bytes()), execution_devices=jax.devices())
+    for used in (path, *known):
+        os.utime(used)
     return program
 
 
@@ -115,12 +131,17 @@ def _uncached():
 
 
 def _write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-    for other in path.parent.iterdir():
-        if other.stat().st_mtime < time.time() - UNUSED:
-            other.unlink()
+    with contextlib.suppress(OSError):  # another process deletes them, too
+        for other in path.parent.iterdir():
+            if other.stat().st_mtime < time.time() - UNUSED:
+                other.unlink()
+
+
+def _hashed(x):
+    return hashlib.sha256(_text(x).encode()).hexdigest()
 
 
 def _text(x):
@@ -145,15 +166,21 @@ def _text(x):
 
 
 @cache
-def _surroundings():
-    """What all programs depend on: the source of the package, the versions, the flags, the processor."""
+def _source():
+    """The hash of the package's source."""
     source = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in (".py", ".so"):
             source.update(path.read_bytes())
+    return source.hexdigest()
+
+
+@cache
+def _surroundings():
+    """What all compiled programs depend on: the versions, the flags, the processor."""
     processor = platform.processor()
     with contextlib.suppress(OSError):
         processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")),
                          processor)
-    return (source.hexdigest(), version("jax"), version("jaxlib"), os.environ.get("XLA_FLAGS"), os.cpu_count(),
+    return (version("jax"), version("jaxlib"), os.environ.get("XLA_FLAGS"), os.cpu_count(),
             platform.machine(), processor, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
