@@ -1,6 +1,7 @@
 """Align one brain image to another: two NIfTI files in, the aligned image and the transform out."""
 
 import sys
+import warnings
 
 from drivenmorph_jax.cli import program
 
@@ -27,14 +28,17 @@ def main(arguments=None, prog="drivenmorph register"):
     if flags.affine and flags.initial_transform:
         parser.error("--affine and --initial_transform exclude each other")
 
-    # Imported late, so that --help answers at once.
+    # Imported late, so that --help answers at once; JAX after the files have been looked at.
     from drivenmorph_jax.files import check_folder
+
+    check_folder(flags.out)
+    _check_files(flags)
+
     from drivenmorph_jax.registration.register import register
     from drivenmorph_jax.registration.result import former_files
     from drivenmorph_jax.runtime import sharding
 
     sharding.start()
-    check_folder(flags.out)
     former_files(flags.out)  # refused before the work, not after
     result = register(
         flags.fixed,
@@ -59,6 +63,16 @@ def main(arguments=None, prog="drivenmorph register"):
         print(f"warning: {one['name']} {told(one)}", file=sys.stderr)
     if flags.strict and doubts:
         sys.exit(3)
+
+
+def _check_files(flags):
+    """Raises the `InputError` of an image, label map or mask whose file is missing or has a header of no use."""
+    from drivenmorph_jax.images.reading import open_nifti
+
+    with warnings.catch_warnings(action="ignore"):  # `register` warns
+        for name in ("fixed", "moving", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask"):
+            if getattr(flags, name) is not None:
+                open_nifti(getattr(flags, name), flags.geometry)
 
 
 def settings(flags):
