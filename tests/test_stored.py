@@ -146,10 +146,22 @@ def test_without_a_cache_nothing_is_stored(folder, traced):
     assert not programs(folder)
 
 
+def test_an_argument_that_is_left_out_and_one_that_is_none_make_two_programs(folder):
+    def doubled(x, weight=None):
+        return 2 * x if weight is None else 2 * x * weight
+
+    for _ in range(2):
+        one = stored(ours(doubled))
+        np.testing.assert_array_equal(one(X), one(X, None))
+        forget()
+    assert len(programs(folder)) == 2
+
+
 def test_programs_that_no_run_has_loaded_for_long_are_deleted(folder, traced, monkeypatch):
     power()(X, n=2)
     first, = programs(folder)
-    monkeypatch.setattr(module.time, "time", lambda: first.stat().st_mtime + module.UNUSED + 60)
+    late = first.stat().st_mtime + module.UNUSED + 60
+    monkeypatch.setattr(module.time, "time", lambda: late)
     power()(X, n=3)
     assert first not in programs(folder)
 

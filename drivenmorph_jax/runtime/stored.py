@@ -97,7 +97,7 @@ def _program(one, tree, types, static):
     with contextlib.suppress(Exception):  # one is missing, or damaged; XLA raises many types
         return _loaded(folder / known.read_text(), known)
     found = lowered()
-    path = folder / _hashed((found.as_text(), str(found.out_tree), one.options, _surroundings()))
+    path = folder / _hashed((found.as_text(), str(tree), str(found.out_tree), one.options, _surroundings()))
     try:
         program = _loaded(path)
     except Exception:  # as above
