@@ -146,6 +146,17 @@ def test_without_a_cache_nothing_is_stored(folder, traced):
     assert not programs(folder)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_jaxs_own_cache_stays_as_it_was_set(folder, enabled):
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    try:
+        power()(X, n=5)
+        assert jax.config.jax_enable_compilation_cache == enabled and len(programs(folder)) == 1
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
 def test_an_argument_that_is_left_out_and_one_that_is_none_make_two_programs(folder):
     def doubled(x, weight=None):
         return 2 * x if weight is None else 2 * x * weight

@@ -284,7 +284,7 @@ class Session:
     def _with_curves(self, marks):
         way = Affine(self.transform.linear)
         within(marks, {"fixed": self.fixed, "moving": self.moving})
-        return with_curves(marks, lambda x: way.inverse(_moved(self.first.displacement, self.fixed, x)), way,
+        return with_curves(marks, lambda x: way.inverse(moved(self.first.displacement, self.fixed, x)), way,
                            RADIUS / self.scale)
 
     def corrected(self, correction: Correction, progress: Callable[[str, float], None] | None = None) -> State:
@@ -305,7 +305,7 @@ class Session:
         first, marks = self.first, correction.landmarks or NONE
         ways = np.linalg.inv(self.grid), np.linalg.inv(self.grid) @ np.linalg.inv(self.transform.linear)
         points, targets = (map_points(way, x) for way, x in zip(ways, (marks.fixed, marks.moving), strict=True))
-        lacked = np.linalg.norm(_moved(first.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
+        lacked = np.linalg.norm(moved(first.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         radius = np.where(np.isnan(marks.radius), RADIUS / self.scale, marks.radius)
         weight = np.ones(len(points)) if marks.weight is None else marks.weight
         left_out = contradicting(marks.names, points, targets, lacked / weight, SLACK / self.scale / self.spacing)
@@ -324,7 +324,7 @@ class Session:
         state = State(first.found, *joined(pieces, first.found), correction, [], [], joined_numbers(pieces))
         warn(marks.names, left_out)
         warn_of_labels(pairs, labels_left_out)
-        after = np.linalg.norm(_moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
+        after = np.linalg.norm(moved(state.displacement, self.fixed, marks.fixed) - marks.moving, axis=-1)
         told = [{"name": name, "fixed": marks.fixed[k].tolist(), "weight": float(weight[k]),
                  "before_mm": float(lacked[k]), "after_mm": float(after[k]), "left_out": left_out.get(k)}
                 for k, name in enumerate(marks.names)]
@@ -384,7 +384,7 @@ class Session:
         point = map_points(self.fixed.affine, middle[None])
         mask = np.zeros(self.fixed.data.shape, bool)
         mask[tuple(middle)] = True
-        there = _moved(self.first.displacement, self.fixed, point)
+        there = moved(self.first.displacement, self.fixed, point)
         with suppress(InputError):  # where the middle has no partner
             self.corrected(Correction(Landmarks(("middle",), point, there, np.array([np.nan])), mask, 1.0))
 
@@ -443,7 +443,7 @@ def _silent(words, share):
     """The progress that nobody wants to see."""
 
 
-def _moved(displacement, grid, points):
+def moved(displacement, grid, points):
     """Points (N, 3) of the fixed world in the moving one, by a displacement (X, Y, Z, 3) on the grid of a Volume."""
     return points + sample(np.moveaxis(displacement, -1, 0), map_points(np.linalg.inv(grid.affine), points))
 

@@ -121,12 +121,13 @@ def _loaded(path, *known):
 def _uncached():
     """Within the block, JAX's cache is not used: it would hand out programs that cannot be stored, since they lack the
     functions that they call (findings/jax_serialized_from_cache.sh)."""
+    before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_enable_compilation_cache", before)
         reset_cache()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import finite, json_text
-from drivenmorph_jax.registration.correct import Correction, Session
+from drivenmorph_jax.registration.correct import Correction, Session, moved
 from drivenmorph_jax.registration.guide import overlap
 from drivenmorph_jax.registration.history import HISTORY, History, landmark_rows, same
 from drivenmorph_jax.registration.read import check_labels, label_pairs, within
@@ -294,9 +294,8 @@ class ResultPage:
 
     def _moved(self, at, points):
         """Points (N, 3) of the fixed world by the deformation of a state, without the affine, RAS mm."""
-        displacement, affine = self._states.get(at, self._session.first).displacement, self.shown.fixed.affine
-        moved = points + sample(np.moveaxis(displacement, -1, 0), map_points(np.linalg.inv(affine), points))
-        return map_points(np.linalg.inv(self.shown.linear), moved)
+        displacement = self._states.get(at, self._session.first).displacement
+        return map_points(np.linalg.inv(self.shown.linear), moved(displacement, self.shown.fixed, points))
 
     def _inverse(self, at, targets, start):
         """Where the deformation of a state, without the affine, takes targets (N, 3) from; nan where that is not found.
