@@ -13,9 +13,9 @@ from drivenmorph_jax.demons.forces import lncc_force, mind, symmetric_force, thi
 from drivenmorph_jax.fields.grid import resize_field
 from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.inverse import coarse_inverse, inverse
-from drivenmorph_jax.fields.jacobian import jacobian_determinant
+from drivenmorph_jax.fields.jacobian import determinant_by_slabs, jacobian_determinant
 from drivenmorph_jax.fields.smooth import gaussian_smooth
-from drivenmorph_jax.fields.unfold import unfolded
+from drivenmorph_jax.fields.unfold import unfolded, unfolded_around_folds, unfolded_everywhere
 from drivenmorph_jax.fields.warp import compose, warp
 
 RNG = np.random.default_rng(0)
@@ -290,3 +290,16 @@ def test_a_fold_is_smoothed_away_and_nothing_else_is_touched(space):
     assert (jacobian_determinant(found) > 0).all()
     assert np.abs(found[15:]).max() < 1e-6 and np.abs(found).max() <= 3
     np.testing.assert_array_equal(unfolded(found), found)
+
+
+@pytest.mark.parametrize("space", [(70, 67), (20, 39, 34)])
+def test_around_folds_as_everywhere(space):
+    n = len(space)
+    u = np.random.default_rng(1).normal(0, 0.4, (*space, n)).astype(np.float32)
+    wanted = np.asarray(unfolded_everywhere(u))
+    assert (jacobian_determinant(u) <= 0).sum() > 3 and np.abs(wanted - u).max() > 0.5
+    np.testing.assert_allclose(unfolded_around_folds(u), wanted, atol=1e-5)
+    to_voxel = np.eye(n) + 0.3 * np.eye(n, k=1)  # u in other units, along other axes
+    got = unfolded_around_folds(u @ np.linalg.inv(to_voxel).T, to_voxel) @ to_voxel.T
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    np.testing.assert_allclose(determinant_by_slabs(u), jacobian_determinant(u), atol=1e-5)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import nibabel
 import numpy as np
 
+from drivenmorph_jax.fields.grid import widened
 from drivenmorph_jax.images.intensity import anchored, foreground
-from drivenmorph_jax.images.volume import widened
 
 OCTAVES = 2.0  # the colours of the Jacobian determinant go from 2^-2 to 2^2
 UNCERTAIN = 4.0  # mm, the end of the colours of the uncertainty

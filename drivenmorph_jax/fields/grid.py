@@ -164,6 +164,11 @@ def box_sum(x, radius, axes):
     return x
 
 
+def widened(part, shape, by):
+    """The slices of a part of a grid of `shape`, wider by `by` voxels on each side where there are so many."""
+    return tuple(slice(max(one.start - by, 0), min(one.stop + by, n)) for one, n in zip(part, shape, strict=True))
+
+
 def along_axes(matrices, x):
     """Apply one (n, n) matrix along each spatial axis of (..., D, H, W, C): a separable linear filter.
 

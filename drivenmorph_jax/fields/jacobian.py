@@ -1,10 +1,16 @@
 """The Jacobian determinant of a transform phi = id + u."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from drivenmorph_jax.fields.grid import difference
+
+SLAB = 16  # planes
 
 
 def jacobian_determinant(u: chex.Array) -> jax.Array:
@@ -19,6 +25,32 @@ def jacobian_determinant(u: chex.Array) -> jax.Array:
     dims = u.shape[-1]
     rows = [jnp.moveaxis(difference(u, axis, dims), -1, 0) for axis in range(dims)]
     return determinant([[x + (i == j) for j, x in enumerate(row)] for i, row in enumerate(rows)])
+
+
+def determinant_by_slabs(u, to_voxel=None):
+    """`jacobian_determinant` of an array in the memory of the host, some planes at a time.
+
+    All derivatives of a whole head at once would fill memory.
+
+    Args:
+      u: (*space, n) displacement.
+      to_voxel: (n, n), takes vectors u to voxels. None where they are in voxels.
+
+    Returns:
+      (*space,), a NumPy array, float32.
+    """
+    depth, out = len(u), np.empty(u.shape[:-1], np.float32)
+
+    def slab(start):
+        stop, first, last = min(start + SLAB, depth), max(start - 1, 0), min(start + SLAB + 1, depth)
+        part = u[first:last] if to_voxel is None else u[first:last] @ to_voxel.T.astype(np.float32)
+        gradient = np.gradient(part, axis=tuple(range(u.ndim - 1)))
+        out[start:stop] = determinant([[g[start - first:stop - first, ..., j] + (i == j) for j in range(u.shape[-1])]
+                                       for i, g in enumerate(gradient)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(slab, range(0, depth, SLAB)))
+    return out
 
 
 def determinant(rows):

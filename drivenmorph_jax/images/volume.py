@@ -93,11 +93,6 @@ def affine_of_part(affine, part):
     return found
 
 
-def widened(part, shape, by):
-    """The slices of a part of a grid of `shape`, wider by `by` voxels on each side where there are so many."""
-    return tuple(slice(max(one.start - by, 0), min(one.stop + by, n)) for one, n in zip(part, shape, strict=True))
-
-
 def on_grid(shape, affine, header=None, path=""):
     """A Volume of zeros that stands for a grid alone."""
     return Volume(np.broadcast_to(np.float32(0), shape), np.asarray(affine, float),

@@ -7,9 +7,10 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
+from drivenmorph_jax.fields.grid import widened
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.contrast import recoloured
-from drivenmorph_jax.images.volume import affine_of_part, widened
+from drivenmorph_jax.images.volume import affine_of_part
 from drivenmorph_jax.images.working_grid import working_grid
 from drivenmorph_jax.registration import region
 from drivenmorph_jax.registration.align import align

@@ -12,6 +12,7 @@ from scipy import ndimage
 from drivenmorph_jax import demons
 from drivenmorph_jax.demons.guidance import FARTHEST, REGION, STRIDE, driven_by_images, kernel, softly
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.fields.grid import widened
 from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.unfold import unfolded
@@ -20,7 +21,7 @@ from drivenmorph_jax.images.contrast import recoloured
 from drivenmorph_jax.images.field_of_view import beyond
 from drivenmorph_jax.images.intensity import background
 from drivenmorph_jax.images.masks import fill
-from drivenmorph_jax.images.volume import affine_of_part, resample, widened
+from drivenmorph_jax.images.volume import affine_of_part, resample
 from drivenmorph_jax.registration import region
 from drivenmorph_jax.registration.align import RIM
 from drivenmorph_jax.registration.guide import BORDER_RADIUS, ITERATIONS, labels_left_out

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import ndimage
 
-from drivenmorph_jax.fields import unfold
-from drivenmorph_jax.fields.jacobian import determinant
+from drivenmorph_jax.fields.jacobian import determinant_by_slabs
+from drivenmorph_jax.fields.unfold import unfolded_around_folds
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.runtime.stored import stored
 
@@ -87,10 +87,9 @@ def unfolded_in_world(displacement, affine, transform):
     see changes between them. The displacement is returned unchanged if it has no folds. It is also unchanged if its
     affine part `transform` (4, 4) is a reflection.
     """
-    if np.linalg.det(transform) < 0 or jacobian_determinant_of_displacement(displacement, affine).min() > 0:
+    if np.linalg.det(transform) < 0:
         return displacement
-    linear = affine[:3, :3].astype(np.float32)
-    return np.asarray(unfold.unfolded(displacement @ np.linalg.inv(linear).T)) @ linear.T
+    return unfolded_around_folds(displacement, np.linalg.inv(affine)[:3, :3])
 
 
 def force_on_grid(shape, affine, force, work_affine):
@@ -174,15 +173,7 @@ def jacobian_determinant_of_displacement(displacement, affine):
 
     `displacement` (X, Y, Z, 3) is in RAS mm, on the grid with `affine`, which may be oblique or sheared.
     """
-    to_voxel = np.linalg.inv(affine)[:3, :3].T.astype(np.float32)
-    depth, step = len(displacement), 16  # slabs, because nine derivatives of a whole head fill memory
-    out = np.empty(displacement.shape[:3], np.float32)
-    for start in range(0, depth, step):
-        stop, first, last = min(start + step, depth), max(start - 1, 0), min(start + step + 1, depth)
-        gradient = np.gradient(displacement[first:last] @ to_voxel, axis=(0, 1, 2))
-        out[start:stop] = determinant([[g[start - first:stop - first, ..., j] + (i == j) for j in range(3)]
-                                       for i, g in enumerate(gradient)])
-    return out
+    return determinant_by_slabs(displacement, np.linalg.inv(affine)[:3, :3])
 
 
 def _placed(field, place, linear, shape, offset=None):
