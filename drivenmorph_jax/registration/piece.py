@@ -28,7 +28,7 @@ from drivenmorph_jax.registration.guide import BORDER_RADIUS, ITERATIONS, labels
 from drivenmorph_jax.registration.read import scaled
 from drivenmorph_jax.registration.score import similarity
 from drivenmorph_jax.transforms.world import (
-    by_planes,
+    followed_by,
     jacobian_determinant_of_displacement,
     map_points,
     pull_back,
@@ -146,7 +146,7 @@ class _Work:
     def way(self, n):
         """The displacement T (x + n) - x at the voxels of the box, RAS mm."""
         vectors, linear = np.asarray(n) @ self.box.affine[:3, :3].T.astype(np.float32), self.session.transform.linear
-        return by_planes(vectors.shape, self.box.affine, lambda i, x: map_points(linear, x + vectors[i]) - x)
+        return followed_by(linear, vectors, self.box.affine)
 
     def _prepared(self):
         """((F, M o phi), their weights), where phi is that of `start`."""

@@ -34,8 +34,7 @@ from drivenmorph_jax.registration.strip import brain_of
 from drivenmorph_jax.transforms.affine import register_affine
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import (
-    by_planes,
-    map_points,
+    followed_by,
     pull_back,
     total_inverse_displacement,
     unfolded_in_world,
@@ -145,8 +144,7 @@ class Step(Job):
         image = replace(self, settings=self.settings | {"scale": 1.0}).brain()
         source = load_image(self.files["image"], self.settings["geometry"])
         vectors = u @ grid[:3, :3].T.astype(np.float32)  # at the voxels of the template, so that nothing is sampled
-        there = by_planes((*shape, 3), grid, lambda i, x: map_points(linear, x + vectors[i]) - x)
-        there = unfolded_in_world(there, grid, linear)
+        there = unfolded_in_world(followed_by(linear, vectors, grid), grid, linear)
         transform = Transform(there, on_grid(shape, grid, path="template.nii.gz"), linear, source,
                               total_inverse_displacement(image.data.shape, image.affine, back, grid, linear),
                               ("template", "subject"))

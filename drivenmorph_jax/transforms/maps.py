@@ -149,7 +149,9 @@ def faded(displacement, affine, linear):
     weight = np.maximum(1 - np.sqrt(sum(np.square(x) for x in np.ix_(*beyond))), 0)
     shifted = affine.copy()
     shifted[:3, 3] -= affine[:3, :3] @ [low for low, _ in pads]
-    return Field(np.pad(near, [*pads, (0, 0)], mode="edge") * weight[..., None], shifted, linear)
+    near = np.pad(near, [*pads, (0, 0)], mode="edge")
+    near *= weight[..., None]
+    return Field(near, shifted, linear)
 
 
 def rescaled(move, scale):

@@ -27,6 +27,7 @@ from drivenmorph_jax.transforms.reading import grid_of, read_chain
 from drivenmorph_jax.transforms.world import (
     by_planes,
     displacement_of,
+    followed_by,
     map_points,
     overlaps,
     pull_back,
@@ -209,11 +210,10 @@ class Transform:
             if form != "afni" and field.near.shape != wide.shape:
                 # The map `field` at the voxels where it is given, so that nothing is sampled. Rounded, the margin takes
                 # a third of the space.
-                def plane(i, x):
-                    there = (map_points(field.linear, x + field.near[i]) - x).astype(np.float32)
-                    return np.rint(there * MARGIN_STEPS) / MARGIN_STEPS
-
-                wide = by_planes(field.near.shape, field.affine, plane)
+                wide = followed_by(field.linear, field.near, field.affine)
+                wide *= MARGIN_STEPS
+                np.rint(wide, wide)
+                wide /= MARGIN_STEPS
                 wide[part_of(field.affine, grid.data.shape, grid.affine)] = self.displacement
                 about |= {"ImageGridShape": list(grid.data.shape), "ImageGridAffineRAS": grid.affine.tolist()}
                 grid = on_grid(wide.shape[:3], field.affine, grid.header, grid.path)

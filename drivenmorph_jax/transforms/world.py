@@ -184,15 +184,16 @@ def _placed(field, place, linear, shape, offset=None):
     """
     field = np.asarray(field, np.float32) @ linear.T.astype(np.float32)
     offset = np.zeros((4, 4)) if offset is None else offset
-    return np.array(_sampled_at(field, *(_along_axes(matrix, shape) for matrix in (place - np.eye(4), offset))))
+    parts = ([_along_axis(matrix, axis, n).astype(np.float32) for axis, n in enumerate(shape)]
+             for matrix in (place - np.eye(4), offset))
+    return np.array(_sampled_at(field, *parts))
 
 
-def _along_axes(matrix, shape):
-    """Three arrays that add up to matrix i at every voxel i of a grid, (X, Y, Z, 3): one for each axis."""
-    parts = [np.arange(n)[:, None] * matrix[:3, axis] for axis, n in enumerate(shape)]
-    parts[0] = parts[0] + matrix[:3, 3]
-    return [part.astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)] + [3])
-            for axis, part in enumerate(parts)]
+def _along_axis(matrix, axis, n):
+    """The part of one axis of n voxels in matrix i at the voxels i of a grid: (n, 1, 1, 3), (1, n, 1, 3) or
+    (1, 1, n, 3). Those of the three axes add up to matrix i."""
+    part = np.arange(n)[:, None] * matrix[:3, axis] + (matrix[:3, 3] if axis == 0 else 0)
+    return part.reshape([-1 if a == axis else 1 for a in range(3)] + [3])
 
 
 @stored
@@ -211,10 +212,15 @@ def by_planes(shape, affine, plane, dtype=np.float32):
     `shape` (X, Y, Z, ...) is the shape of the result, `affine` that of the grid. Each core computes one plane at a
     time, because the points of a whole head, in float64, would fill memory.
     """
-    points, out = _planes(shape, affine), np.empty(shape, dtype)
+    points = _planes(shape, affine)
+    return _in_planes(shape, lambda i: plane(i, points(i)), dtype)
+
+
+def _in_planes(shape, plane, dtype=np.float32):
+    out = np.empty(shape, dtype)
 
     def fill(i):
-        out[i] = plane(i, points(i))
+        out[i] = plane(i)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(shape[0])))
@@ -226,8 +232,17 @@ def without_affine(displacement, affine, linear):
 
     `displacement` is phi(x) - x on a grid, `affine` that of the grid, and `linear` is L (4, 4).
     """
-    back = np.linalg.inv(linear)
-    return by_planes(displacement.shape, affine, lambda i, x: map_points(back, x + displacement[i]) - x)
+    return followed_by(np.linalg.inv(linear), displacement, affine)
+
+
+def followed_by(matrix, displacement, affine):
+    """The displacement M (x + d(x)) - x on the grid of a displacement d: (X, Y, Z, 3) in RAS mm, float32.
+
+    `matrix` is M (4, 4), `displacement` is d, and `affine` that of its grid.
+    """
+    linear, offset = matrix[:3, :3].T.astype(np.float32), matrix @ affine - affine
+    x, y, z = (_along_axis(offset, axis, n) for axis, n in enumerate(displacement.shape[:3]))
+    return _in_planes(displacement.shape, lambda i: displacement[i] @ linear + (x[i] + y[0] + z[0]))
 
 
 def _planes(shape, affine):
