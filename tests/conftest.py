@@ -78,6 +78,21 @@ def brains(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Empty pictures: to draw them takes most of the time of a saved result and of an evaluation.
+
+    `test_report` and `test_registration` draw them, and so does the smoke run.
+    """
+    from PIL import Image
+
+    from drivenmorph_jax.evaluation import figures
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("overview", "forces", "dice_boxplot", "curves"):
+            patch.setattr(figures, name, lambda path, *_, **__: Image.new("L", (60, 40)).save(path))
+        yield
+
+
 @pytest.fixture
 def compile_for():
     """A function (backend): from there to the end of the test, programs are traced for that device."""

@@ -11,6 +11,8 @@ import register as program
 from drivenmorph_jax.registration.checks import LIMITS, Check
 from drivenmorph_jax.registration.register import register
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_a_check_warns_outside_its_limits_and_where_it_is_no_number():
     for value, ok in ((0.5, True), (0, True), (1, True), (1.1, False), (-0.1, False), (np.nan, False)):

@@ -12,6 +12,8 @@ from drivenmorph_jax.registration.register import register
 from drivenmorph_jax.registration.result import former_files
 from drivenmorph_jax.transforms.transform import Transform
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
 def files(brains):

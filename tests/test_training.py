@@ -28,6 +28,8 @@ from drivenmorph_jax.training import loop, step
 from drivenmorph_jax.training.loop import train_and_evaluate
 from drivenmorph_jax.training.step import compiled_step, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
