@@ -81,8 +81,8 @@ def test_local_normalisation_is_scipys_and_blind_to_contrast():
 def test_a_level_of_two_channels_learns_nothing_and_leaves_the_coarser_ones_their_parameters():
     image = jnp.asarray(RNG.random((1, 16, 16, 16, 1), np.float32))
     fine, coarse = Encoder(channels=(2, 4, 6), strides=(1, 2, 4)), Encoder(channels=(4, 6), strides=(1, 2))
-    expected, params = jax.jit(coarse.init_with_output)(jax.random.key(0, impl="rbg"), average_pool(image))
-    for x, expected in zip(jax.jit(fine.apply)(params, image)[1:], expected, strict=True):
+    coarser, params = jax.jit(coarse.init_with_output)(jax.random.key(0, impl="rbg"), average_pool(image))
+    for x, expected in zip(jax.jit(fine.apply)(params, image)[1:], coarser, strict=True):
         np.testing.assert_allclose(x, expected, atol=1e-5)
 
 

@@ -426,15 +426,16 @@ def test_losses_and_gradients_are_the_same_on_every_mesh_and_a_split_volume_take
 
 
 PREDICT = f"ONE_LEVEL = {ONE_LEVEL}" + """
+import sys
 import jax, numpy as np
-from configs.smoke import get_config
+sys.path.append("tests")
+from test_training import small_run
 from drivenmorph_jax import data
 from drivenmorph_jax.network.inference import grid_multiple, make_predict, predictions
 from drivenmorph_jax.network.networks import make_network
-config = get_config()
+config = small_run(sys.argv[1], space=2)
 config.model.update(ONE_LEVEL)
-config.space = 2
-pairs = data.ordered_pairs(data.load(config.data, ("test",), grid_multiple(config)).test)
+pairs = data.ordered_pairs(data.load(config.data, ("val",), grid_multiple(config)).val)
 image = np.zeros((1, 16, 16, 16, 1), np.float32)
 model, predict = make_network(config.model), make_predict(config, 3)
 params = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), image, image)["params"])()
@@ -445,8 +446,8 @@ for a, b in zip(one, two):
 """
 
 
-def test_a_volume_on_two_devices_is_registered_as_on_one():
-    finish(start(2, PREDICT))
+def test_a_volume_on_two_devices_is_registered_as_on_one(tmp_path):
+    finish(start(2, PREDICT, small_folder(tmp_path / "images")))
 
 
 SHARED = {"batch_size": 8, "warmup_steps": 1000, "learning_rate": 1.0}  # the same rate at a step, wherever a run ends
