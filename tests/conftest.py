@@ -22,8 +22,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0"
                       + OLDER_CODE * version("jax").startswith("0.10."))
 
 # Modules that take longest, which begin first, so that the workers end together.
-LONGEST = ("test_training", "test_weights", "test_model", "test_registration", "test_evaluation", "test_kill",
-           "test_registration_cohort", "test_template", "test_demons", "test_attention", "test_fuzz")
+LONGEST = ("test_training", "test_weights", "test_model", "test_registration", "test_demons", "test_inputs",
+           "test_kill", "test_checks", "test_affine", "test_evaluation", "test_fuzz")
 
 
 def pytest_collection_modifyitems(items):
