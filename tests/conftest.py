@@ -22,8 +22,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0"
                       + OLDER_CODE * version("jax").startswith("0.10."))
 
 # Modules that take longest, which begin first, so that the workers end together.
-LONGEST = ("test_training", "test_weights", "test_model", "test_registration", "test_evaluation", "test_kill",
-           "test_registration_cohort", "test_template", "test_demons", "test_attention", "test_fuzz")
+LONGEST = ("test_training", "test_weights", "test_model", "test_registration", "test_demons", "test_inputs",
+           "test_kill", "test_checks", "test_affine", "test_evaluation", "test_fuzz")
 
 
 def pytest_collection_modifyitems(items):
@@ -78,6 +78,21 @@ def brains(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Empty pictures: to draw them takes most of the time of a saved result and of an evaluation.
+
+    `test_report` and `test_registration` draw them, and so does the smoke run.
+    """
+    from PIL import Image
+
+    from drivenmorph_jax.evaluation import figures
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("overview", "forces", "dice_boxplot", "curves"):
+            patch.setattr(figures, name, lambda path, *_, **__: Image.new("L", (60, 40)).save(path))
+        yield
+
+
 @pytest.fixture
 def compile_for():
     """A function (backend): from there to the end of the test, programs are traced for that device."""
@@ -93,14 +108,14 @@ def computed_on(compile_for):
     def check(backend, f, arrays, g, atol):
         import jax
 
-        def value_and_gradients():
+        def value_and_gradients(arrays, g):
             value, pull = jax.vjp(f, *arrays)
             return value, *pull(g)
 
-        wanted = value_and_gradients()
+        wanted = jax.jit(value_and_gradients)(arrays, g)
         compile_for(backend)
-        for a, b in zip(*map(jax.tree.leaves, (value_and_gradients(), wanted)), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (jax.jit(value_and_gradients)(arrays, g), wanted)), strict=True):
             np.testing.assert_allclose(a, b, atol=atol)
-        return str(jax.make_jaxpr(value_and_gradients)())
+        return str(jax.make_jaxpr(value_and_gradients)(arrays, g))
 
     return check

@@ -28,6 +28,8 @@ from drivenmorph_jax.transforms.world import (
     total_inverse_displacement,
 )
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 KINDS = [("isotropic", "isotropic"), ("anisotropic", "flipped"), ("flipped", "oblique"), ("oblique", "anisotropic")]
 
 

@@ -34,7 +34,7 @@ def brute_force(q, k, v, radius):
 def test_neighbourhood_attention_is_its_definition(compile_for, backend, radius, shape):
     compile_for(backend)
     q, k, v = heads_of(*shape), heads_of(*shape), heads_of(*shape[:-1], 2)
-    attended, offset = neighbourhood_attention(q, k, v, radius)
+    attended, offset = jax.jit(neighbourhood_attention, static_argnums=3)(q, k, v, radius)
     expected, expected_offset = brute_force(*(np.asarray(x) for x in (q, k, v)), radius)
     np.testing.assert_allclose(attended, expected, atol=1e-5)
     np.testing.assert_allclose(offset, expected_offset, atol=1e-5)
@@ -83,6 +83,7 @@ def test_gradient_of_neighbourhood_attention_along_a_direction():
     direction = tuple(heads_of(1, 4, 4, 4, 2, 3) for _ in range(3))
     weight = heads_of(1, 4, 4, 4, 2, 3)
 
+    @jax.jit
     def f(arrays):
         attended, offset = neighbourhood_attention(*arrays, 1)
         return (attended * weight).sum() + (offset**2).sum()
@@ -90,7 +91,7 @@ def test_gradient_of_neighbourhood_attention_along_a_direction():
     def moved(t):
         return f(jax.tree.map(lambda x, d: x + t * d, arrays, direction))
 
-    slope = sum(jnp.vdot(g, d) for g, d in zip(jax.grad(f)(arrays), direction, strict=True))
+    slope = sum(np.vdot(g, d) for g, d in zip(jax.jit(jax.grad(f))(arrays), direction, strict=True))
     assert float(slope) == pytest.approx(float((moved(1e-2) - moved(-1e-2)) / 2e-2), rel=1e-2)
 
 
@@ -98,7 +99,7 @@ def test_gradient_of_neighbourhood_attention_along_a_direction():
 def test_window_attention_is_dense_attention_in_each_window(space):
     window = 2
     q, k, v = (heads_of(1, *space, 2, 3) for _ in range(3))
-    out = np.asarray(window_attention(q, k, v, window))
+    out = np.asarray(jax.jit(window_attention, static_argnums=3)(q, k, v, window))
     for corner in product(*(range(0, n, window) for n in space)):
         part = (0, *(slice(c, c + window) for c in corner))
         a, b, c = (np.asarray(x[part]).reshape(-1, 2, 3) for x in (q, k, v))
@@ -111,8 +112,7 @@ def test_cross_attention_finds_where_the_moving_image_has_it():
     fixed = heads_of(1, 8, 8, 8, 16)
     moving = jnp.roll(fixed, 1, axis=2)  # what is at x lies at x + (0, 1, 0)
     module = CrossAttention(radius=1, heads=1)
-    params = module.init(jax.random.key(0), fixed, moving)
-    attended, offset = module.apply(params, fixed, moving)
+    (attended, offset), _ = jax.jit(module.init_with_output)(jax.random.key(0), fixed, moving)
     np.testing.assert_allclose(offset[0, 2:-2, 2:-2, 2:-2].mean((0, 1, 2)), [0, 1, 0], atol=0.1)
     error = lambda x: float(((x - fixed)[:, 2:-2, 2:-2, 2:-2] ** 2).mean())  # noqa: E731
     assert error(attended) < 0.1 * error(moving)
@@ -121,7 +121,7 @@ def test_cross_attention_finds_where_the_moving_image_has_it():
 def test_equal_features_have_no_offset():
     x = heads_of(1, 6, 6, 6, 8)
     module = CrossAttention(radius=1, heads=2)
-    _, offset = module.apply(module.init(jax.random.key(0), x, x), x, x)
+    (_, offset), _ = jax.jit(module.init_with_output)(jax.random.key(0), x, x)
     assert np.abs(np.asarray(offset).mean((0, 1, 2, 3))).max() < 0.05
 
 
@@ -129,8 +129,7 @@ def test_equal_features_have_no_offset():
 def test_self_attention_in_bfloat16_is_near_float32(kind):
     tokens = heads_of(1, 6, 6, 6, 8)
     module = SelfAttention(heads=2, **kind)
-    params = module.init(jax.random.key(0), tokens)
-    exact = module.apply(params, tokens)
-    near = SelfAttention(heads=2, dtype=jnp.bfloat16, **kind).apply(params, tokens)
+    exact, params = jax.jit(module.init_with_output)(jax.random.key(0), tokens)
+    near = jax.jit(SelfAttention(heads=2, dtype=jnp.bfloat16, **kind).apply)(params, tokens)
     assert exact.shape == tokens.shape
     assert float(jnp.abs(near.astype(jnp.float32) - exact).max()) < 0.1 * float(jnp.abs(exact).max())

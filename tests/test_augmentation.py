@@ -7,7 +7,11 @@ import pytest
 from scipy import ndimage
 
 from drivenmorph_jax.data import augmentation
-from drivenmorph_jax.data.augmentation import augmented
+
+
+def augmented(batch, **settings):
+    return jax.jit(partial(augmentation.augmented, **settings))(batch)
+
 
 CHANGES = [augmentation.change_contrast, augmentation.add_bias, augmentation.add_noise]
 
@@ -56,15 +60,16 @@ def test_an_affine_is_scipys_and_moves_labels_alike_and_its_mean_is_the_identity
     corner, box = (2, 3, 1), (9, 10, 12)
     for volume, order in ((image, 1), (labels, 0)):
         expected = ndimage.affine_transform(volume, affine[:, :3], offset, order=order)
-        moved = augmentation.apply_affine(volume, affine)
+        moved = jax.jit(augmentation.apply_affine)(volume, affine)
         assert moved.dtype == volume.dtype
         # Without the voxels that lie on the border to within rounding, and labels half way between two of them.
         assert np.mean(np.abs(moved - expected) > 1e-4) < 2e-3
-        part = augmentation.apply_affine(volume, affine, corner, box)
+        part = jax.jit(augmentation.apply_affine, static_argnums=3)(volume, affine, corner, box)
         np.testing.assert_allclose(part, moved[tuple(slice(i, i + n) for i, n in zip(corner, box, strict=True))],
                                    atol=1e-5)
-    np.testing.assert_allclose(augmentation.apply_affine(image, np.eye(3, 4)), image, atol=1e-6)
-    draws = [augmentation.random_affine(jax.random.key(k), 0.05) for k in range(400)]
+    np.testing.assert_allclose(jax.jit(augmentation.apply_affine)(image, np.eye(3, 4)), image, atol=1e-6)
+    draw = jax.jit(lambda seed: augmentation.random_affine(jax.random.key(seed), 0.05))
+    draws = [draw(seed) for seed in range(400)]
     np.testing.assert_allclose(np.mean(draws, 0), np.eye(3, 4), atol=0.012)
     np.testing.assert_allclose(np.std(draws, 0), 0.05, rtol=0.15)
 
@@ -116,8 +121,8 @@ def test_a_change_that_is_left_out_leaves_the_others_as_they_are():
 @pytest.mark.parametrize("affine", [0.0, 1e-9])
 def test_crop_takes_the_same_box_of_both_images_and_their_labels(affine):
     labels = np.arange(6 * 8 * 4, dtype=np.int32).reshape(6, 8, 4)
-    found = jax.jit(partial(augmented, crop=(4, 3, 0), affine=affine))(
-        batch(labels.astype(np.float32) / labels.size, labels, 60))
+    found = jax.device_get(augmented(batch(labels.astype(np.float32) / labels.size, labels, 60), crop=(4, 3, 0),
+                                     affine=affine))
     assert found["fixed"].shape == (60, 4, 3, 4, 1)
     corners = set()
     # Without the faces: of those of the whole image an affine makes zeros.

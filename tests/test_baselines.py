@@ -14,6 +14,8 @@ from drivenmorph_jax.fields.warp import compose
 from drivenmorph_jax.network.networks import make_network, multiple
 from drivenmorph_jax.training.loop import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SHAPE = (32, 48, 32)
 
 

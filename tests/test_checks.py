@@ -11,6 +11,8 @@ import register as program
 from drivenmorph_jax.registration.checks import LIMITS, Check
 from drivenmorph_jax.registration.register import register
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_a_check_warns_outside_its_limits_and_where_it_is_no_number():
     for value, ok in ((0.5, True), (0, True), (1, True), (1.1, False), (-0.1, False), (np.nan, False)):
@@ -51,22 +53,21 @@ def warned(found):
     return {name for name, one in found.items() if one["status"] == "warn"}
 
 
-SPOILT = {  # what is wrong: (change of (data, affine), a check that has to warn)
-    "upside down": (lambda x, a, rng: (x[:, ::-1, ::-1], a), "affine rotation"),
-    "cut": (lambda x, a, rng: (x[:, :, x.shape[2] // 2:], a @ nib.affines.from_matvec(np.eye(3), (0, 0, 16))),
+SPOILT = {  # what is wrong: (change of (data, affine), whether an affine is looked for, a check that has to warn)
+    "upside down": (lambda x, a: (x[:, ::-1, ::-1], a), True, "affine rotation"),
+    "cut": (lambda x, a: (x[:, :, x.shape[2] // 2:], a @ nib.affines.from_matvec(np.eye(3), (0, 0, 16))), True,
             "field of view"),
-    "repeated slices": (lambda x, a, rng: (x[:, :, np.arange(x.shape[2]) // 4 * 4], a), "slices"),
-    "a label map": (lambda x, a, rng: (np.digitize(x, (1, 400, 700)), a), "flatness"),
-    "a smaller head": (lambda x, a, rng: (x, np.diag([0.6, 0.6, 0.6, 1]) @ a), "size of moving"),
+    "repeated slices": (lambda x, a: (x[:, :, np.arange(x.shape[2]) // 4 * 4], a), False, "slices"),
+    "a label map": (lambda x, a: (np.digitize(x, (1, 400, 700)), a), False, "flatness"),
+    "a smaller head": (lambda x, a: (x, np.diag([0.6, 0.6, 0.6, 1]) @ a), True, "size of moving"),
 }
 
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_what_is_spoilt_raises_an_alarm(kind, pair, good):
-    change, name = SPOILT[kind]
+    change, affine, name = SPOILT[kind]
     fixed, moving = pair
-    data, affine = change(np.asarray(moving.dataobj, np.float32), moving.affine, np.random.default_rng(0))
-    found = checked(fixed, like(moving, data, affine))
+    found = checked(fixed, like(moving, *change(np.asarray(moving.dataobj, np.float32), moving.affine)), affine=affine)
     assert name in warned(found) - warned(good), found
 
 
@@ -76,7 +77,7 @@ def test_strict_ends_with_3_and_the_report_tells_the_checks_that_warn_first(pair
     for name, image in (("fixed", fixed), ("moving", like(moving, data[:, :, np.arange(data.shape[2]) // 4 * 4]))):
         nib.save(image, tmp_path / f"{name}.nii")
     arguments = ["--fixed", tmp_path / "fixed.nii", "--moving", tmp_path / "moving.nii", "--out", tmp_path / "out",
-                 "--method", "demons"]
+                 "--method", "demons", "--no-affine"]
     for flags, status in (([], 0), (["--strict"], 3)):
         found, said = run(program, [*arguments, *flags], monkeypatch, capsys)
         assert found == status and "warning: slices is 0." in said

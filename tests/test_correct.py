@@ -29,6 +29,8 @@ from drivenmorph_jax.transforms.points import Landmarks
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import jacobian_determinant_of_displacement, pull_back
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SIDE, MM = 28, 5.0
 RADIUS = 11.0  # mm; a region of 14 voxels, and so the smallest box
 POINTS, SHIFT = [[20.0, 5, 0]], [4.0, -2, 3]

@@ -28,7 +28,7 @@ def test_the_demons_document_runs(brains, tmp_path, monkeypatch):
     matplotlib.use("Agg")
     for name, subject in (("fixed", "sub-000"), ("moving", "sub-001")):  # smaller, so with fewer voxels of 2 mm
         image = nib.load(brains / f"{subject}_t1.nii.gz")
-        affine = np.diag([0.6, 0.6, 0.6, 1]) @ image.affine
+        affine = np.diag([0.4, 0.4, 0.4, 1]) @ image.affine
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), tmp_path / f"{name}.nii.gz")
     monkeypatch.chdir(tmp_path)
     text = (DOCS / "demons.md").read_text()

@@ -14,6 +14,8 @@ from drivenmorph_jax.evaluation import evaluate as evaluate_module
 from drivenmorph_jax.evaluation.evaluate import evaluate, evaluate_checkpoint
 from drivenmorph_jax.evaluation.record import Record
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 PROMISED = ("dice", "dice_initial", "hd95", "sdlogj", "sdlogj_l2r", "sdlogj_l2r_whole", "fold_pct", "ndv_pct",
             "inverse_mm", "seconds")
 

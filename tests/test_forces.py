@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from drivenmorph_jax.demons.forces import (
-    clip_length,
-    feature_force,
-    lncc_force,
-    mind,
-    squash,
-    symmetric_force,
-    thirion_force,
-)
+from drivenmorph_jax.demons import forces
+from drivenmorph_jax.demons.forces import clip_length, squash
 from drivenmorph_jax.fields.grid import average_pool, difference
+
+# As whole programs: by itself, every operation on a new shape is compiled, which takes ten times as long.
+feature_force = jax.jit(forces.feature_force, static_argnames=("max_step", "floor"))
+thirion_force = jax.jit(forces.thirion_force, static_argnames="max_step")
+symmetric_force = jax.jit(forces.symmetric_force, static_argnames="max_step")
+lncc_force = jax.jit(forces.lncc_force, static_argnames=("max_step", "radius", "block", "floor", "power"))
+mind = jax.jit(forces.mind)
 
 RNG = np.random.default_rng(0)
 SHAPE = (6, 7, 8)
@@ -63,9 +63,9 @@ def test_the_derivative_is_that_of_a_general_solver(space):
         return jnp.linalg.solve(matrix, right[..., None])[..., 0]
 
     arguments = d, slope, np.abs(w), 1.5, 1e-2
-    expected = jax.vjp(solved, *arguments)[1](g)
-    for got, wanted in zip(jax.vjp(feature_force, *arguments[:2], 1.5, arguments[2], 1e-2)[1](g),
-                           (*expected[:2], expected[3], expected[2], expected[4]), strict=True):
+    expected, found = (jax.jit(lambda arguments, of=of: jax.vjp(of, *arguments)[1](g))(arguments) for of in (
+        solved, lambda d, slope, w, step, floor: forces.feature_force(d, slope, step, w, floor)))
+    for got, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
 
 
@@ -118,14 +118,15 @@ def test_the_bound_is_the_solves_own_and_reached():
 def test_flat_and_equal_images_give_no_force_and_finite_gradients():
     flat = np.ones((*SHAPE, 2), np.float32)
 
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1))
     def f(fixed, moving):
         p, _ = symmetric_force(fixed, moving, 2.0)
         return (p * p).sum() + p.sum()
 
     for fixed, moving in ((flat, flat), (flat, 0 * flat), (normal(*SHAPE, 2),) * 2):
-        assert np.isfinite(f(fixed, moving))
-        for g in jax.grad(f, argnums=(0, 1))(fixed, moving):
-            assert np.isfinite(g).all()
+        for x in jax.tree.leaves(f(fixed, moving)):
+            assert np.isfinite(x).all()
     assert not np.any(symmetric_force(flat, flat, 2.0)[0])
 
 
@@ -140,7 +141,7 @@ def test_forces_under_jit_and_vmap_are_the_force_of_each(force, shape):
         np.testing.assert_allclose(p[k], one, atol=1e-5)
         np.testing.assert_allclose(energy[k], its_energy, rtol=1e-4)
         assert one.shape[-1] == len(shape)
-    g = jax.grad(lambda m: (force(fixed[0], m)[0] ** 2).sum())(moving[0])
+    g = jax.jit(jax.grad(lambda m: (force(fixed[0], m)[0] ** 2).sum()))(moving[0])
     assert np.isfinite(g).all() and np.abs(g).max() > 0
 
 
@@ -195,8 +196,13 @@ def test_lncc_force_is_the_gradient_of_the_local_correlation(shape):
 def test_lncc_force_on_blocks_is_the_gradient_of_its_own_energy(channels):
     fixed, warped = (np.abs(normal(8, 8, 12, channels, scale=0.3)) for _ in range(2))
     p, _ = lncc_force(fixed, warped, 1.0, radius=1, block=2, power=1.0)
-    g = -jax.grad(lambda m: lncc_force(fixed, m, 1.0, radius=1, block=2)[1])(warped)
-    expected = average_pool(jnp.stack([(g * difference(warped, axis)).sum(-1) for axis in range(3)], -1))
+
+    @jax.jit
+    def descent(fixed, warped):
+        g = -jax.grad(lambda m: lncc_force(fixed, m, 1.0, radius=1, block=2)[1])(warped)
+        return average_pool(jnp.stack([(g * difference(warped, axis)).sum(-1) for axis in range(3)], -1))
+
+    expected = np.array(descent(fixed, warped))
     expected /= np.linalg.norm(expected, axis=-1).max()
     np.testing.assert_allclose(p, expected, atol=1e-4)
     p, _ = lncc_force(fixed, warped, 2.0, radius=1, block=2)

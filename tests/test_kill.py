@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import latest_bits
+from test_training import latest_bits, small_folder
 
 from drivenmorph_jax.runtime import checkpoint, logs
 
@@ -19,22 +19,20 @@ STEPS = 10 + 6 * KILLS
 
 RUN = """
 import sys
-from configs.smoke import get_config
+sys.path.append("tests")
+from test_training import small_run
 from drivenmorph_jax.runtime import sharding
 from drivenmorph_jax.training import loop
 sharding.start()
-config = get_config()
-config.model.update(channels=(4,), strides=(2,), updates=(1,), cross_radius=(0,), self_radius=(0,), self_window=(0,))
-config.steps, config.checkpoint_every, config.val_every = int(sys.argv[2]), int(sys.argv[3]), 10
-config.data.affine = 0.02
+folder, workdir, steps, every = sys.argv[1:]
 loop.evaluate = lambda *_, **__: None
-loop.validate = lambda *_: {"val_dice": 0.5}
-loop.train_and_evaluate(config, sys.argv[1])
+loop.validate = lambda *_: {"val_lncc": 0.5}
+loop.train_and_evaluate(small_run(folder, steps=int(steps), checkpoint_every=int(every), val_every=10), workdir)
 """
 
 
-def start(workdir, code=RUN, out=subprocess.DEVNULL):
-    return subprocess.Popen([sys.executable, "-c", code, str(workdir), str(STEPS), str(EVERY)], cwd=ROOT, text=True,
+def start(images, workdir, code=RUN, out=subprocess.DEVNULL):
+    return subprocess.Popen([sys.executable, "-c", code, images, workdir, str(STEPS), str(EVERY)], cwd=ROOT, text=True,
                             stdout=out, stderr=subprocess.PIPE,
                             env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
@@ -55,18 +53,23 @@ def saved_step(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def images(tmp_path_factory):
+    return small_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
     """Workdir of a training that nothing stopped."""
     workdir = tmp_path_factory.mktemp("whole")
-    end(start(workdir))
+    end(start(images, workdir))
     return workdir
 
 
-def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(whole, tmp_path):
+def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(images, whole, tmp_path):
     rng, killed, repeated = random.Random(KILLS), [], []
     while len(killed) < KILLS:
         before = last_step(tmp_path / "killed")
-        process = start(tmp_path / "killed")
+        process = start(images, tmp_path / "killed")
         while last_step(tmp_path / "killed") in (0, before) and process.poll() is None:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.5))  # a checkpoint is being written for most of the time
@@ -85,7 +88,7 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(wh
             repeated.append(done - saved_step(tmp_path / "killed"))
     print(f"killed {len(killed)} times; steps done again {repeated}")
     assert killed and max(repeated) <= EVERY
-    end(start(tmp_path / "killed"))
+    end(start(images, tmp_path / "killed"))
     (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path / "killed"), latest_bits(whole)
     assert saved_step(tmp_path / "killed") == saved_step(whole) == STEPS and data == wanted_data
     for a, b in zip(arrays, wanted, strict=True):
@@ -96,12 +99,12 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_one_that_was_not(wh
 
 
 @pytest.mark.parametrize("name", ["compiled_step", "validate"])
-def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(whole, tmp_path, name):
+def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(images, whole, tmp_path, name):
     # Minutes in C, as the compiler's are: Python's handlers wait for their end, and no signal cuts them short.
     busy = ("import hashlib\n"
             f"loop.{name} = lambda *_: (print('busy', flush=True), hashlib.pbkdf2_hmac('md5', b'', b'', 10**9))\n")
     code = RUN.replace("loop.train_and_evaluate", busy + "loop.train_and_evaluate")
-    process = start(tmp_path / "killed", code, subprocess.PIPE)
+    process = start(images, tmp_path / "killed", code, subprocess.PIPE)
     while "busy" not in process.stdout.readline():
         assert process.poll() is None
     sent = time.monotonic()
@@ -110,6 +113,6 @@ def test_a_training_that_is_stopped_while_it_compiles_or_validates_ends_at_once(
     assert process.returncode == 0 and time.monotonic() - sent < 20
     assert saved_step(tmp_path / "killed") == last_step(tmp_path / "killed") == (9 if name == "validate" else 0)
     if name == "validate":
-        end(start(tmp_path / "killed"))
+        end(start(images, tmp_path / "killed"))
         (arrays, data), (wanted, wanted_data) = latest_bits(tmp_path / "killed"), latest_bits(whole)
         assert data == wanted_data and all(map(np.array_equal, arrays, wanted))

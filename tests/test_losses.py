@@ -1,3 +1,4 @@
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -128,19 +129,20 @@ def check_loss(similarity):
     batch = {"fixed": fixed, "moving": moving, "fixed_labels": labels[0], "moving_labels": labels[1]}
 
     @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)  # one program for all that follows
     def loss(params, force):
         return losses.total_loss(ConfigDict({**config, "force": force}), net.apply(params, fixed, moving), batch)
 
-    value, parts = loss(params, config["force"])
+    (value, parts), _ = loss(params, config["force"])
     weighted = parts["similarity"] + sum(config[k] * parts[k] for k in ("smoothness", "level", "force", "dice"))
     assert float(value) == pytest.approx(float(weighted), rel=1e-5)
     assert all(float(part) > 0 for part in parts.values())
 
     # Without the alignment of the force: its target is held constant, so its gradient is not the slope of its value.
-    gradient = jax.jit(jax.grad(lambda p: loss(p, 0.0)[0]))(params)
+    _, gradient = loss(params, 0.0)
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
     step = 1e-4 / norm
-    up, down = (loss(jax.tree.map(lambda p, g, h=h: p + h * g, params, gradient), 0.0)[0] for h in (step, -step))
+    up, down = (loss(jax.tree.map(lambda p, g, h=h: p + h * g, params, gradient), 0.0)[0][0] for h in (step, -step))
     assert float(up - down) / (2 * step * norm**2) == pytest.approx(1, abs=0.05)
 
 

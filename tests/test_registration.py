@@ -52,9 +52,9 @@ def result(request, smoke, pair, tmp_path_factory):
 def test_images_of_one_size_are_compiled_for_once(smoke, pair, monkeypatch):
     def refused(*_):
         raise AssertionError("compiled again")
-    first = register(*pair[:2], checkpoint=smoke[0], refine_steps=0, quiet=True)
+    first = register(*pair[:2], checkpoint=smoke[0], affine=False, refine_steps=0, quiet=True)
     monkeypatch.setattr(sharding, "compiled_and_memory", refused)
-    again = register(*pair[:2], checkpoint=smoke[0], refine_steps=0, quiet=True)
+    again = register(*pair[:2], checkpoint=smoke[0], affine=False, refine_steps=0, quiet=True)
     np.testing.assert_array_equal(again.warped.dataobj, first.warped.dataobj)
 
 

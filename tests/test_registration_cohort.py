@@ -23,6 +23,8 @@ from drivenmorph_jax.registration import cohort, decisions, job
 from drivenmorph_jax.registration.pairs import pairs_of_bids, pairs_of_table
 from drivenmorph_jax.registration.register import register
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {"method": "demons", "force": "intensity", "affine": "none"}
 FLAGS = [x for name, value in FAST.items() for x in (f"--{name}", value)]

@@ -11,6 +11,8 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import rivals
 from drivenmorph_jax.evaluation.evaluate import evaluate_checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_holm_as_by_hand():
     # Holm 1979: .01 * 4, .02 * 3, .03 * 2 raised to the one before, .04 raised likewise.

@@ -11,9 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
+from configs import malf
 from configs.smoke import get_config
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.files import alone_in
@@ -24,6 +27,8 @@ from drivenmorph_jax.runtime.provenance import git_commit
 from drivenmorph_jax.training import loop, step
 from drivenmorph_jax.training.loop import train_and_evaluate
 from drivenmorph_jax.training.step import compiled_step, make_optimizer
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +42,25 @@ def one_level(**changes):
     """The smoke run of a network of one level."""
     config = get_config()
     config.model.update(ONE_LEVEL | changes)
+    return config
+
+
+def small_folder(folder):
+    """A data set of five images of noise, which are read sooner than the embedded cohort is made."""
+    folder.mkdir()
+    for k, image in enumerate(gaussian_filter(np.random.default_rng(0).random((5, 16, 20, 16)), (0, 2, 2, 2))):
+        image = np.int16(1e4 * (image - image.min()))
+        nib.save(nib.Nifti1Image(image, np.diag([10, 10, 10, 1])), folder / f"{k}_t1.nii.gz")
+    (folder / "splits.json").write_text(json.dumps({"train": ["0", "1", "2"], "val": ["3", "4"], "test": []}))
+    return folder
+
+
+def small_run(folder, **settings):
+    """A run of a network of one level without attention, which compiles sooner, on `small_folder`."""
+    config = malf.get_config()
+    config.model.update(ONE_LEVEL | {"cross_radius": (0,), "self_window": (0,)})
+    config.data.update(root=str(folder), downsample=1, flip=False, intensity=0.0, bias=0.0, noise=0.0)
+    config.update(settings)
     return config
 
 
@@ -402,15 +426,16 @@ def test_losses_and_gradients_are_the_same_on_every_mesh_and_a_split_volume_take
 
 
 PREDICT = f"ONE_LEVEL = {ONE_LEVEL}" + """
+import sys
 import jax, numpy as np
-from configs.smoke import get_config
+sys.path.append("tests")
+from test_training import small_run
 from drivenmorph_jax import data
 from drivenmorph_jax.network.inference import grid_multiple, make_predict, predictions
 from drivenmorph_jax.network.networks import make_network
-config = get_config()
+config = small_run(sys.argv[1], space=2)
 config.model.update(ONE_LEVEL)
-config.space = 2
-pairs = data.ordered_pairs(data.load(config.data, ("test",), grid_multiple(config)).test)
+pairs = data.ordered_pairs(data.load(config.data, ("val",), grid_multiple(config)).val)
 image = np.zeros((1, 16, 16, 16, 1), np.float32)
 model, predict = make_network(config.model), make_predict(config, 3)
 params = jax.jit(lambda: model.init(jax.random.key(0, impl="rbg"), image, image)["params"])()
@@ -421,34 +446,33 @@ for a, b in zip(one, two):
 """
 
 
-def test_a_volume_on_two_devices_is_registered_as_on_one():
-    finish(start(2, PREDICT))
+def test_a_volume_on_two_devices_is_registered_as_on_one(tmp_path):
+    finish(start(2, PREDICT, small_folder(tmp_path / "images")))
 
 
-PROCESS = f"ONE_LEVEL = {ONE_LEVEL}" + """
+SHARED = {"batch_size": 8, "warmup_steps": 1000, "learning_rate": 1.0}  # the same rate at a step, wherever a run ends
+PROCESS = f"SHARED = {SHARED}" + """
 import sys
-from configs.smoke import get_config
+sys.path.append("tests")
+from test_training import small_run
 from drivenmorph_jax.runtime import sharding
 from drivenmorph_jax.training import loop
-workdir, steps, coordinator, processes, process = sys.argv[1:]
+folder, workdir, steps, coordinator, processes, process = sys.argv[1:]
 if coordinator:
     sharding.start(True, coordinator_address=coordinator, num_processes=int(processes), process_id=int(process))
-config = get_config()
-config.model.update(ONE_LEVEL | {"cross_radius": (0,), "self_window": (0,)})  # no attention: it compiles sooner
-config.data.shape, config.data.spacing = (16, 20, 16), 10.0
-config.batch_size, config.steps = 8, int(steps)
-config.warmup_steps, config.learning_rate = 1000, 1.0  # the same rate at a step, wherever the run ends
 loop.evaluate = lambda *_, **__: None
-loop.validate = lambda *_: {"val_dice": 0.5}
-loop.train_and_evaluate(config, workdir)
+loop.validate = lambda *_: {"val_lncc": 0.5}
+loop.train_and_evaluate(small_run(folder, steps=int(steps), **SHARED), workdir)
 """
 
 
-def test_two_processes_train_as_one_end_together_and_their_checkpoint_goes_on_on_1_and_on_8_devices(tmp_path):
+def test_two_processes_train_as_one_end_together_and_their_checkpoint_goes_on_on_1_and_on_8_devices(
+        tmp_path, monkeypatch):
+    folder = small_folder(tmp_path / "images")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    pair = [start(2, PROCESS, tmp_path / "two", 1000, address, 2, process) for process in (0, 1)]
+    pair = [start(2, PROCESS, folder, tmp_path / "two", 1000, address, 2, process) for process in (0, 1)]
     while len(logs.read(tmp_path / "two")) < 2 and all(process.poll() is None for process in pair):
         time.sleep(0.1)
     pair[1].terminate()
@@ -458,12 +482,15 @@ def test_two_processes_train_as_one_end_together_and_their_checkpoint_goes_on_on
         stopped = latest.latest_step()
     assert 2 <= stopped < 1000
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    for devices, name in ((4, "four"), (8, "two"), (1, "one")):
-        finish(start(devices, PROCESS, tmp_path / name, stopped + 1, "", 1, 0))
-    four, two, one = ([row["loss"] for row in logs.read(tmp_path / name)] for name in ("four", "two", "one"))
-    assert len(four) == stopped + 1
-    np.testing.assert_allclose(two, four, rtol=1e-5)
-    np.testing.assert_allclose(one, four, rtol=1e-5)
+    finish(start(8, PROCESS, folder, tmp_path / "two", stopped + 1, "", 1, 0))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val_lncc": 0.5})
+    for name in ("one", "alone"):  # the second from its beginning
+        train_and_evaluate(small_run(folder, steps=stopped + 1, **SHARED), tmp_path / name)
+    two, one, alone = ([row["loss"] for row in logs.read(tmp_path / name)] for name in ("two", "one", "alone"))
+    assert len(alone) == stopped + 1
+    np.testing.assert_allclose(two, alone, rtol=1e-5)
+    np.testing.assert_allclose(one, alone, rtol=1e-5)
 
 
 def test_a_volume_is_not_split_over_processes():

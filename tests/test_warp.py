@@ -6,8 +6,10 @@ from jax.test_util import check_grads
 from scipy.ndimage import gaussian_filter, map_coordinates
 from test_training import finish, start
 
-from drivenmorph_jax.fields.warp import compose, warp, warp_nearest
+from drivenmorph_jax.fields import warp as warps
 
+# As whole programs: by itself, every operation on a new shape is compiled, which takes ten times as long.
+warp, compose, warp_nearest = jax.jit(warps.warp, static_argnums=2), jax.jit(warps.compose), jax.jit(warps.warp_nearest)
 RNG = np.random.default_rng(0)
 
 
@@ -76,7 +78,7 @@ split = sharding.split_batch(mesh)
 image, u, g = (jax.random.normal(jax.random.key(i), (1, 8, 96, 8, c)) for i, c in enumerate((1, 3, 1)))
 def gradient(image, u, g):
     return jax.vjp(warp, image, u)[1](g)
-wanted = gradient(image, u, g)
+wanted = jax.jit(gradient)(image, u, g)
 with compiling_for("tpu"):
     compiled = jax.jit(gradient, in_shardings=split, out_shardings=(split, split)).lower(image, u, g).compile()
 for a, b in zip(compiled(*(jax.device_put(x, split) for x in (image, u, g))), wanted):
@@ -111,7 +113,7 @@ def test_gradient_of_a_bfloat16_image_is_added_up_in_float32(compile_for, backen
     # In bfloat16 the sum of ones stands still at 256.
     compile_for(backend)
     image, u = jnp.ones((8, 8, 8, 2), jnp.bfloat16), -100 * jnp.ones((8, 8, 8, 3))
-    gradient = jax.grad(lambda image: warp(image, u).astype(jnp.float32).sum())(image)
+    gradient = jax.jit(jax.grad(lambda image: warp(image, u).astype(jnp.float32).sum()))(image)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(gradient[0, 0, 0], 512)
 
@@ -147,7 +149,7 @@ def test_gradient_is_zero_along_an_axis_on_which_the_sample_lies_outside():
     image = RNG.normal(size=(6, 6, 6, 1)).astype(np.float32)
     u = np.zeros((6, 6, 6, 3), np.float32) + 0.3
     u[..., 0] = 20
-    g = jax.grad(lambda u: warp(image, u).sum())(u)
+    g = jax.jit(jax.grad(lambda u: warp(image, u).sum()))(u)
     assert not np.any(g[..., 0]) and np.any(g[..., 1])
 
 
