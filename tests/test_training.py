@@ -236,8 +236,9 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
         train_and_evaluate(get_config(), tmp_path)
 
 
-def test_a_finished_run_is_only_scored_again(smoke):
-    workdir, summary = smoke
+def test_a_finished_run_is_only_scored_again(smoke, tmp_path):
+    folder, summary = smoke
+    workdir = shutil.copytree(folder, tmp_path / "run")
     before = (workdir / "metrics.jsonl").read_text()
     again = train_and_evaluate(get_config(), workdir)
     assert again["dice"] == summary["dice"] and (workdir / "metrics.jsonl").read_text() == before
