@@ -40,15 +40,21 @@ def registered(fixed: chex.Array, moving: chex.Array, force: str = "lncc",
     if force != "lncc":
         return unfolded(_by(force, fixed, moving, weights).u)
 
-    def start(name, fixed, moving, weights):
-        u = _by(name, fixed, moving, weights, iterations=(100, 0, 0)).u
-        return _by("lncc", fixed, moving, weights, u, iterations=(50, 0)).u
+    def halves(pair):
+        return None if pair is None else tuple(_pooled(x, 2, 1) for x in pair)
 
-    swapped = moving, fixed, None if weights is None else weights[::-1]
-    there = sum(start(name, fixed, moving, weights) for name in FORCES)
+    half = {name: halves(map(features, (fixed, moving))) for name, (features, _) in FORCES.items()}
+    half_weights = halves(weights)
+
+    def start(name, way):  # 1: forward, -1: backward; at half the resolution, as its result
+        driven = None if weights is None else half_weights[::way]
+        u = _run(name, half[name][::way], driven, iterations=(100, 0)).u
+        return _run("lncc", half["lncc"][::way], driven, u, iterations=(50,)).u
+
+    there = sum(start(name, 1) for name in FORCES)
     # The grid of these fields and of their mean is 4 times coarser than the images, so no finer inverse is needed.
-    back = sum(coarse_inverse(start(name, *swapped), stride=4, steps=0) for name in FORCES)
-    u = (there + back) / (2 * len(FORCES))
+    back = sum(coarse_inverse(start(name, -1), steps=0) for name in FORCES)
+    u = _unpooled((there + back) / (2 * len(FORCES)), 2, fixed.shape[:-1])
     return unfolded(_by("lncc", fixed, moving, weights, u, iterations=(20, 20)).u)
 
 
@@ -134,20 +140,20 @@ def force_between(fixed: chex.Array, moving: chex.Array, force: str = "lncc",
 
     The arguments are those of `registered`.
     """
-    images, settings = _of(force, fixed, moving, weights)
-    return resize(settings["force"](*images, settings["max_step"])[0], fixed.shape[:-1])
-
-
-def _by(name, fixed, moving, weights=None, u=None, **changes):
-    images, settings = _of(name, fixed, moving, weights)
-    return demons(*images, **settings | changes, initial=u)
-
-
-def _of(name, fixed, moving, weights):
-    """(the images, the settings) that `demons` takes for a name of `FORCES`."""
-    features, settings = FORCES[name]
+    features, settings = FORCES[force]
     images, driven = weighted((features(fixed), features(moving)), weights, settings["force"])
-    return images, settings | {"force": driven}
+    return resize(driven(*images, settings["max_step"])[0], fixed.shape[:-1])
+
+
+def _by(name, fixed, moving, weights, u=None, **changes):
+    features, _ = FORCES[name]
+    return _run(name, (features(fixed), features(moving)), weights, u, **changes)
+
+
+def _run(name, features, weights, u=None, **changes):
+    _, settings = FORCES[name]
+    images, driven = weighted(features, weights, settings["force"])
+    return demons(*images, **settings | {"force": driven} | changes, initial=u)
 
 
 def weighted(features: tuple[chex.Array, chex.Array], weights: tuple[chex.Array, chex.Array] | None,

@@ -11,6 +11,7 @@ from drivenmorph_jax.files import replacing
 from drivenmorph_jax.images.geometry import sheared
 
 ENDINGS = (".nii", ".nii.gz")
+PLANES = 8  # of a field that are written at once
 LEVEL = 1  # of the compression: fields and images get as small as by zlib's level 1, in a seventh of the time
 
 
@@ -30,14 +31,42 @@ def save(path, data, like, intent=None, name=""):
 
 def write(path, image):
     """Write a nibabel image, complete or not at all. It raises the errors of `save`."""
-    if not str(path).endswith(ENDINGS):
-        raise InputError(f"{path} must end in .nii or .nii.gz to be written")
+    _check_ending(path)
     with replacing(path) as temporary:
         if temporary.suffix == ".gz":
             with compressed(temporary) as file:
                 image.to_stream(file)
         else:
             nibabel.save(image, temporary)
+
+
+def _check_ending(path):
+    if not str(path).endswith(ENDINGS):
+        raise InputError(f"{path} must end in .nii or .nii.gz to be written")
+
+
+def save_vectors(path, vectors, factors, like, intent):
+    """Write vectors (X, Y, Z, 3), times the three `factors`, as (X, Y, Z, 1, 3) float32, as `save` does.
+
+    They are written a few planes at a time, so that memory holds no second field.
+
+    Raises the errors of `save`.
+    """
+    _check_ending(path)
+    shape = (*vectors.shape[:3], 1, 3)
+    header = to_nibabel(np.broadcast_to(np.float32(0), shape), like, intent).header
+    header.set_data_offset(header.single_vox_offset)
+    with replacing(path) as temporary:
+        with (compressed if temporary.suffix == ".gz" else _opened)(temporary) as file:
+            header.write_to(file)
+            for axis, factor in enumerate(factors):
+                for first in range(0, shape[2], PLANES):
+                    part = vectors[:, :, first:first + PLANES, axis] * factor
+                    file.write(np.ascontiguousarray(part.T, np.float32).data)
+
+
+def _opened(path):
+    return open(path, "wb")
 
 
 @contextmanager

@@ -54,17 +54,19 @@ def write_force(path, force, like, content):
 
 
 def _write_vectors(path, vectors, like, frame, intent, sidecar):
-    signs = np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3)
-    stored = (vectors * np.float32(signs)).astype(np.float32, copy=False)[..., None, :]
-    writing.save(path, stored, like, INTENTS[frame] if intent is None else intent)
+    signs = np.float32(np.diag(FLIP)[:3] if frame == "LPS" else np.ones(3))
+    writing.save_vectors(path, vectors, signs, like, INTENTS[frame] if intent is None else intent)
     sidecar = sidecar | {"Frame": frame, "Unit": "mm", "GridShape": list(vectors.shape[:3]),
-                         "GridAffineRAS": like.affine.tolist(), "FieldCRC32": _checksum(stored)}
+                         "GridAffineRAS": like.affine.tolist(), "FieldCRC32": _checksum(vectors, signs)}
     write_json(_sidecar(path), sidecar)
 
 
-def _checksum(stored):
+def _checksum(vectors, signs=1):
     """CRC-32 of the vectors as they are stored. It tells a sidecar whether the field beside it is its own."""
-    return zlib.crc32(np.ascontiguousarray(stored, "<f4"))
+    found = 0
+    for plane in vectors:  # so that no second field is in memory
+        found = zlib.crc32(np.ascontiguousarray(plane * signs, "<f4"), found)
+    return found
 
 
 def read_sidecar(path, stored):

@@ -206,20 +206,26 @@ class Transform:
             if self.other is not None:
                 about |= {"TargetGridShape": list(self.other.data.shape),
                           "TargetGridAffineRAS": self.other.affine.tolist()}
-            field, wide, grid = self.field, self.displacement, self.grid
-            if form != "afni" and field.near.shape != wide.shape:
-                # The map `field` at the voxels where it is given, so that nothing is sampled. Rounded, the margin takes
-                # a third of the space.
-                wide = followed_by(field.linear, field.near, field.affine)
-                wide *= MARGIN_STEPS
-                np.rint(wide, wide)
-                wide /= MARGIN_STEPS
-                wide[part_of(field.affine, grid.data.shape, grid.affine)] = self.displacement
-                about |= {"ImageGridShape": list(grid.data.shape), "ImageGridAffineRAS": grid.affine.tolist()}
-                grid = on_grid(wide.shape[:3], field.affine, grid.header, grid.path)
+            wide, grid = (self.displacement, self.grid) if form == "afni" else self._with_margin()
+            if grid is not self.grid:
+                about |= {"ImageGridShape": list(self.grid.data.shape),
+                          "ImageGridAffineRAS": self.grid.affine.tolist()}
             write_displacement(path, wide, grid, " to ".join(self.names), about=about, **FORMS[form])
         else:
             raise InputError(f"form is {form!r}: set it to one of {', '.join((*FORMS, 'spm', 'fsl'))}")
+
+    def _with_margin(self):
+        """(the displacement and a margin in which the deformation fades, its grid): those of the image where it needs
+        no margin. In the margin it is rounded, so that it takes a third of the space."""
+        field = faded(self.displacement, self.grid.affine, self.linear)  # not `self.field`, which would stay in memory
+        if field.near.shape == self.displacement.shape:
+            return self.displacement, self.grid
+        wide = followed_by(field.linear, field.near, field.affine)  # at the voxels of the field: nothing is sampled
+        wide *= MARGIN_STEPS
+        np.rint(wide, wide)
+        wide /= MARGIN_STEPS
+        wide[part_of(field.affine, self.grid.data.shape, self.grid.affine)] = self.displacement
+        return wide, on_grid(wide.shape[:3], field.affine, self.grid.header, self.grid.path)
 
     def _other(self, what):
         """The grid of the other image. Raises InputError where it is not known, with `what` needs it."""
