@@ -88,11 +88,12 @@ def registered(fixed, moving, method, out):
                                 "--fixed_labels", fixed[1], "--moving_labels", moving[1], "--method", method,
                                 "--out", out], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
     if status:
         raise SystemExit(f"register.py failed on {fixed[0]} and {moving[0]} by {method}")
     summary = json.loads((out / "summary.json").read_text())
-    return {"method": method, "voxels": load_image(fixed[0]).data.size, "seconds": time.perf_counter() - started,
-            "cpu": used.ru_utime + used.ru_stime, "gb": used.ru_maxrss / 1e6, "told": summary["memory_gb"],
+    return {"method": method, "voxels": load_image(fixed[0]).data.size, "seconds": seconds,
+            "cpu": used.ru_utime + used.ru_stime, "gb": 1024 * used.ru_maxrss / 1e9, "told": summary["memory_gb"],
             "dice": summary["dice_after"], "folding": summary["fold_pct"]}
 
 

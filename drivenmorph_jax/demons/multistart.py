@@ -43,7 +43,7 @@ def registered(fixed: chex.Array, moving: chex.Array, force: str = "lncc",
     def halves(pair):
         return None if pair is None else tuple(_pooled(x, 2, 1) for x in pair)
 
-    half = {name: halves(map(features, (fixed, moving))) for name, (features, _) in FORCES.items()}
+    half = {name: halves(_features(name, fixed, moving)) for name in FORCES}
     half_weights = halves(weights)
 
     def start(name, way):  # 1: forward, -1: backward; at half the resolution, as its result
@@ -140,14 +140,18 @@ def force_between(fixed: chex.Array, moving: chex.Array, force: str = "lncc",
 
     The arguments are those of `registered`.
     """
-    features, settings = FORCES[force]
-    images, driven = weighted((features(fixed), features(moving)), weights, settings["force"])
+    _, settings = FORCES[force]
+    images, driven = weighted(_features(force, fixed, moving), weights, settings["force"])
     return resize(driven(*images, settings["max_step"])[0], fixed.shape[:-1])
 
 
 def _by(name, fixed, moving, weights, u=None, **changes):
+    return _run(name, _features(name, fixed, moving), weights, u, **changes)
+
+
+def _features(name, fixed, moving):
     features, _ = FORCES[name]
-    return _run(name, (features(fixed), features(moving)), weights, u, **changes)
+    return features(fixed), features(moving)
 
 
 def _run(name, features, weights, u=None, **changes):

@@ -169,6 +169,11 @@ def widened(part, shape, by):
     return tuple(slice(max(one.start - by, 0), min(one.stop + by, n)) for one, n in zip(part, shape, strict=True))
 
 
+def inside(inner, outer):
+    """The slices of the part `inner` of a grid, counted from the beginning of the part `outer`."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
+
+
 def along_axes(matrices, x):
     """Apply one (n, n) matrix along each spatial axis of (..., D, H, W, C): a separable linear filter.
 

@@ -27,10 +27,8 @@ def jacobian_determinant(u: chex.Array) -> jax.Array:
     return determinant([[x + (i == j) for j, x in enumerate(row)] for i, row in enumerate(rows)])
 
 
-def determinant_by_slabs(u, to_voxel=None):
-    """`jacobian_determinant` of an array in the memory of the host, some planes at a time.
-
-    All derivatives of a whole head at once would fill memory.
+def determinant_on_host(u, to_voxel=None):
+    """`jacobian_determinant` of an array in the memory of the host.
 
     Args:
       u: (*space, n) displacement.
@@ -39,14 +37,17 @@ def determinant_by_slabs(u, to_voxel=None):
     Returns:
       (*space,), a NumPy array, float32.
     """
+    gradient = np.gradient(u if to_voxel is None else u @ to_voxel.T.astype(np.float32), axis=range(u.ndim - 1))
+    return determinant([[g[..., j] + (i == j) for j in range(u.shape[-1])] for i, g in enumerate(gradient)])
+
+
+def determinant_by_slabs(u, to_voxel=None):
+    """`determinant_on_host`, some planes at a time: all derivatives of a whole head at once would fill memory."""
     depth, out = len(u), np.empty(u.shape[:-1], np.float32)
 
     def slab(start):
-        stop, first, last = min(start + SLAB, depth), max(start - 1, 0), min(start + SLAB + 1, depth)
-        part = u[first:last] if to_voxel is None else u[first:last] @ to_voxel.T.astype(np.float32)
-        gradient = np.gradient(part, axis=tuple(range(u.ndim - 1)))
-        out[start:stop] = determinant([[g[start - first:stop - first, ..., j] + (i == j) for j in range(u.shape[-1])]
-                                       for i, g in enumerate(gradient)])
+        stop, first = min(start + SLAB, depth), max(start - 1, 0)
+        out[start:stop] = determinant_on_host(u[first:stop + 1], to_voxel)[start - first:stop - first]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(slab, range(0, depth, SLAB)))

@@ -10,17 +10,18 @@ import numpy as np
 from scipy import ndimage
 
 from drivenmorph_jax.backends import current
-from drivenmorph_jax.fields.grid import widened
-from drivenmorph_jax.fields.jacobian import determinant_by_slabs, jacobian_determinant
+from drivenmorph_jax.fields.grid import inside, widened
+from drivenmorph_jax.fields.jacobian import determinant_by_slabs, determinant_on_host, jacobian_determinant
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.runtime.stored import stored
 
 MOST = 20  # smoothing steps
 NEAR = 2  # voxels around a fold that count as folded
 SIGMA = 1.0  # voxels
-REACH = NEAR + 5  # voxels: by then, both Gaussians have fallen below 1e-5
+RADIUS = 5  # voxels, where the Gaussian has fallen below 1e-5
+KERNEL = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
+REACH = NEAR + RADIUS  # voxels from a fold that a step changes
 TILE = 32  # voxels
-KERNEL = np.exp(-0.5 * (np.arange(-5, 6) / SIGMA) ** 2)
 
 
 def unfolded(u):
@@ -75,16 +76,20 @@ def unfolded_around_folds(u, to_voxel=None):
     folded = determinant_by_slabs(u, to_voxel) <= 0
     if not folded.any():
         return u
-    u, space = u.copy(), folded.shape
+    u = u.copy()
+
+    def find_folds(changed):
+        part = widened(changed, folded.shape, 1)
+        wide = widened(part, folded.shape, 1)
+        folded[part] = (determinant_on_host(u[wide], to_voxel) <= 0)[inside(part, wide)]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in range(MOST):
             parts = _reached(folded)
             made = list(pool.map(lambda part: _step(u, folded, part), parts))  # of the field before this step
             for part, new in zip(parts, made, strict=True):
                 u[part] = new
-            for part in (widened(part, space, 1) for part in parts):
-                wide = widened(part, space, 1)
-                folded[part] = (determinant_by_slabs(u[wide], to_voxel) <= 0)[_inner(part, wide)]
+            list(pool.map(find_folds, parts))
             if not folded.any():
                 break
     return u
@@ -105,11 +110,6 @@ def _reached(folded):
     return [tuple(slice(int(a), int(b) + 1) for a, b in zip(*ends, strict=True)) for ends in found.values()]
 
 
-def _inner(part, wide):
-    """The slices of the box `wide` that hold `part`."""
-    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, wide, strict=True))
-
-
 def _step(u, folded, part):
     """One step of `unfolded` at a box: its new u."""
     wide = widened(part, folded.shape, REACH)
@@ -117,7 +117,8 @@ def _step(u, folded, part):
     weight, smooth = near[..., None].astype(np.float32), u[wide]
     for axis, n in enumerate(near.shape):
         weight, smooth, whole = (ndimage.correlate1d(x, KERNEL, axis, mode="constant")
-                                 for x in (weight, smooth, np.ones([n if k == axis else 1 for k in range(u.ndim)])))
+                                 for x in (weight, smooth,
+                                           np.ones([n if k == axis else 1 for k in range(u.ndim)], np.float32)))
         weight, smooth = weight / whole, smooth / whole  # at the border, the weights of the Gaussian add up to less
-    inner = _inner(part, wide)
+    inner = inside(part, wide)
     return u[part] + weight[inner] * (smooth[inner] - u[part])

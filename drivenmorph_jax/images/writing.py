@@ -56,17 +56,16 @@ def save_vectors(path, vectors, factors, like, intent):
     shape = (*vectors.shape[:3], 1, 3)
     header = to_nibabel(np.broadcast_to(np.float32(0), shape), like, intent).header
     header.set_data_offset(header.single_vox_offset)
-    with replacing(path) as temporary:
-        with (compressed if temporary.suffix == ".gz" else _opened)(temporary) as file:
-            header.write_to(file)
-            for axis, factor in enumerate(factors):
-                for first in range(0, shape[2], PLANES):
-                    part = vectors[:, :, first:first + PLANES, axis] * factor
-                    file.write(np.ascontiguousarray(part.T, np.float32).data)
+    with replacing(path) as temporary, _opened(temporary) as file:
+        header.write_to(file)
+        for axis, factor in enumerate(factors):
+            for first in range(0, shape[2], PLANES):
+                part = vectors[:, :, first:first + PLANES, axis] * factor
+                file.write(np.ascontiguousarray(part.T, np.float32).data)
 
 
 def _opened(path):
-    return open(path, "wb")
+    return compressed(path) if path.suffix == ".gz" else open(path, "wb")
 
 
 @contextmanager

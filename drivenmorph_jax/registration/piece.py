@@ -12,7 +12,7 @@ from scipy import ndimage
 from drivenmorph_jax import demons
 from drivenmorph_jax.demons.guidance import FARTHEST, REGION, STRIDE, driven_by_images, kernel, softly
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.fields.grid import widened
+from drivenmorph_jax.fields.grid import inside, widened
 from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.unfold import unfolded
@@ -82,7 +82,7 @@ def joined(pieces, found):
                   for sides in zip(*(one.region for one in pieces), strict=True))
     parts = [None if x is None else x[whole].copy() for x in found]
     for one in pieces:
-        where = region.inside(one.region, whole)
+        where = inside(one.region, whole)
         for part, changed, new in zip(parts, one.changed, one.parts, strict=True):
             if part is not None:
                 part[where][changed] = new[changed]
@@ -111,7 +111,7 @@ def _pasted(session, box, move, piece):
     displacement, _, _, labels = session.first.found
     wide = widened(core, shape, 2)  # the Jacobian sees a voxel further, and has its own border there
     there = displacement[wide].copy()
-    there[region.inside(core, wide)] += shift[region.inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
+    there[inside(core, wide)] += shift[inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
     placed = affine_of_part(affine, wide)
     there = unfolded_in_world(there, placed, linear)
     changed = (there != displacement[wide]).any(-1)

@@ -95,11 +95,6 @@ def on_part(move, box, part, affine):
     return by_planes((*(one.stop - one.start for one in part), 3), affine_of_part(affine, part), plane)
 
 
-def inside(inner, outer):
-    """The slices of the part `inner` of a grid, counted from the beginning of the part `outer`."""
-    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
-
-
 def bounds(marked, part):
     """The slices of a grid around the voxels that are marked in a part of it; empty slices where none is."""
     found = ndimage.find_objects(marked.astype(np.uint8))
