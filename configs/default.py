@@ -68,5 +68,6 @@ def get_config():
         "level": 0.5,
         "force": 0.1,
         "dice": 0.0,  # above 0: soft Dice of the label maps
+        "dice_labels": 0,  # labels that a step draws for it, 0 is all
     })
     return config

@@ -26,7 +26,7 @@ from drivenmorph_jax.runtime.checkpoint import _newest, manager, read_about
 from drivenmorph_jax.runtime.provenance import git_commit
 from drivenmorph_jax.training import loop, step
 from drivenmorph_jax.training.loop import train_and_evaluate
-from drivenmorph_jax.training.step import compiled_step, make_optimizer
+from drivenmorph_jax.training.step import chosen_labels, compiled_step, make_augment, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -182,6 +182,29 @@ def test_a_window_without_a_middle_voxel_is_one_sentence(tmp_path):
     config.loss.window = 8
     with pytest.raises(InputError, match="loss.window is 8: set it to an odd number"):
         train_and_evaluate(config, tmp_path)
+
+
+def test_labels_for_the_dice_of_a_step_are_drawn_from_those_of_both_images():
+    fixed, moving = np.zeros((2, 2, 4, 4, 4), np.int32)
+    fixed[:, 0, 0], moving[:, 0, 0] = [1, 2, 3, 4], [5, 4, 3, 2]
+    batch = {"fixed_labels": fixed, "moving_labels": moving, "key": np.uint32([[1, 2], [3, 4]])}
+    batch |= {role: np.zeros((2, 4, 4, 4, 1), np.float32) for role in ("fixed", "moving")}
+    config, mesh = get_config(), sharding.device_mesh(1, jax.local_devices()[:1])
+    whole = make_augment(config, mesh, range(1, 7))(batch)["fixed_labels"]
+    assert whole.shape[-1] == 6  # all labels
+    np.testing.assert_array_equal(whole.argmax(-1) + whole.max(-1), fixed)
+
+    seen, config.loss.dice_labels = set(), 2
+    for seed in range(20):
+        labels = [chosen_labels(np.uint32([seed, pair]), fixed[pair], moving[pair], range(1, 7), 2) for pair in (0, 1)]
+        channels = np.reshape(labels, (2, 1, 1, 1, 2))
+        found = make_augment(config, mesh, range(1, 7))(batch | {"key": np.uint32([[seed, 0], [seed, 1]])})
+        for role, own in (("fixed", fixed), ("moving", moving)):
+            np.testing.assert_array_equal(found[f"{role}_labels"], own[..., None] == channels)
+        seen.update(*np.asarray(labels).tolist())
+    assert seen == {2, 3, 4}
+    filled = chosen_labels(np.uint32([0, 0]), fixed[0], moving[0], range(1, 7), 4)
+    assert seen < set(filled.tolist()) <= set(range(1, 7))
 
 
 def idle(_, config, *rest):

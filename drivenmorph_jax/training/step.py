@@ -3,7 +3,7 @@
 The same settings give the same functions, so one process traces and compiles them once.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,19 @@ def _train_step(model, optimizer, settings, mesh):
                    out_shardings=whole, compiler_options=programs.compiler_options())
 
 
+def chosen_labels(key, fixed, moving, labels, count):
+    """`count` of the `labels`, drawn at random from those that both label maps (D, H, W) hold.
+
+    Where fewer labels are in both maps, others fill up. The draw depends only on the key (2,) of a pair of
+    `training_batches` and on the maps.
+    """
+    labels = jnp.asarray(labels)
+    key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), 4)
+    # One label at a time: all at once would take an image of bools for each of a hundred labels.
+    shared = jax.lax.map(lambda label: (fixed == label).any() & (moving == label).any(), labels)
+    return labels[jax.lax.top_k(shared + jax.random.uniform(key, labels.shape), count)[1]]
+
+
 # Settings that `compiled_step` tries, in this order, to need less memory.
 SMALLER = ({}, {"remat": True}, {"remat": True, "dtype": "bfloat16"})
 
@@ -99,17 +112,26 @@ def make_augment(config, mesh, labels=None):
     """Jitted: a batch of `training_batches` over `mesh` -> the batch for a step.
 
     The images are augmented at random with the settings of `config.data`. Label maps, where the batch has them, become
-    one channel for each of `labels`.
+    one channel for each of `labels`, or for `config.loss.dice_labels` of them that `chosen_labels` draws.
     """
     settings = tuple((key, config.data[key]) for key in ("crop", "flip", "affine", "intensity", "bias", "noise"))
-    return _augment(settings, mesh, None if labels is None else tuple(np.asarray(labels).tolist()))
+    labels = None if labels is None else tuple(np.asarray(labels).tolist())
+    return _augment(settings, mesh, labels, config.loss.dice_labels)
 
 
 @lru_cache(maxsize=8)
-def _augment(settings, mesh, labels):
+def _augment(settings, mesh, labels, count):
     def augment(batch):
-        batch = augmented(batch, **dict(settings))
-        return batch | {key: (x[..., None] == jnp.asarray(labels)).astype(jnp.float32) for key, x in batch.items()
-                        if key.endswith("labels")}
+        keys, batch = batch["key"], augmented(batch, **dict(settings))
+        if "fixed_labels" not in batch:
+            return batch
+        fixed, moving = batch["fixed_labels"], batch["moving_labels"]
+        if 0 < count < len(labels):
+            drawn = jax.vmap(partial(chosen_labels, labels=labels, count=count))(keys, fixed, moving)
+        else:
+            drawn = jnp.broadcast_to(jnp.asarray(labels), (len(fixed), len(labels)))
+        channels = drawn[:, None, None, None]
+        return batch | {"fixed_labels": (fixed[..., None] == channels).astype(jnp.float32),
+                        "moving_labels": (moving[..., None] == channels).astype(jnp.float32)}
 
     return jax.jit(augment, out_shardings=sharding.split_batch(mesh), compiler_options=programs.compiler_options())
