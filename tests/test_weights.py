@@ -69,7 +69,7 @@ def registered(files):
 
 
 def test_two_files_are_registered_with_no_settings(registered):
-    assert registered["refine_steps"] == 10 and registered["fold_pct"] < 0.01
+    assert registered["refine_steps"] == 5 and registered["fold_pct"] < 0.01
     assert registered["dice_after"] > registered["dice_before"] + 0.25
     assert registered["checkpoint"].endswith("brain-t1") and registered["contrast"] == "same"
 

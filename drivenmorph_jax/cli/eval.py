@@ -31,7 +31,7 @@ def main(arguments=None, prog="drivenmorph eval"):
         default=0,
         metavar="N",
         help="refine the result of the network. The network registers forward and backward, both results are averaged, "
-        "N iterations of Demons by local correlation follow, and two passes of the network register the residual; "
+        "N iterations of Demons by local correlation follow, and the network registers the residual; "
         "default: 0, the network runs once, forward",
     )
     add(

@@ -204,9 +204,9 @@ def add_method(add):
         type=program.count,
         metavar="N",
         help="iterations of Demons after the network. The network registers forward and backward, both results are "
-        "averaged, N iterations by local correlation follow, and two passes of the network register the residual. "
-        "0: the network runs once, forward, in a quarter of the time. With --method demons, N iterations follow at "
-        "the end, by MIND with --force mind. Default: 10; with --method demons 0",
+        "averaged, N iterations by local correlation follow, and the network registers the residual. "
+        "0: the network runs once, forward, in a third of the time. With --method demons, N iterations follow at "
+        "the end, by MIND with --force mind. Default: 5; with --method demons 0",
     )
     add(
         "--guide_labels",

@@ -100,6 +100,26 @@ def syntx(fixed, moving, out):
         out)
 
 
+def fireants(fixed, moving, out, kind="greedy"):
+    """FireANTs: Adam on a compositive warp, by local correlation over 5^3 voxels; `kind` "greedy" or "syn".
+
+    Levels, iterations and step are those of its quick start ("greedy") and of its scripts for brains ("syn"). On a GPU
+    where PyTorch has one.
+    """
+    import torch
+    from fireants.io.image import BatchedImages, Image
+    from fireants.registration.greedy import GreedyRegistration
+    from fireants.registration.syn import SyNRegistration
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = (BatchedImages([Image.load_file(path, device=device)]) for path in (fixed, moving))
+    method, iterations = {"greedy": (GreedyRegistration, [200, 100, 25]), "syn": (SyNRegistration, [100, 75, 50])}[kind]
+    found = method([4, 2, 1], iterations, *images, cc_kernel_size=5, deformation_type="compositive",
+                   smooth_grad_sigma=1, optimizer="adam", optimizer_lr=0.5)
+    found.optimize()
+    found.save_as_ants_transforms(out)
+
+
 METHODS = {  # name: (function, its arguments, the package it needs)
     "drivenmorph": (network, (str(shipped("weights", "brain-t1")),), None),
     "voxelmorph": (network, (str(shipped("weights", "voxelmorph-t1")),), None),
@@ -112,6 +132,8 @@ METHODS = {  # name: (function, its arguments, the package it needs)
     "greedy": (greedy, (), "picsl_greedy"),
     "syn": (syn, (), "ants"),
     "syntx": (syntx, (), "syntx"),
+    "fireants": (fireants, (), "fireants"),
+    "fireants-syn": (fireants, ("syn",), "fireants"),
 }
 
 

@@ -20,8 +20,7 @@ from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import compose, warp
 from drivenmorph_jax.runtime.stored import stored
 
-RESIDUAL_PASSES = 2
-SIGMA = 0.7  # voxels
+SIGMA = 0.6  # voxels
 INVERSE_STEPS = 8  # of `coarse_inverse`; a field of Demons needs 4, the refined field is rougher
 
 
@@ -39,12 +38,12 @@ class State:
 
 
 def refined(network, fixed, moving, steps, weights=None, extra=None):
-    """Register a batch of pairs and refine the result: phi = G * (psi o D o psi_1 o psi_2), then unfolded.
+    """Register a batch of pairs and refine the result: phi = G * (psi o D o psi_1), then unfolded.
 
       psi: forward and backward registration, averaged. The network registers M to F and F to M. psi is the mean of
         the forward displacement u(F, M) and of the inverse that comes with the backward registration u(M, F).
       D: at most `steps` iterations of classical Demons by local correlation, from psi.
-      psi_1, psi_2: two passes on the residual. The network registers the warped moving image to F.
+      psi_1: a pass on the residual. The network registers the warped moving image to F.
       G: a Gaussian of `SIGMA` voxels.
 
     After Demons, a pass of the network improves the result more than further iterations of Demons would. The numbers
@@ -70,7 +69,7 @@ def pipeline(network, iterations) -> list[Callable[[State], State]]:
     """The steps of `refined`, in the order in which they run."""
     return [partial(forward_and_backward, network=network),
             partial(by_demons, iterations=iterations),
-            *[partial(residual_pass, network=network)] * RESIDUAL_PASSES,
+            partial(residual_pass, network=network),
             smoothed, without_folds, with_inverse]
 
 

@@ -22,7 +22,7 @@ from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
 from drivenmorph_jax.transforms.reading import BACK, read_chain
 from drivenmorph_jax.transforms.world import map_points
 
-REFINE_STEPS = {"drivenmorph": 10, "demons": 0}
+REFINE_STEPS = {"drivenmorph": 5, "demons": 0}
 CHOICES = {"strip": ("auto", "yes", "no"), "method": tuple(REFINE_STEPS), "force": tuple(FORCES),
            "contrast": ("auto", "same", "other"), "stiffness": ("auto", "low", "high"),
            "mask_sense": ("ignore", "use")}

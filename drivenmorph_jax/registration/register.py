@@ -60,7 +60,7 @@ def register(fixed: Source, moving: Source, *, strip: str = "auto", checkpoint: 
         include it.
       convention: of this transform, as in `Transform.load`.
       refine_steps: for method "drivenmorph", iterations of Demons on the working grid between the averaged registration
-        and the passes on the residual, see `network.refinement`; by default 10; 0: one forward pass of the network. For
+        and the pass on the residual, see `network.refinement`; by default 5; 0: one forward pass of the network. For
         method "demons", iterations by local correlation after it, or by MIND with force "mind"; by default 0.
       fixed_labels, moving_labels: label maps on the grids of their images.
       fixed_mask, moving_mask: on the grids of their images, above 0 where tissue is missing or pathological. Masked
