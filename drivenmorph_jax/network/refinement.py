@@ -20,7 +20,7 @@ from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import compose, warp
 from drivenmorph_jax.runtime.stored import stored
 
-SIGMA = 0.6  # voxels
+SIGMA = 0.5  # voxels
 INVERSE_STEPS = 8  # of `coarse_inverse`; a field of Demons needs 4, the refined field is rougher
 
 
