@@ -37,6 +37,15 @@ def label_maps():
     return fixed, moved
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.7, 1.0])
+def test_the_brain_is_the_foreground_with_its_holes_filled(share):
+    image = np.random.default_rng(0).random((12, 14, 10)) - 1 + share
+    image[5, 5, 5] = np.nan
+    np.testing.assert_array_equal(metrics.brain(image), ndimage.binary_fill_holes(image > 0))
+    shell = ellipsoid() & ~ellipsoid(radius=0.2)
+    assert not shell.all() and (metrics.brain(shell) == ellipsoid()).all()
+
+
 def test_dice_is_the_one_line_formula_over_labels_in_both(label_maps):
     fixed, moved = label_maps
     expected = {k: 2 * np.sum((fixed == k) & (moved == k)) / (np.sum(fixed == k) + np.sum(moved == k))

@@ -6,6 +6,7 @@
 import io
 import json
 import os
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,10 +78,10 @@ def reaches(page, at):
     page.wait_for_selector(f"body[data-at='{at}']")
 
 
-def click(page, panel, x, y):
+def click(page, panel, x, y, count=1):
     """Click at a part of the width and the height of a panel."""
     box = page.locator(f"#{panel} canvas").bounding_box()
-    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"], click_count=count)
 
 
 def inside(page, what):
@@ -162,8 +163,9 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         click(tab, "fixed", 0.2, 0.3)
         says(tab, "#said", "Now click on the same structure")
         fixed = place(tab)
-        click(tab, "moving", 0.24, 0.32)
+        click(tab, "moving", 0.24, 0.32, count=2)  # a double click is one place
         says(tab, "#said", "landmark 1 is added")
+        assert not tab.get_by_label("Name of landmark 2").count()
         moving = one.page.act("point", {"panel": "moving", "place": place(tab).tolist()})["moving"]
         for panel, spot in (("fixed", (0.2, 0.3)), ("moving", (0.24, 0.32))):  # its mark is where the click was
             box, *boxes = (found.bounding_box() for found in tab.locator(f"#{panel} :is(canvas, .marks span)").all())
@@ -195,6 +197,7 @@ def test_a_correction_by_mouse_in_two_tabs_and_after_a_restart(result, tab, chro
         assert asked.distrust[tuple(np.rint(nib.affines.apply_affine(np.linalg.inv(AFFINE), last)).astype(int))]
         assert tab.locator("#fixed .marks span").count() and not tab.locator("#fixed .marks .asked").count()
         says(tab, "#checks", "Of the result before the correction.")
+        assert not re.findall(r"\b([a-z]+) \1\b", tab.inner_text("body"))  # no word stands twice
         says(tab, "#status", "before")  # the old result beside the new one
         value, before = (float(tab.inner_text("#status").split(f"{name} ")[1].split(",")[0])
                          for name in ("warped", "before"))

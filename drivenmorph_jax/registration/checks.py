@@ -5,6 +5,7 @@ measure what a registration of two brains keeps to. The limits are those of `ben
 docs/checks.md.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,8 +88,11 @@ class Checked(Scored):
 def check(scored: Scored) -> Checked:
     """Run all checks. Those that make no sense for a registration, such as the affine's without one, are left out."""
     brains = tuple(foreground(image.data) for image in (scored.fixed, scored.moving))
-    values = {**_files(scored, brains), **_affine(scored), **_images(scored, brains), **_deformation(scored),
-              **_landmarks(scored.summary.get("landmarks", ())), **_labels(scored.summary.get("guided_labels", ()))}
+    with ThreadPoolExecutor() as pool:  # most of each takes one core
+        parts = [pool.submit(_files, scored, brains), pool.submit(_affine, scored),
+                 pool.submit(_images, scored, brains), pool.submit(_deformation, scored)]
+    values = {**_landmarks(scored.summary.get("landmarks", ())), **_labels(scored.summary.get("guided_labels", ()))}
+    values |= {name: value for part in parts for name, value in part.result().items()}
     checks = tuple(Check(name, float(values[name]), LIMITS[name][:2], LIMITS[name][2])
                    for name in LIMITS if name in values)
     summary = scored.summary | {"checks": [one.as_dict() for one in checks]}

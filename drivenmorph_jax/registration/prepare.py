@@ -1,5 +1,6 @@
 """Stage 5: both images on the working grid, with intensities in [0, 1] and masked voxels filled."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import jax
@@ -41,7 +42,8 @@ def prepare(planned: Planned) -> Prepared:
     """
     shape, grid, on_working_grid = planned.shape, planned.grid, sampler(planned)
     sides = ((planned.fixed, planned.fixed_mask, None), (planned.moving, planned.moving_mask, planned.affine))
-    images = [on_working_grid(smoothed(volume, planned.spacing), through) for volume, _, through in sides]
+    with ThreadPoolExecutor(len(sides)) as pool:  # SciPy samples an image on one core
+        images = list(pool.map(lambda side: on_working_grid(smoothed(side[0], planned.spacing), side[2]), sides))
     masks = weights = distance = None
     if planned.masked:
         masks = tuple(jnp.zeros(shape, bool) if mask is None else

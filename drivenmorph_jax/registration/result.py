@@ -51,7 +51,7 @@ class Result:
         """Write the report of the registration: slices to move through, overview, numbers. Returns its path."""
         picture = Path(path).with_suffix(".png")
         self.overview(picture)
-        return self._page(path, picture)
+        return self._page(path, picture, self._slices())
 
     def view(self):
         """The result in a notebook, as a widget: fixed, warped and moving image, and the maps over them.
@@ -68,14 +68,17 @@ class Result:
             maps["labels"] = lambda: np.asarray(self.warped_labels.dataobj)
         return notebook.widget(images, maps, fixed.affine)
 
-    def _page(self, path, picture):
-        title, numbers = _title(self.summary).split("\n")
+    def _slices(self):
+        """The piece of the report with the slices to move through."""
         volumes = {name: x for name, x in self.pictured.items() if name not in ("labels", "matched", "heads")}
         volumes["jacobian"] = volumes.pop("jac")
         volumes["heads"] = {name: head for name, (head, _) in self.pictured["heads"].items()}
-        page.write(path, title, [page.paragraph(numbers), *_told(self.summary["checks"]),
-                                 page.viewer("Slices", **volumes), page.figure("Overview", picture),
-                                 page.definitions(self.summary["definitions"])])
+        return page.viewer("Slices", **volumes)
+
+    def _page(self, path, picture, slices):
+        title, numbers = _title(self.summary).split("\n")
+        page.write(path, title, [page.paragraph(numbers), *_told(self.summary["checks"]), slices,
+                                 page.figure("Overview", picture), page.definitions(self.summary["definitions"])])
         return path
 
     def save(self, out: str | Path, formats: Sequence[str] = ("itk",), bids: Sequence[str] | None = None,
@@ -105,9 +108,9 @@ class Result:
         with new_files(out) as new:
             # Compressing takes as long as drawing. The two can run in parallel, since only drawing holds Python's lock.
             with ThreadPoolExecutor(1) as pool:
-                written = pool.submit(volumes, new)
+                written, slices = pool.submit(volumes, new), pool.submit(self._slices)
                 self.overview(new / "overview.png")
-                self._page(new / "report.html", new / "overview.png")
+                self._page(new / "report.html", new / "overview.png", slices.result())
                 if beside is not None:
                     beside(new)
                 written.result()

@@ -1,5 +1,6 @@
 """Stage 8: similarity, Dice, folding and further numbers, each with its definition."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
@@ -59,16 +60,23 @@ class Scored(Transferred):
     summary: dict  # the content of summary.json
 
 
-def score(transferred: Transferred) -> Scored:
+def score(pair: Transferred) -> Scored:
     """Score a registration. Numbers that are not finite become None, since JSON has no nan."""
-    pair, request = transferred, transferred.request
-    names = request.initial_transform
+    brain = metrics.brain(np.asarray(pair.fixed_on_grid))
+    with ThreadPoolExecutor(2) as pool:  # each of the two takes one core
+        inverse = pool.submit(metrics.inverse_consistency, pair.u, pair.u_inverse, (pair.spacing,) * 3, brain)
+        dice = pool.submit(_dice, pair)
+        return _scored(pair, brain, inverse, dice)
+
+
+def _scored(pair, brain, inverse, dice):
+    """The score of a registration, of which `inverse` and `dice` are still computed; `brain` is the fixed one."""
+    request, names = pair.request, pair.request.initial_transform
     inside = metrics.brain(normalise(pair.fixed.data) > 0.02)
     jacobian = pair.jacobian[inside]
     moved = matched = np.asarray(warp(pair.moving_on_grid[..., None], pair.u)[..., 0])
     if pair.contrast == "other":
         matched = np.asarray(warp(pair.seen[..., None], pair.u)[..., 0])
-    brain = metrics.brain(np.asarray(pair.fixed_on_grid))
     relied = confidence(pair.fixed_on_grid, matched, pair.spacing * pair.scale, pair.counted)
     there = resample(replace(pair.fixed, data=relied, affine=pair.grid), pair.fixed.data.shape, pair.fixed.affine)
     uncertain = uncertainty(there) * inside / np.float32(pair.scale)
@@ -78,10 +86,9 @@ def score(transferred: Transferred) -> Scored:
         "similarity_after": similarity(pair.fixed_on_grid, moved, pair.counted),
         "fold_pct": float(100 * np.mean(jacobian <= 0)),
         "sdlogj": float(np.log(np.maximum(jacobian, 1e-9)).std()),
-        "inverse_mm": metrics.inverse_consistency(pair.u, pair.u_inverse, (pair.spacing,) * 3,
-                                                  brain),
+        "inverse_mm": inverse.result(),
         "confidence": float(relied[brain].mean()),
-        **_dice(pair), **_landmarks(pair), **({"guided_labels": list(pair.labels_told)} if pair.labels_told else {})}
+        **dice.result(), **_landmarks(pair), **({"guided_labels": list(pair.labels_told)} if pair.labels_told else {})}
     summary = {
         "fixed": pair.fixed.path, "moving": pair.moving.path, "method": request.method,
         "checkpoint": str(request.checkpoint) if request.method == "drivenmorph" else None,
@@ -96,7 +103,7 @@ def score(transferred: Transferred) -> Scored:
         "memory_gb": pair.needed / 1e9, "environment": environment(), "working_grid": list(pair.shape),
         "working_spacing_mm": pair.spacing, "definitions": DEFINITIONS,
         **finite(numbers)}
-    return Scored(**kept(transferred), moved=moved, matched=matched, confidence_on_grid=relied, confidence=there,
+    return Scored(**kept(pair), moved=moved, matched=matched, confidence_on_grid=relied, confidence=there,
                   uncertainty=uncertain, summary=summary)
 
 
