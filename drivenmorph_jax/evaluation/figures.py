@@ -413,5 +413,6 @@ def _finite(values):
 def _save(figure, path):
     data = io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(data, format="png", dpi=150)
+    # At zlib's usual level, 6, compressing takes twice as long, for 4 % of the size.
+    figure.savefig(data, format="png", dpi=150, pil_kwargs={"compress_level": 4})
     write_bytes(path, data.getvalue())
