@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +15,8 @@ import eval as eval_program
 import register as register_program
 import train as train_program
 from drivenmorph_jax.cli import main, register
-from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.cli.program import run as run_program
+from drivenmorph_jax.errors import InputError, InputWarning
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (20, 24, 20)
@@ -227,6 +229,19 @@ def test_eval_refuses_settings_and_models_that_do_not_fit(flag, word, smoke, tmp
     done = subprocess.run([sys.executable, "eval.py", *flags], cwd=ROOT, capture_output=True, text=True)
     refused(done.returncode, done.stderr, word)
     assert not (tmp_path / "o").exists()
+
+
+def test_warnings_of_others_are_told_and_end_nothing(capsys):
+    def main():
+        warnings.warn("this image is small", InputWarning, stacklevel=1)
+        warnings.warn("divide by zero", RuntimeWarning, stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        run_program(main)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: this image is small\n")
+    assert re.search(r"test_programs\.py:\d+: RuntimeWarning: divide by zero", said)
 
 
 def test_a_program_ends_so_from_the_shell_too(tmp_path):

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from drivenmorph_jax import data
+from drivenmorph_jax.cli.eval import main as eval_main
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import rivals
 from drivenmorph_jax.evaluation.evaluate import evaluate_checkpoint
@@ -30,6 +31,16 @@ def test_the_table_has_means_spread_and_the_test():
     assert table[0] == "| | pairs | Dice | Seconds a pair | p (Dice) |"
     assert table[2].startswith("| drivenmorph | 12 | 0.6") and table[2].endswith("| 5 ± 0 | |")
     assert table[3].endswith(f"| 30 ± 0 | {p:.2g} |")
+
+
+def test_help_and_docs_name_every_method(capsys):
+    with pytest.raises(SystemExit):
+        eval_main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    page = (rivals.ROOT / "docs" / "evaluate.md").read_text()
+    for name in set(rivals.METHODS) - {"drivenmorph"}:  # it is always compared with
+        assert f" {name}," in words or f" {name};" in words
+        assert f"`{name}`" in page
 
 
 def test_what_is_not_installed_is_said_and_what_is_unknown_refused(capsys, monkeypatch):

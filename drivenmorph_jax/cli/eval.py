@@ -44,8 +44,8 @@ def main(arguments=None, prog="drivenmorph eval"):
         metavar="NAMES",
         default="",
         help="other methods to run on the same pairs, each as a command of its own, separated by commas: affine, "
-        "demons, demons-intensity, demons-mind, itk-demons, greedy, syn, syntx, voxelmorph, transmorph; the scores are "
-        "written to rivals.md, .jsonl and .png",
+        "demons, demons-intensity, demons-mind, itk-demons, greedy, syn, syntx, fireants, fireants-syn, voxelmorph, "
+        "transmorph; the scores are written to rivals.md, .jsonl and .png",
     )
     flags, settings = parser.parse_known_args(arguments)
 

@@ -101,9 +101,9 @@ def size(text):
     return float(found[1]) * (1024 if found[3] else 1000) ** (2 if found[2] == "M" else 3)
 
 
-def _warned(message, category, *place):
+def _warned(message, category, filename, lineno, file=None, line=None):
     ours = issubclass(category, InputWarning)
-    text = f"warning: {message}\n" if ours else warnings.formatwarning(message, category, *place)
+    text = f"warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
     sys.stderr.write(text)
 
 
