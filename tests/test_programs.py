@@ -87,6 +87,19 @@ def test_help_does_not_wait_for_jax(arguments):
     assert arguments != ["--help"] or all(f"\n  {name}  " in done.stdout for name in main.COMMANDS)
 
 
+def test_a_file_that_is_missing_is_refused_before_jax_is_imported(tmp_path):
+    image = write(tmp_path / "image.nii", blob())
+    code = "import sys\nfrom drivenmorph_jax.cli.main import main\nfrom drivenmorph_jax.errors import InputError\n"
+    for flag in ("--moving", "--fixed_labels", "--moving_mask", "--extra_fixed", "--landmarks"):
+        arguments = ["register", "--fixed", image, "--moving", image, "--out", str(tmp_path), flag, "nowhere.csv"]
+        code += f"try: main({arguments})\nexcept InputError as error: print(error)\n"
+    done = subprocess.run([sys.executable, "-c", code + "print('jax' in sys.modules)"], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    said = done.stdout.splitlines()
+    assert len(said) == 6 and said[-1] == "False", done
+    assert all("nowhere.csv" in line for line in said[:-1])
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["registr"], "did you mean register?"),
     (["fly"], "register, cohort, template, label, apply, strip, view, correct, train, eval, prepare")])

@@ -66,13 +66,17 @@ def main(arguments=None, prog="drivenmorph register"):
 
 
 def _check_files(flags):
-    """Raises the `InputError` of an image, label map or mask whose file is missing or has a header of no use."""
+    """Raises the `InputError` of a file that is missing, of an image with a header of no use, or of bad landmarks."""
     from drivenmorph_jax.images.reading import open_nifti
+    from drivenmorph_jax.transforms.points import read_landmarks
 
+    one_each = (flags.fixed, flags.moving, flags.fixed_labels, flags.moving_labels, flags.fixed_mask, flags.moving_mask)
     with warnings.catch_warnings(action="ignore"):  # `register` warns
-        for name in ("fixed", "moving", "fixed_labels", "moving_labels", "fixed_mask", "moving_mask"):
-            if getattr(flags, name) is not None:
-                open_nifti(getattr(flags, name), flags.geometry)
+        for path in (*one_each, *(flags.extra_fixed or ()), *(flags.extra_moving or ())):
+            if path is not None:
+                open_nifti(path, flags.geometry)
+    if flags.landmarks is not None:
+        read_landmarks(flags.landmarks)
 
 
 def settings(flags):
