@@ -53,7 +53,7 @@ def overview(path, fixed, moving, warped, u, force, jac, spacing, title="", labe
     u, force = (np.asarray(x, np.float32) * np.float32(spacing) for x in (u, force))
     jac = uncropped(jac, fixed.shape)
     white = np.percentile(fixed[fixed > 0], 99.5) if (fixed > 0).any() else 1.0
-    brain = ndimage.binary_fill_holes(fixed > 0.05 * white)
+    brain = metrics.brain(fixed > 0.05 * white)
     brain = brain if brain.any() else np.ones_like(brain)
     centre = np.rint(ndimage.center_of_mass(brain)).astype(int)
     box = _box(brain | (moving > 0.05 * white), spacing)
@@ -178,8 +178,8 @@ def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels,
     before, after = (np.abs(fixed - x) for x in matched)
     intensity = Normalize(0, white)
     difference = Normalize(0, max(np.percentile(before[brain], 99.5), 1e-6))
-    squares = sum(np.arange(n).reshape([-1 if a == axis else 1 for a in range(3)]) * spacing[axis] // SQUARE
-                  for axis, n in enumerate(fixed.shape)) % 2 == 0
+    squares = sum(((np.arange(n) * spacing[axis] // SQUARE).astype(np.int16)).reshape(
+        [-1 if a == axis else 1 for a in range(3)]) for axis, n in enumerate(fixed.shape)) % 2 == 0
 
     def anatomy(tile, x, name):
         x, mask = heads.get(name, (x, None))
@@ -203,7 +203,7 @@ def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels,
 
 def _deformation_panels(fixed, moving, u, force, jac, brain, white):
     """{name: function that draws it on a tile} of the grid, displacement, driving force and Jacobian."""
-    size, folded = np.linalg.norm(u, axis=-1), brain & (jac <= 0)
+    size, folded = np.sqrt(np.einsum("...i,...i", u, u)), brain & (jac <= 0)
     log_jac = np.log(np.maximum(jac, 1e-3))
     bound = max(np.percentile(np.abs(log_jac[brain & ~folded]), 99.5), 0.1)
     length = Normalize(0, max(np.percentile(size[brain], 99.8), 0.1))

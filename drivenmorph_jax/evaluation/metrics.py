@@ -1,6 +1,6 @@
 """Metrics of a registration: overlap, surface distance, regularity, inverse consistency, and statistics of the force.
 
-They use NumPy and SciPy only, on the arrays of one pair. A field u is (D, H, W, 3) in voxels, pull-back, phi = id + u.
+They use NumPy and SciPy, on the arrays of one pair. A field u is (D, H, W, 3) in voxels, pull-back, phi = id + u.
 Label maps and masks are (D, H, W) on the fixed grid. Spacing is in mm, in the order of the array's axes.
 """
 
@@ -11,6 +11,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import KDTree
 from surface_distance import lookup_tables
+
+from drivenmorph_jax.fields.jacobian import determinant_by_slabs
 
 DEFINITIONS = {
     "dice": "2|A n B|/(|A|+|B|) per label, moving labels warped with nearest neighbour; a label absent from"
@@ -157,13 +159,7 @@ def _percentile(distances, areas):
 
 def jacobian(u):
     """J = det(I + grad u) by central differences in voxels, with 2 voxels cropped at each side: (D-4, H-4, W-4)."""
-    gradients = np.gradient(np.asarray(u, np.float32), axis=(0, 1, 2))
-    columns = []
-    for axis, gradient in enumerate(gradients):
-        column = gradient[2:-2, 2:-2, 2:-2]
-        column[..., axis] += 1
-        columns.append(column)
-    return _triple_product(*columns)
+    return determinant_by_slabs(np.asarray(u, np.float32))[2:-2, 2:-2, 2:-2]
 
 
 def fold_pct(jac, mask=None):

@@ -18,6 +18,7 @@ from drivenmorph_jax.fields.inverse import coarse_inverse
 from drivenmorph_jax.fields.smooth import gaussian_smooth
 from drivenmorph_jax.fields.unfold import unfolded
 from drivenmorph_jax.fields.warp import compose, warp
+from drivenmorph_jax.runtime.memory import trim_memory
 from drivenmorph_jax.runtime.stored import stored
 
 SIGMA = 0.5  # voxels
@@ -61,6 +62,7 @@ def refined(network, fixed, moving, steps, weights=None, extra=None):
     """
     state = State(fixed, moving, weights, extra)
     for step in pipeline(network, steps):
+        trim_memory()
         state = step(state)
     return state.u, state.u_inverse, *state.found
 
@@ -75,8 +77,11 @@ def pipeline(network, iterations) -> list[Callable[[State], State]]:
 
 def forward_and_backward(state, network):
     """u <- (u(F, M) + u_inverse(M, F)) / 2: forward and backward registration, averaged."""
-    u, _, *found = network(state.fixed, state.moving, state.weights)
-    back = network(state.moving, state.fixed, None if state.weights is None else state.weights[..., ::-1])[1]
+    # One after the other: XLA would run both passes at once, in twice the memory.
+    u, *found = _without_inverse(*jax.block_until_ready(network(state.fixed, state.moving, state.weights)))
+    weights = None if state.weights is None else state.weights[..., ::-1]
+    trim_memory()
+    back = jax.block_until_ready(network(state.moving, state.fixed, weights)[1])
     return replace(state, u=_mean(u, back), found=tuple(found))
 
 
@@ -94,7 +99,7 @@ def by_demons(state, iterations):
 
 def residual_pass(state, network):
     """u <- compose(u, r): the network registers M o phi to F, and its displacement r is composed with u."""
-    there, *_ = network(state.fixed, *_warped(state.moving, state.weights, state.u))
+    there = jax.block_until_ready(network(state.fixed, *_warped(state.moving, state.weights, state.u))[0])
     return replace(state, u=_composed(state.u, there))
 
 
@@ -111,6 +116,10 @@ def without_folds(state):
 def with_inverse(state):
     """u_inverse <- the inverse of u, see `fields.inverse.coarse_inverse`."""
     return replace(state, u_inverse=_each(partial(coarse_inverse, steps=INVERSE_STEPS), state.u))
+
+
+def _without_inverse(u, _, *found):
+    return u, *found
 
 
 @stored

@@ -14,7 +14,7 @@ from scipy import linalg, ndimage
 from drivenmorph_jax import demons
 from drivenmorph_jax.evaluation import metrics
 from drivenmorph_jax.fields.grid import padded_pool
-from drivenmorph_jax.fields.jacobian import jacobian_determinant
+from drivenmorph_jax.fields.jacobian import determinant_by_slabs
 from drivenmorph_jax.images.geometry import disagreement
 from drivenmorph_jax.images.intensity import foreground
 from drivenmorph_jax.images.working_grid import coarse_factor
@@ -159,7 +159,7 @@ def _share_outside(brain, image, other, transform):
 
 def _deformation(scored):
     """Checks of the deformation."""
-    determinant = np.asarray(_determinant(scored.u))[metrics.brain(np.asarray(scored.fixed_on_grid))]
+    determinant = determinant_by_slabs(np.asarray(scored.u))[metrics.brain(np.asarray(scored.fixed_on_grid))]
     low, high = np.percentile(np.log(np.maximum(determinant, 1e-9)), (0.1, 99.9))
     factor = coarse_factor(scored.spacing * scored.scale)
     f, m, w = (_coarse(x, factor) for x in (scored.fixed_on_grid, scored.seen, scored.matched))
@@ -226,11 +226,6 @@ def _pooled(x, factor):
 @stored
 def _lncc(fixed, moving):
     return lncc(fixed[None], moving[None], WINDOW)
-
-
-@stored
-def _determinant(u):
-    return jacobian_determinant(u)
 
 
 @stored

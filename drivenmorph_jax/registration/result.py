@@ -18,6 +18,7 @@ from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.volume import Volume, resample, smoothed
 from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.registration.strip import mask_image
+from drivenmorph_jax.runtime.memory import trim_memory
 from drivenmorph_jax.transforms.files import learn2reg_name, write_force
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import without_affine
@@ -100,6 +101,7 @@ class Result:
         """
         out = make_folder(out)
         former = former_files(out)
+        trim_memory()
 
         def volumes(new):
             self._save_images(new)

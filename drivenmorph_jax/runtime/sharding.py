@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drivenmorph_jax.backends import programs
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.runtime.memory import return_large_arrays
 
 
 def start(distributed=False, deterministic=False, **process):
@@ -41,6 +42,7 @@ def start(distributed=False, deterministic=False, **process):
     # all of them again.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each of its actions
+    return_large_arrays()
     if distributed:
         jax.distributed.initialize(**process)
     if programs.slow_scatter(version("jaxlib")):

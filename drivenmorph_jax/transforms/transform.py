@@ -220,7 +220,7 @@ class Transform:
         field = faded(self.displacement, self.grid.affine, self.linear)  # not `self.field`, which would stay in memory
         if field.near.shape == self.displacement.shape:
             return self.displacement, self.grid
-        wide = followed_by(field.linear, field.near, field.affine)  # at the voxels of the field: nothing is sampled
+        wide = followed_by(field.linear, field.near, field.affine, out=field.near)  # at its voxels: nothing is sampled
         wide *= MARGIN_STEPS
         np.rint(wide, wide)
         wide /= MARGIN_STEPS

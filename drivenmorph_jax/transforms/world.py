@@ -216,8 +216,8 @@ def by_planes(shape, affine, plane, dtype=np.float32):
     return _in_planes(shape, lambda i: plane(i, points(i)), dtype)
 
 
-def _in_planes(shape, plane, dtype=np.float32):
-    out = np.empty(shape, dtype)
+def _in_planes(shape, plane, dtype=np.float32, out=None):
+    out = np.empty(shape, dtype) if out is None else out
 
     def fill(i):
         out[i] = plane(i)
@@ -235,14 +235,15 @@ def without_affine(displacement, affine, linear):
     return followed_by(np.linalg.inv(linear), displacement, affine)
 
 
-def followed_by(matrix, displacement, affine):
+def followed_by(matrix, displacement, affine, out=None):
     """The displacement M (x + d(x)) - x on the grid of a displacement d: (X, Y, Z, 3) in RAS mm, float32.
 
-    `matrix` is M (4, 4), `displacement` is d, and `affine` that of its grid.
+    `matrix` is M (4, 4), `displacement` is d, and `affine` that of its grid. `out` is an array for the result, which
+    may be `displacement` itself.
     """
     linear, offset = matrix[:3, :3].T.astype(np.float32), matrix @ affine - affine
     x, y, z = (_along_axis(offset, axis, n) for axis, n in enumerate(displacement.shape[:3]))
-    return _in_planes(displacement.shape, lambda i: displacement[i] @ linear + (x[i] + y[0] + z[0]))
+    return _in_planes(displacement.shape, lambda i: displacement[i] @ linear + (x[i] + y[0] + z[0]), out=out)
 
 
 def _planes(shape, affine):
