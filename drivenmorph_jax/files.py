@@ -12,6 +12,7 @@ from pathlib import Path
 from drivenmorph_jax.errors import InputError
 
 NEW = ".new"  # where files lie until all of them are written
+SUMMARY = "summary.json"  # it lists the files of a result, and is the last of them that is written
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img.gz", ".img", ".hdr.gz", ".hdr")
 
 
@@ -24,6 +25,8 @@ def replacing(path):
     Raises InputError where the file cannot be written.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written, since {path.parent} is no folder: make it, or check the path")
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -36,19 +39,57 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def new_files(out):
+def new_files(out, former=None):
     """A context with an empty folder inside the folder `out`.
 
-    When the block succeeds, the files in it move to `out`, and replace those of the same names. Otherwise none does.
+    When the block succeeds, the files of an earlier result, whose names are `former`, are deleted, and the files in the
+    folder move to `out`, summary.json as the last. Otherwise nothing changes.
+
+    Raises InputError where a file of another origin would be replaced. Where `former` is None, it is replaced.
     """
-    new = Path(out) / NEW
+    out, new = Path(out), Path(out) / NEW
+    stopped = new.exists()  # the run before was stopped, and its files may have moved
     shutil.rmtree(new, ignore_errors=True)
     try:
         yield make_folder(new)
-        for path in new.iterdir():
-            os.replace(path, Path(out) / path.name)
-    finally:
+        names = sorted((path.name for path in new.iterdir()), key=lambda name: (name == SUMMARY, name))
+        for name in names:
+            if not (former is None or stopped or name in former or name == SUMMARY) and (out / name).exists():
+                raise InputError(f"{out / name} is no file of an earlier result and would be replaced: move it, or "
+                                 "give another --out")
+    except BaseException:
         shutil.rmtree(new, ignore_errors=True)
+        raise
+    for name in (SUMMARY, *former) if former is not None else ():
+        (out / name).unlink(missing_ok=True)
+    for name in names:
+        os.replace(new / name, out / name)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def former_files(out, keys):
+    """The names of the files that an earlier result left in the folder `out`, by its summary.json, which has `keys`.
+
+    Raises InputError where that summary lacks them, or does not list the files: they could not be told from the next
+    ones.
+    """
+    try:
+        found = json.loads((Path(out) / SUMMARY).read_text())
+        [found[key] for key in keys]
+        return [name for name in found["files"] if (Path(out) / name).resolve().is_relative_to(Path(out).resolve())]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{Path(out) / SUMMARY} is of another program, or does not say which files belong to it: "
+                         "empty the folder or give another --out") from error
+
+
+def check_apart(inputs, outputs):
+    """Raises InputError where one of the files `inputs` is one of `outputs`, and would be replaced."""
+    taken = {os.path.realpath(path) for path in outputs}
+    for path in inputs:
+        if os.path.realpath(path) in taken:
+            raise InputError(f"{path} would be replaced by the result: give another --out")
 
 
 @contextlib.contextmanager

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import NEW, new_files
+from drivenmorph_jax.registration.apply import apply_files
+from drivenmorph_jax.registration.cohort import register_cohort
 from drivenmorph_jax.registration.register import register
-from drivenmorph_jax.registration.result import former_files
+from drivenmorph_jax.registration.result import check_out, transform_names
 from drivenmorph_jax.transforms.transform import Transform
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -130,10 +133,92 @@ def test_a_run_that_cannot_write_leaves_the_one_before(plain, tmp_path, monkeypa
 
 def test_a_folder_whose_summary_does_not_list_its_files_is_refused(plain, tmp_path):
     (tmp_path / "summary.json").write_text("{}")
-    for refused in (lambda: former_files(tmp_path), lambda: plain.save(tmp_path)):
+    for refused in (lambda: check_out(tmp_path, ()), lambda: plain.save(tmp_path)):
         with pytest.raises(InputError, match="does not say which files belong to it: empty the folder"):
             refused()
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_files_of_another_origin_are_not_replaced(plain, tmp_path):
+    (tmp_path / "warped.nii.gz").write_text("mine")
+    with pytest.raises(InputError, match=r"warped.nii.gz is no file of an earlier result .* another --out"):
+        plain.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["warped.nii.gz"]
+    (tmp_path / NEW).mkdir()  # a run was stopped while its files moved, so that the file is its own
+    plain.save(tmp_path)
+    assert nib.load(tmp_path / "warped.nii.gz").shape == plain.warped.shape and not (tmp_path / NEW).exists()
+
+
+def test_the_result_of_another_program_is_not_replaced(plain, files, tmp_path):
+    for name, summary in (("label", {"ids": [], "files": []}), ("template", {"subjects": {}, "files": []})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+        with pytest.raises(InputError, match="is of another program"):
+            plain.save(tmp_path / name)
+        with pytest.raises(InputError, match="holds a result that is no cohort"):
+            register_cohort({"one": {"fixed": str(files["fixed"]), "moving": str(files["moving"])}}, tmp_path / name)
+
+
+def test_files_that_move_and_stop_halfway_are_those_of_a_stopped_run(tmp_path):
+    with pytest.raises(InputError, match="no space"), new_files(tmp_path, []) as new:
+        (new / "one").write_text("1")
+        raise InputError("no space")
+    assert not list(tmp_path.iterdir())
+    with new_files(tmp_path, ["two"]) as new:
+        for name in ("summary.json", "zebra", "one"):
+            (new / name).write_text("1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "summary.json", "zebra"]
+
+
+def test_no_result_replaces_an_input(plain, files, tmp_path):
+    plain.save(tmp_path)
+    moving = tmp_path / "warped.nii.gz"
+    before = moving.read_bytes()
+    with pytest.raises(InputError, match="warped.nii.gz would be replaced by the result: give another --out"):
+        check_out(tmp_path, [files["fixed"], moving])
+    with pytest.raises(InputError, match="would be replaced"):
+        registered({"fixed": files["fixed"], "moving": moving}, affine=False).save(tmp_path)
+    field = tmp_path / "displacement.nii.gz"
+    for out, inputs in ((moving, {"images": [moving]}), (field, {"images": [files["moving"]]}),
+                        (files["fixed"], {"images": [moving], "reference": files["fixed"]})):
+        with pytest.raises(InputError, match="would be replaced"):
+            list(apply_files(f"{field}:inverse", out, **inputs))
+    assert moving.read_bytes() == before
+
+
+def test_several_images_need_a_folder(plain, files, tmp_path):
+    plain.save(tmp_path / "result")
+    with pytest.raises(InputError, match=r"several images need a folder"):
+        list(apply_files(tmp_path / "result" / "displacement.nii.gz", tmp_path / "both.nii.gz",
+                         [files["moving"], files["moving_labels"]]))
+
+
+@pytest.mark.parametrize("names", [("../x", "T1w", "MNI"), ("sub 01", "T1w", "MNI"), ("sub-01", "T1w", "MNI 152"),
+                                   ("sub-01", "T1w", "T1w"), ("", "T1w", "MNI")])
+def test_names_that_bids_does_not_have_are_refused(names):
+    with pytest.raises(InputError, match="--bids"):
+        transform_names(names)
+
+
+@pytest.mark.parametrize("settings", [{"refine_steps": -1}, {"refine_steps": 1.5}, {"memory": "4GB"}, {"memory": -1},
+                                      {"guide_labels": 47}, {"affine": None}])
+def test_settings_of_no_use_are_refused(files, settings):
+    name, = settings
+    with pytest.raises(InputError, match=f"{name} is .*: (set|give)"):
+        registered(files, **settings)
+
+
+def test_a_transform_in_memory_is_no_file(plain, files):
+    with pytest.raises(InputError, match="save it, and give the file"):
+        registered(files, initial_transform=plain.transform)
+
+
+def test_points_have_three_coordinates(plain):
+    many = plain.transform.points([[1.0, 2, 3], [4, 5, 6]])
+    np.testing.assert_array_equal(plain.transform.points([1.0, 2, 3]), many[0])
+    assert plain.transform.points([]).shape == (0, 3)
+    with pytest.raises(InputError, match=r"shape \(1, 2\): give \(N, 3\)"):
+        plain.transform.points([[1, 2]])
 
 
 def test_a_sidecar_is_believed_only_beside_its_own_field(plain, tmp_path):

@@ -130,6 +130,7 @@ def test_what_cannot_be_used_is_told_in_one_sentence(folder, tmp_path, monkeypat
     refused(*told(atlases=tmp_path / "nowhere"), "nowhere", "not a folder")
     refused(*told(image=tmp_path / "none.nii.gz"), "none.nii.gz", "does not exist")
     refused(*told(image=atlases / "a1_t1.nii.gz"), "is the atlas a1")
+    refused(*told(image=shutil.copy(atlases / "a1_t1.nii.gz", tmp_path / "copy.nii.gz")), "is the atlas a1")
     brain(atlases / "a1", 1, 4.0)
     refused(*told(), "a1_t1.nii.gz is not on the grid of a0_t1.nii.gz")
     for id in ("a1", "a2"):

@@ -173,6 +173,8 @@ def test_register_refuses_a_bad_image(kind, side, tmp_path, monkeypatch, capsys)
     (["--method", "demons", "--fixed_labels", "image.nii.gz"], ("image.nii.gz", "whole numbers")),
     (["--checkpoint", "nothing"], ("nothing", "does not exist")),
     (["--checkpoint", "."], ("checkpoint",)),
+    (["--checkpoint", ".", "--method", "demons"], ("--checkpoint is for the network", "--method is demons")),
+    (["--bids", "sub-01", "T1w", "T1w"], ("names both spaces T1w",)),
 ])
 def test_register_refuses_what_does_not_belong(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -181,6 +183,12 @@ def test_register_refuses_what_does_not_belong(flags, words, tmp_path, monkeypat
     status, said = run(register_program, ["--fixed", a, "--moving", b, "--out", "out", *flags], monkeypatch, capsys)
     refused(status, said, *words)
     assert not Path("out").exists() or not list(Path("out").iterdir())
+
+
+@pytest.mark.parametrize(("value", "said"), [(-0.1, "is -0.1, not at least 0: gain"), (2, "is 2, not at most 1: gain"),
+                                             (None, "is none, not 0 to 1: gain")])
+def test_a_check_tells_which_limit_is_broken(value, said):
+    assert register.told({"value": value, "limits": [0, 1], "sentence": "gain"}) == said
 
 
 @pytest.mark.parametrize("flags", [["--affine", "rigid"], ["--affine", "none"], ["--no-affine"]])

@@ -35,11 +35,13 @@ def main(arguments=None, prog="drivenmorph register"):
     _check_files(flags)
 
     from drivenmorph_jax.registration.register import register
-    from drivenmorph_jax.registration.result import former_files
+    from drivenmorph_jax.registration.result import check_out, transform_names
     from drivenmorph_jax.runtime import sharding
 
     sharding.start()
-    former_files(flags.out)  # refused before the work, not after
+    # Refused before the work, not after.
+    check_out(flags.out, _files(flags))
+    transform_names(flags.bids)
     result = register(
         flags.fixed,
         flags.moving,
@@ -70,19 +72,31 @@ def _check_files(flags):
     from drivenmorph_jax.images.reading import open_nifti
     from drivenmorph_jax.transforms.points import read_landmarks
 
-    one_each = (flags.fixed, flags.moving, flags.fixed_labels, flags.moving_labels, flags.fixed_mask, flags.moving_mask)
     with warnings.catch_warnings(action="ignore"):  # `register` warns
-        for path in (*one_each, *(flags.extra_fixed or ()), *(flags.extra_moving or ())):
-            if path is not None:
-                open_nifti(path, flags.geometry)
+        for path in _images_of(flags):
+            open_nifti(path, flags.geometry)
     if flags.landmarks is not None:
         read_landmarks(flags.landmarks)
 
 
+def _images_of(flags):
+    one_each = (flags.fixed, flags.moving, flags.fixed_labels, flags.moving_labels, flags.fixed_mask, flags.moving_mask)
+    return [path for path in (*one_each, *(flags.extra_fixed or ()), *(flags.extra_moving or ())) if path is not None]
+
+
+def _files(flags):
+    """All files that the flags name."""
+    transforms = [path.removesuffix(":inverse") for path in flags.initial_transform or ()]
+    return [*_images_of(flags), *transforms, *filter(None, [flags.landmarks])]
+
+
 def settings(flags):
     """The arguments of `register` that the flags of `add_reading` and `add_method` set."""
+    from drivenmorph_jax.errors import InputError
     from drivenmorph_jax.runtime.checkpoint import SHIPPED
 
+    if flags.checkpoint and flags.method != "drivenmorph":
+        raise InputError(f"--checkpoint is for the network, and --method is {flags.method}: leave one of them out")
     names = (
         "strip",
         "method",
@@ -297,5 +311,10 @@ def told(check):
     """The value of a check, its limits and its sentence."""
     low, high = check["limits"]
     value = "none" if check["value"] is None else f"{check['value']:.3g}"
-    between = f"at least {low:g}" if high is None else f"at most {high:g}" if not low else f"{low:g} to {high:g}"
+    if check["value"] is None or high is None or low is None:
+        between = (
+            f"at least {low:g}" if high is None else f"at most {high:g}" if low is None else f"{low:g} to {high:g}"
+        )
+    else:
+        between = f"at most {high:g}" if check["value"] > high else f"at least {low:g}"
     return f"is {value}, not {between}: {check['sentence']}"

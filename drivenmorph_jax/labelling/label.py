@@ -1,6 +1,7 @@
 """Labels of a scan from atlases, from files to files."""
 
 import csv
+import filecmp
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,16 @@ from drivenmorph_jax.data.folder import IMAGE, LABELS, beside
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import figures
 from drivenmorph_jax.evaluation.tables import pairs_csv
-from drivenmorph_jax.files import alone_in, make_folder, names_apart, new_files, stem, write_json
+from drivenmorph_jax.files import (
+    SUMMARY,
+    alone_in,
+    former_files,
+    make_folder,
+    names_apart,
+    new_files,
+    stem,
+    write_json,
+)
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.reading import PATHS, Source
 from drivenmorph_jax.images.volume import Volume
@@ -26,7 +36,6 @@ from drivenmorph_jax.registration.job import made, made_from
 from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request, scaled, scaled_grid
 from drivenmorph_jax.registration.register import begun
-from drivenmorph_jax.registration.result import SUMMARY
 from drivenmorph_jax.runtime.provenance import environment
 
 VOLUMES = "volumes.csv"
@@ -58,16 +67,16 @@ class Labelling:
 
         They are written to a folder inside first, and then replace those of an earlier run. summary.json comes last.
 
-        Raises InputError where a file cannot be written.
+        Raises InputError where a file cannot be written, or where the folder holds something else under these names.
         """
         out = make_folder(out)
-        with new_files(out) as new:
+        with new_files(out, former_files(out, ("ids",))) as new:
             writing.write(new / "labels.nii.gz", self.labels)
             writing.write(new / "confidence.nii.gz", self.confidence)
             pairs_csv(new / VOLUMES, self.volumes)
             self.overview(new / "overview.png")
-            (out / SUMMARY).unlink(missing_ok=True)
-        write_json(out / SUMMARY, self.summary)
+            self.summary["files"] = sorted(path.name for path in new.iterdir())
+            write_json(new / SUMMARY, self.summary)
 
 
 def label(image: Source, atlases: str | Path | Atlases, *, fusion: str = "joint", strip: str = "auto",
@@ -164,6 +173,7 @@ def label_files(images: Sequence[str | Path], atlases: str | Path, out: str | Pa
                 if made(folder / SUMMARY, source):
                     print(f"{path} is labelled already")
                 else:
+                    former_files(folder, ("ids",))  # refused before the work, not after
                     result = label(path, found, **settings)
                     result.summary["made_from"] = source
                     result.save(folder)
@@ -188,10 +198,10 @@ def _write_volumes(out, names):
 
 
 def _check_apart(image, atlases):
-    """Raises InputError where a scan is one of the atlases, which would vote for its own labels."""
+    """Raises InputError where a scan is one of the atlases or a copy, which would vote for its own labels."""
     for id in atlases.ids:
         with suppress(OSError):
-            if isinstance(image, PATHS) and os.path.samefile(image, Path(atlases.root) / f"{id}{IMAGE}"):
+            if isinstance(image, PATHS) and filecmp.cmp(image, Path(atlases.root) / f"{id}{IMAGE}", shallow=False):
                 raise InputError(f"{image} is the atlas {id} of {atlases.root}: give another image, or the atlases in "
                                  "a folder without it")
 

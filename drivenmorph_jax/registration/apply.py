@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import make_folder, names_apart, replacing
+from drivenmorph_jax.files import IMAGE_ENDINGS, check_apart, make_folder, names_apart, replacing
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.geometry import checked
-from drivenmorph_jax.images.reading import load_grid
+from drivenmorph_jax.images.reading import PATHS, load_grid
 from drivenmorph_jax.transforms.points import move_table
-from drivenmorph_jax.transforms.reading import read_chain
+from drivenmorph_jax.transforms.reading import BACK, read_chain
 from drivenmorph_jax.transforms.transform import Transform
 
 
@@ -34,6 +34,15 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
     Raises InputError where a file cannot be used or written.
     """
     checked(geometry)
+    if len(images or ()) > 1:
+        if str(out).lower().endswith(IMAGE_ENDINGS):
+            raise InputError(f"{out} is the name of an image, and several images need a folder: give one as --out")
+        places = [Path(out) / name for name in names_apart(images, out, lambda path: Path(path).name)]
+    else:
+        places = [Path(out)]
+    transforms = [transform] if isinstance(transform, PATHS) else transform
+    inputs = (*(str(path).removesuffix(BACK) for path in transforms), *(images or ()), points, reference, source)
+    check_apart([path for path in inputs if isinstance(path, PATHS)], places)
     source = source or (images[0] if images else None)  # opened for transforms of FSL only
     reference = None if reference is None else load_grid(reference, geometry)
     fixed, moving = (source, reference) if inverse else (reference, source)
@@ -49,10 +58,7 @@ def apply_files(transform, out, images=None, points=None, interpolation="linear"
             found, reference = replace(found, other=reference), None  # it need not be sampled there once more
         found = found.inverse
     if len(images) > 1:
-        names = names_apart(images, out, lambda path: Path(path).name)
-        places = [make_folder(out) / name for name in names]
-    else:
-        places = [Path(out)]
+        make_folder(out)
     for image, place in zip(images, places, strict=True):
         try:
             writing.write(place, found.apply(image, interpolation, reference, geometry))

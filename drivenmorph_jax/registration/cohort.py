@@ -15,7 +15,7 @@ from dataclasses import fields
 from tqdm import tqdm
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import alone_in, make_folder
+from drivenmorph_jax.files import SUMMARY, alone_in, make_folder
 from drivenmorph_jax.registration import decisions
 from drivenmorph_jax.registration.cluster import run_on
 from drivenmorph_jax.registration.cohort_report import write_report
@@ -50,6 +50,8 @@ def register_cohort(pairs, out, *, formats=("itk",), shard=(1, 1), scheduler=Non
     settings = _checked(settings)
     weights = digest(read_about(settings["checkpoint"])) if settings["method"] == "drivenmorph" else None
     out = str(make_folder(os.path.abspath(out)))
+    if os.path.exists(os.path.join(out, SUMMARY)):
+        raise InputError(f"{out} holds a result that is no cohort: give another --out")
     jobs = [Job(name, out, files, settings, tuple(formats), made_from(files, settings, formats, weights))
             for name, files in pairs.items()]
     mine = jobs[shard[0] - 1::shard[1]]

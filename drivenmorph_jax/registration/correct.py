@@ -36,7 +36,7 @@ from scipy import ndimage
 
 from drivenmorph_jax.demons.guidance import REGION
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import checksum
+from drivenmorph_jax.files import SUMMARY, checksum
 from drivenmorph_jax.images.contrast import conditional_mean
 from drivenmorph_jax.images.field_of_view import cut_faces
 from drivenmorph_jax.images.intensity import foreground, normalise
@@ -68,7 +68,7 @@ from drivenmorph_jax.registration.read import (
     scaled_grid,
     within,
 )
-from drivenmorph_jax.registration.result import SUMMARY, former_files, read_summary, transform_names
+from drivenmorph_jax.registration.result import check_out, read_summary, transform_names
 from drivenmorph_jax.registration.strip import stripped_by
 from drivenmorph_jax.transforms.maps import Affine
 from drivenmorph_jax.transforms.points import Landmarks, read_landmarks
@@ -412,7 +412,7 @@ class Session:
         """Raises InputError where a corrected result cannot be written to the folder `out`."""
         if Path(out).resolve() == self.folder.resolve():
             raise InputError(f"{out} is the folder of the result, from which its corrections start: give another --out")
-        former_files(out)
+        check_out(out, ())
 
     @property
     def force(self):

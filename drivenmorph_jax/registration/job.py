@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 
 from drivenmorph_jax.errors import InputError
-from drivenmorph_jax.files import NEW, alone_in, make_folder, write_json
+from drivenmorph_jax.files import NEW, SUMMARY, alone_in, make_folder, write_json
 from drivenmorph_jax.registration.progress import Progress
 from drivenmorph_jax.registration.read import Request
 from drivenmorph_jax.registration.register import begun, finished
-from drivenmorph_jax.registration.result import SUMMARY, former_files
+from drivenmorph_jax.registration.result import check_out
 from drivenmorph_jax.runtime.shipped import VERSION
 
 DONE, FAILED, MISSING = "done", "failed", "missing"
@@ -78,7 +78,7 @@ class Job:
 
     def begin(self, progress):
         """The pair after the first stages, see `register.begun`."""
-        former_files(self.folder)  # refused before the work, not after
+        check_out(self.folder, self.files.values())  # refused before the work, not after
         return begun(Request(**self.files, **self.settings), progress)
 
     def compute(self, pair, progress):

@@ -1,6 +1,7 @@
 """Stage 1: the request is checked, and the images are read."""
 
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ class Request:
             if getattr(self, name) not in choices:
                 *others, last = map(repr, choices)
                 raise InputError(f"{name} is {getattr(self, name)!r}: set it to {', '.join(others)} or {last}")
+        steps, memory = self.refine_steps, self.memory
+        if steps is not None and (not isinstance(steps, Integral) or steps < 0):
+            raise InputError(f"refine_steps is {steps!r}: set it to a whole number, 0 or more")
+        if memory is not None and (not isinstance(memory, Real) or memory <= 0):
+            raise InputError(f"memory is {memory!r}: set it to a number of bytes, such as 4e9")
+        if self.affine is None:
+            raise InputError(f"affine is None: set it to {', '.join(map(repr, AFFINES))}, a file or a matrix (4, 4)")
         self.label_pairs  # noqa: B018 refused now
         if len(self.extra["fixed"]) != len(self.extra["moving"]):
             raise InputError(f"extra_fixed has {len(self.extra['fixed'])} images and extra_moving "
@@ -204,6 +212,8 @@ def label_pairs(given):
     Raises InputError where these are no labels, or one label of an image is in two pairs.
     """
     found = []
+    if given is not None and not isinstance(given, (list, tuple)):
+        raise InputError(f"guide_labels is {given!r}: give a list of labels, such as [17, '10=49']")
     for text in map(str, given or ()):
         numbers = [int(part) if part.isdecimal() else 0 for part in text.split("=")]
         if len(numbers) > 2 or min(numbers) < 1:

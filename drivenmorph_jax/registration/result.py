@@ -1,6 +1,7 @@
 """The result of a registration, and its files."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,17 +14,17 @@ import numpy as np
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import figures, metrics, notebook, page
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.files import make_folder, new_files, stem, write_json
+from drivenmorph_jax.files import SUMMARY, check_apart, former_files, make_folder, new_files, stem, write_json
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.volume import Volume, resample, smoothed
 from drivenmorph_jax.registration.score import Scored
 from drivenmorph_jax.registration.strip import mask_image
 from drivenmorph_jax.runtime.memory import trim_memory
 from drivenmorph_jax.transforms.files import learn2reg_name, write_force
+from drivenmorph_jax.transforms.reading import BACK
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import without_affine
 
-SUMMARY = "summary.json"
 FORCE_IS = {
     "drivenmorph": "driving force of the network's first pass: the sum over its updates, on the fixed grid",
     "demons": "force of Demons between the fixed and the affinely aligned moving image, on the fixed grid"}
@@ -97,17 +98,20 @@ class Result:
             are named as BIDS derivatives, sub-01_from-T1w_to-MNI152NLin2009cAsym_mode-image_xfm.
           beside: function of a folder that writes further files into it, which then belong to the result.
 
-        Raises InputError where a file cannot be written, or `former_files` refuses the folder.
+        Raises InputError where a file cannot be written, where names for BIDS are none, or where the folder holds
+        something else under these names, or an input of this registration.
         """
         out = make_folder(out)
-        former = former_files(out)
+        former = check_out(out, [file["path"].removesuffix(BACK) for files in self.summary.get("inputs", {}).values()
+                                 for file in files if file["path"]])
+        transform_names(bids)
         trim_memory()
 
         def volumes(new):
             self._save_images(new)
             save_transforms(new, self.transform, formats, bids)
 
-        with new_files(out) as new:
+        with new_files(out, former) as new:
             # Compressing takes as long as drawing. The two can run in parallel, since only drawing holds Python's lock.
             with ThreadPoolExecutor(1) as pool:
                 written, slices = pool.submit(volumes, new), pool.submit(self._slices)
@@ -117,11 +121,8 @@ class Result:
                     beside(new)
                 written.result()
             files = sorted(path.name for path in new.iterdir())
-            (out / SUMMARY).unlink(missing_ok=True)
-            for name in former:
-                (out / name).unlink(missing_ok=True)
-        self.summary.update(formats=list(formats), bids=None if bids is None else list(bids), files=files)
-        write_json(out / SUMMARY, self.summary)
+            self.summary.update(formats=list(formats), bids=None if bids is None else list(bids), files=files)
+            write_json(new / SUMMARY, self.summary)
 
     def _save_images(self, out):
         for name, image in (("warped", self.warped), ("warped_labels", self.warped_labels)):
@@ -146,10 +147,20 @@ def read_summary(folder):
 
 
 def transform_names(bids=None):
-    """The names of the files of a transform and of its inverse, without endings; `bids` is that of `Result.save`."""
+    """The names of the files of a transform and of its inverse, without endings; `bids` is that of `Result.save`.
+
+    Raises InputError where a name has other characters than those of BIDS, or both spaces are one.
+    """
     if not bids:
         return "displacement", "inverse_displacement"
     prefix, *spaces = bids
+    for name, allowed in ((prefix, r"[\w+-]+"), *((space, r"[A-Za-z0-9+]+") for space in spaces)):
+        if not re.fullmatch(allowed, name, re.ASCII):
+            raise InputError(f"--bids has {name!r}: a prefix is such as sub-01_ses-1, a space such as T1w or "
+                             "MNI152NLin2009cAsym, of letters and digits")
+    if spaces[0] == spaces[1]:
+        raise InputError(f"--bids names both spaces {spaces[0]}, and a transform and its inverse would have one name: "
+                         "name two")
     return tuple(f"{prefix}_from-{a}_to-{b}_mode-image_xfm" for a, b in (spaces, spaces[::-1]))
 
 
@@ -174,19 +185,14 @@ def save_transforms(out, transform, formats, bids=None):
         transform.save_learn2reg(out / learn2reg_name(stem(transform.grid.path), stem(transform.other.path)))
 
 
-def former_files(out):
-    """The names of the files that an earlier registration left in the folder `out`, by its summary.json.
+def check_out(out, inputs):
+    """The names of the files that an earlier registration left in the folder `out`.
 
-    Raises InputError where that summary does not list them, since they could not be told from those of the next one.
+    Raises InputError where its summary.json does not list them, or where they hold one of the files `inputs`.
     """
-    try:
-        files = json.loads((Path(out) / SUMMARY).read_text())["files"]
-        return [name for name in files if (Path(out) / name).resolve().is_relative_to(Path(out).resolve())]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{Path(out) / SUMMARY} does not say which files belong to it: empty the folder or give "
-                         "another --out") from error
+    former = former_files(out, ("fixed", "moving"))
+    check_apart(inputs, (Path(out) / name for name in former))
+    return former
 
 
 def result_of(scored: Scored, seconds=None) -> Result:

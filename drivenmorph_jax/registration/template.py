@@ -34,7 +34,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.grid import average_pool, resize, resize_field
 from drivenmorph_jax.fields.integrate import exponential
 from drivenmorph_jax.fields.warp import warp
-from drivenmorph_jax.files import alone_in, json_text, make_folder, write_json
+from drivenmorph_jax.files import SUMMARY, alone_in, former_files, json_text, make_folder, write_json
 from drivenmorph_jax.images import writing
 from drivenmorph_jax.images.average import robust_mean, sharpened, vote
 from drivenmorph_jax.images.geometry import checked
@@ -43,7 +43,6 @@ from drivenmorph_jax.images.volume import on_grid
 from drivenmorph_jax.registration.cluster import run_on
 from drivenmorph_jax.registration.job import DONE, FAILED, made, made_from
 from drivenmorph_jax.registration.read import AFFINES, CHOICES, millilitres, scale_of, scaled_grid
-from drivenmorph_jax.registration.result import SUMMARY, former_files
 from drivenmorph_jax.registration.template_report import DEFINITIONS, write_report
 from drivenmorph_jax.registration.template_step import ITERATIONS, STATE, STRIDE, Step, save, shared
 from drivenmorph_jax.runtime.provenance import environment
@@ -124,7 +123,7 @@ def build_template(images, out, *, spacing=None, affine="affine", strip="auto", 
         return steps
 
     with alone_in(out):
-        former = former_files(out)
+        former = former_files(out, ("subjects",))
         if found := made(out / SUMMARY, origin):
             return found
         _begin(out, origin)

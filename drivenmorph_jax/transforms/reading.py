@@ -311,7 +311,11 @@ def read_chain(paths, geometry="sform", convention=None, fixed=None, moving=None
     `paths` is a file or a sequence of them. ":inverse" after the name of a file takes its inverse. The other arguments
     are those of `read_transform`. The fixed image is that of the first file, and the moving image that of the last.
     """
-    paths, steps = [str(path) for path in ([paths] if isinstance(paths, PATHS) else paths)], []
+    paths = [paths] if isinstance(paths, PATHS) else paths
+    if not isinstance(paths, (list, tuple)) or not all(isinstance(path, PATHS) for path in paths):
+        raise InputError(f"a transform is read from a file or a list of files, not from {type(paths).__name__}: save "
+                         "it, and give the file")
+    paths, steps = [str(path) for path in paths], []
     for k, path in enumerate(paths):
         back = path.endswith(BACK) and not os.path.exists(path)
         ends = fixed if k == 0 else None, moving if k == len(paths) - 1 else None

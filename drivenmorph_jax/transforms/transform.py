@@ -79,7 +79,7 @@ class Transform:
         grid = found.grid if fixed is None else grid_of(fixed, geometry)
         if grid is None:
             raise InputError(f"{path if isinstance(path, PATHS) else path[0]} has no grid on which an image could be "
-                             "resampled: give an image with that grid as --reference")
+                             "resampled: give an image with that grid, as --reference or in Python as fixed")
         return cls(displacement_of(found.map, grid.data.shape, grid.affine), grid, found.linear,
                    moving if isinstance(moving, Volume) else found.other, names=found.names, exact=found.map)
 
@@ -161,8 +161,14 @@ class Transform:
         return out
 
     def points(self, points: ArrayLike) -> np.ndarray:
-        """Move points (N, 3) of the first world to the second, in RAS mm."""
-        return self.map(points)
+        """Move points (N, 3) or (3,) of the first world to the second, in RAS mm.
+
+        Raises InputError where they have another shape.
+        """
+        points = np.asarray(points, float)
+        if points.shape[-1:] != (3,) and points.size:
+            raise InputError(f"the points have the shape {points.shape}: give (N, 3), in RAS mm")
+        return self.map(points.reshape(-1, 3)).reshape(points.shape if points.size else (0, 3))
 
     def save(self, path: str | Path, form: str = "itk") -> None:
         """Write the transform in the format that the ending of the file names.

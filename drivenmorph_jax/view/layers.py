@@ -12,12 +12,13 @@ from scipy import ndimage
 
 from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.evaluation import layers, metrics
+from drivenmorph_jax.files import SUMMARY
 from drivenmorph_jax.images.intensity import anchored
 from drivenmorph_jax.images.reading import load_image, load_labels
 from drivenmorph_jax.images.volume import affine_of_part, resample
 from drivenmorph_jax.registration.checks import after_correction
 from drivenmorph_jax.registration.guide import RADIUS
-from drivenmorph_jax.registration.result import SUMMARY, read_summary, transform_names
+from drivenmorph_jax.registration.result import read_summary, transform_names
 from drivenmorph_jax.transforms.itk import read_affine
 from drivenmorph_jax.transforms.transform import Transform
 from drivenmorph_jax.transforms.world import map_points, without_affine

@@ -20,8 +20,8 @@ from importlib import resources
 from pathlib import Path
 
 from drivenmorph_jax.errors import InputError
+from drivenmorph_jax.files import SUMMARY
 from drivenmorph_jax.registration.pairs import TABLE
-from drivenmorph_jax.registration.result import SUMMARY
 from drivenmorph_jax.view import niivue
 from drivenmorph_jax.view.cohort import CohortPage
 from drivenmorph_jax.view.steering import ResultPage
