@@ -79,7 +79,7 @@ class Transform:
         grid = found.grid if fixed is None else grid_of(fixed, geometry)
         if grid is None:
             raise InputError(f"{path if isinstance(path, PATHS) else path[0]} has no grid on which an image could be "
-                             "resampled: give an image with that grid, as --reference or in Python as fixed")
+                             "resampled: give an image with that grid as --reference, or in Python as fixed")
         return cls(displacement_of(found.map, grid.data.shape, grid.affine), grid, found.linear,
                    moving if isinstance(moving, Volume) else found.other, names=found.names, exact=found.map)
 
