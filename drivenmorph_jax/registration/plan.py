@@ -25,7 +25,7 @@ BASE_BYTES = 600e6  # Python, JAX and SimpleITK
 # the working grid: DEMONS_BYTES for the classical algorithm, REFINE_BYTES for its iterations after the network,
 # PASS_BYTES for what is kept between the passes of the network, which is images, three fields, and the forces of every
 # level; CHANNEL_BYTES for an extra channel of both images.
-FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, REFINE_BYTES, PASS_BYTES, CHANNEL_BYTES = 80, 24, 160, 100, 60, 80
+FIXED_BYTES, MOVING_BYTES, DEMONS_BYTES, REFINE_BYTES, PASS_BYTES, CHANNEL_BYTES = 66, 22, 160, 100, 60, 80
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
