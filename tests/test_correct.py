@@ -121,6 +121,18 @@ def changed(session, study, folder, displacement):
     return Session(copy)
 
 
+def test_a_rough_field_beyond_a_correction_keeps_its_bits(session, study, tmp_path):
+    far, spacing = distance(session, POINTS) > 3 * RADIUS, session.fixed.spacing[0]
+    rough = session.first.displacement.copy()
+    # By central differences this folds nowhere. By one-sided ones, as at the border of a part, it does.
+    waves = 0.6 * spacing * (-1.0) ** np.indices(far.shape).sum(0)
+    inside = np.pad(np.ones([n - 6 for n in far.shape], bool), 3)  # the border of the image is one as well
+    rough[..., 0] += far * inside * waves
+    one = changed(session, study, tmp_path, rough)
+    state = one.corrected(Correction(landmarks(one, POINTS, SHIFT)))
+    np.testing.assert_array_equal(state.displacement[far], one.first.displacement[far])
+
+
 def test_where_images_are_not_trusted_the_field_is_that_of_the_surroundings(session, study, tmp_path):
     """A bump that no image asks for goes, and what lies beyond its surroundings stays."""
     middle = [0.0, -10, 0]

@@ -15,7 +15,7 @@ from drivenmorph_jax.errors import InputError
 from drivenmorph_jax.fields.grid import inside, widened
 from drivenmorph_jax.fields.inverse import inverse_at
 from drivenmorph_jax.fields.smooth import gaussian_smooth
-from drivenmorph_jax.fields.unfold import unfolded
+from drivenmorph_jax.fields.unfold import REACH, unfolded
 from drivenmorph_jax.fields.warp import compose
 from drivenmorph_jax.images.contrast import recoloured
 from drivenmorph_jax.images.field_of_view import beyond
@@ -109,11 +109,12 @@ def _pasted(session, box, move, piece):
     if core is region.NOWHERE:
         return piece
     displacement, _, _, labels = session.first.found
-    wide = widened(core, shape, 2)  # the Jacobian sees a voxel further, and has its own border there
-    there = displacement[wide].copy()
-    there[inside(core, wide)] += shift[inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
+    wide = widened(core, shape, 2 + REACH)  # the Jacobian sees a voxel further, and unfolding as far as it reaches
+    far = widened(wide, shape, 1 + REACH)  # at its border one-sided differences find folds that are none
+    there = displacement[far].copy()
+    there[inside(core, far)] += shift[inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
     placed = affine_of_part(affine, wide)
-    there = unfolded_in_world(there, placed, linear)
+    there = unfolded_in_world(there, affine_of_part(affine, far), linear)[inside(wide, far)]
     changed = (there != displacement[wide]).any(-1)
     near = ndimage.binary_dilation(changed, np.ones((3, 3, 3)))
     return replace(piece, region=wide, changed=(changed, changed, near, changed), parts=(
