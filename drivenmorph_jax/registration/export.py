@@ -7,7 +7,8 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from drivenmorph_jax.fields.grid import widened
+from drivenmorph_jax.fields.grid import inside, widened
+from drivenmorph_jax.fields.unfold import REACH
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.contrast import recoloured
 from drivenmorph_jax.images.volume import affine_of_part
@@ -106,19 +107,21 @@ def _backward(session, state):
     places = np.zeros(there.shape[:3], np.float32)
     for box in ndimage.find_objects(ndimage.label((there != state.found[0][part]).any(-1), np.ones((3, 3, 3)))[0]):
         places[widened(box, places.shape, 2)] = 1
-    inside = by_planes(backward.shape[:3], moving.affine, lambda i, y: ndimage.map_coordinates(
+    changed = by_planes(backward.shape[:3], moving.affine, lambda i, y: ndimage.map_coordinates(
         places, np.moveaxis(map_points(to_part, y + backward[i]), -1, 0), order=0, mode="constant") > 0, bool)
-    points = map_points(moving.affine, np.argwhere(inside))
+    points = map_points(moving.affine, np.argwhere(changed))
     backward = backward.copy()
-    backward[inside] = Field(near, affine, linear).inverse(points) - points
+    backward[changed] = Field(near, affine, linear).inverse(points) - points
     channels = np.moveaxis(backward, -1, 0)
     for _ in range(STEPS):  # for points between the voxels, see `fields.inverse.coarse_inverse`
         error = by_planes(there.shape, affine, lambda i, x: there[i] + sample(channels, map_points(
             to_moving, x + there[i])))
-        backward[inside] -= 0.5 * sample(np.moveaxis(error, -1, 0), map_points(to_part, points + backward[inside]))
+        backward[changed] -= 0.5 * sample(np.moveaxis(error, -1, 0), map_points(to_part, points + backward[changed]))
     shape = moving.data.shape
-    where = widened(region.bounds(inside, tuple(map(slice, 3 * [0], shape))), shape, NEAR)
-    backward[where] = unfolded_in_world(backward[where], affine_of_part(moving.affine, where), back)
+    where = widened(region.bounds(changed, tuple(map(slice, 3 * [0], shape))), shape, NEAR + REACH)
+    far = widened(where, shape, 1 + REACH)  # at its border one-sided differences find folds that are none
+    unfolded = unfolded_in_world(backward[far], affine_of_part(moving.affine, far), back)
+    backward[where] = unfolded[inside(where, far)]
     return backward
 
 
