@@ -53,8 +53,8 @@ def new_files(out, former=None):
     try:
         yield make_folder(new)
         names = sorted((path.name for path in new.iterdir()), key=lambda name: (name == SUMMARY, name))
-        for name in names:
-            if not (former is None or stopped or name in former or name == SUMMARY) and (out / name).exists():
+        for name in names if former is not None and not stopped else ():
+            if name not in (SUMMARY, *former) and (out / name).exists():
                 raise InputError(f"{out / name} is no file of an earlier result and would be replaced: move it, or "
                                  "give another --out")
     except BaseException:

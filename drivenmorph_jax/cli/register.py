@@ -86,7 +86,9 @@ def _images_of(flags):
 
 def _files(flags):
     """All files that the flags name."""
-    transforms = [path.removesuffix(":inverse") for path in flags.initial_transform or ()]
+    from drivenmorph_jax.transforms.reading import BACK
+
+    transforms = [path.removesuffix(BACK) for path in flags.initial_transform or ()]
     return [*_images_of(flags), *transforms, *filter(None, [flags.landmarks])]
 
 
@@ -309,12 +311,11 @@ def described(summary):
 
 def told(check):
     """The value of a check, its limits and its sentence."""
-    low, high = check["limits"]
-    value = "none" if check["value"] is None else f"{check['value']:.3g}"
-    if check["value"] is None or high is None or low is None:
-        between = (
-            f"at least {low:g}" if high is None else f"at most {high:g}" if low is None else f"{low:g} to {high:g}"
-        )
+    value, (low, high) = check["value"], check["limits"]
+    if low is None or (None not in (value, high) and value > high):
+        broken = f"at most {high:g}"
+    elif high is None or value is not None:
+        broken = f"at least {low:g}"
     else:
-        between = f"at most {high:g}" if check["value"] > high else f"at least {low:g}"
-    return f"is {value}, not {between}: {check['sentence']}"
+        broken = f"{low:g} to {high:g}"
+    return f"is {'none' if value is None else f'{value:.3g}'}, not {broken}: {check['sentence']}"

@@ -178,7 +178,7 @@ def _image_panels(fixed, moving, warped, matched, brain, white, spacing, labels,
     before, after = (np.abs(fixed - x) for x in matched)
     intensity = Normalize(0, white)
     difference = Normalize(0, max(np.percentile(before[brain], 99.5), 1e-6))
-    squares = sum(((np.arange(n) * spacing[axis] // SQUARE).astype(np.int16)).reshape(
+    squares = sum((np.arange(n) * spacing[axis] // SQUARE).astype(np.int16).reshape(
         [-1 if a == axis else 1 for a in range(3)]) for axis, n in enumerate(fixed.shape)) % 2 == 0
 
     def anatomy(tile, x, name):

@@ -78,7 +78,8 @@ def pipeline(network, iterations) -> list[Callable[[State], State]]:
 def forward_and_backward(state, network):
     """u <- (u(F, M) + u_inverse(M, F)) / 2: forward and backward registration, averaged."""
     # One after the other: XLA would run both passes at once, in twice the memory.
-    u, *found = _without_inverse(*jax.block_until_ready(network(state.fixed, state.moving, state.weights)))
+    u, *found = jax.block_until_ready(network(state.fixed, state.moving, state.weights))
+    del found[0]  # the inverse, whose memory the next pass takes
     weights = None if state.weights is None else state.weights[..., ::-1]
     trim_memory()
     back = jax.block_until_ready(network(state.moving, state.fixed, weights)[1])
@@ -116,10 +117,6 @@ def without_folds(state):
 def with_inverse(state):
     """u_inverse <- the inverse of u, see `fields.inverse.coarse_inverse`."""
     return replace(state, u_inverse=_each(partial(coarse_inverse, steps=INVERSE_STEPS), state.u))
-
-
-def _without_inverse(u, _, *found):
-    return u, *found
 
 
 @stored

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from drivenmorph_jax.fields.grid import inside, widened
+from drivenmorph_jax.fields.grid import widened
 from drivenmorph_jax.fields.unfold import REACH
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.images.contrast import recoloured
@@ -31,7 +31,7 @@ from drivenmorph_jax.transforms.world import (
     force_on_grid,
     map_points,
     sample,
-    unfolded_in_world,
+    unfolded_part,
     without_affine,
 )
 
@@ -119,9 +119,7 @@ def _backward(session, state):
         backward[changed] -= 0.5 * sample(np.moveaxis(error, -1, 0), map_points(to_part, points + backward[changed]))
     shape = moving.data.shape
     where = widened(region.bounds(changed, tuple(map(slice, 3 * [0], shape))), shape, NEAR + REACH)
-    far = widened(where, shape, 1 + REACH)  # at its border one-sided differences find folds that are none
-    unfolded = unfolded_in_world(backward[far], affine_of_part(moving.affine, far), back)
-    backward[where] = unfolded[inside(where, far)]
+    backward[where] = unfolded_part(lambda far: backward[far], where, shape, moving.affine, back)
     return backward
 
 

@@ -32,7 +32,7 @@ from drivenmorph_jax.transforms.world import (
     jacobian_determinant_of_displacement,
     map_points,
     pull_back,
-    unfolded_in_world,
+    unfolded_part,
     without_affine,
 )
 
@@ -110,11 +110,14 @@ def _pasted(session, box, move, piece):
         return piece
     displacement, _, _, labels = session.first.found
     wide = widened(core, shape, 2 + REACH)  # the Jacobian sees a voxel further, and unfolding as far as it reaches
-    far = widened(wide, shape, 1 + REACH)  # at its border one-sided differences find folds that are none
-    there = displacement[far].copy()
-    there[inside(core, far)] += shift[inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
-    placed = affine_of_part(affine, wide)
-    there = unfolded_in_world(there, affine_of_part(affine, far), linear)[inside(wide, far)]
+    added = shift[inside(core, part)] @ linear[:3, :3].T.astype(np.float32)
+
+    def shifted(far):
+        found = displacement[far].copy()
+        found[inside(core, far)] += added
+        return found
+
+    there, placed = unfolded_part(shifted, wide, shape, affine, linear), affine_of_part(affine, wide)
     changed = (there != displacement[wide]).any(-1)
     near = ndimage.binary_dilation(changed, np.ones((3, 3, 3)))
     return replace(piece, region=wide, changed=(changed, changed, near, changed), parts=(

@@ -104,7 +104,6 @@ class Result:
         out = make_folder(out)
         former = check_out(out, [file["path"].removesuffix(BACK) for files in self.summary.get("inputs", {}).values()
                                  for file in files if file["path"]])
-        transform_names(bids)
         trim_memory()
 
         def volumes(new):

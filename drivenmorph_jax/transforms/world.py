@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import ndimage
 
+from drivenmorph_jax.fields.grid import inside, widened
 from drivenmorph_jax.fields.jacobian import determinant_by_slabs
-from drivenmorph_jax.fields.unfold import unfolded_around_folds
+from drivenmorph_jax.fields.unfold import REACH, unfolded_around_folds
 from drivenmorph_jax.fields.warp import warp
 from drivenmorph_jax.runtime.stored import stored
 
@@ -90,6 +91,21 @@ def unfolded_in_world(displacement, affine, transform):
     if np.linalg.det(transform) < 0:
         return displacement
     return unfolded_around_folds(displacement, np.linalg.inv(affine)[:3, :3])
+
+
+def unfolded_part(displaced, part, shape, affine, transform):
+    """The part of a displacement whose folds `unfolded_in_world` removes as it would in the whole.
+
+    At the border of a part, one-sided differences find folds that are none. So a larger part is unfolded.
+
+    Args:
+      displaced: function of a part of the grid, a tuple of slices, that returns the displacement there, RAS mm.
+      part: the part that is returned.
+      shape, affine: those of the grid.
+      transform: as of `unfolded_in_world`.
+    """
+    far = widened(part, shape, 1 + REACH)
+    return unfolded_in_world(displaced(far), affine, transform)[inside(part, far)]
 
 
 def force_on_grid(shape, affine, force, work_affine):
