@@ -20,8 +20,8 @@ from drivenmorph_jax.runtime import sharding
 
 DEMONS_SPACING = 1.0  # mm, the finest working grid of Demons
 BASE_BYTES = 600e6  # Python, JAX and SimpleITK
-# Bytes for each voxel. FIXED_BYTES, MOVING_BYTES: on the images' own grids, as measured from 1 to .5 mm, for images, two
-# displacements and the force (three float32 each), Jacobian, confidence, uncertainty, and a displacement with its
+# Bytes for each voxel. FIXED_BYTES, MOVING_BYTES: on the images' own grids, as measured from 1 to .5 mm, for images,
+# two displacements and the force (three float32 each), Jacobian, confidence, uncertainty, and a displacement with its
 # margin while it is written. On the working grid: DEMONS_BYTES for the classical algorithm, REFINE_BYTES for its
 # iterations after the network, PASS_BYTES for what is kept between the passes of the network, which is images, three
 # fields, and the forces of every level; CHANNEL_BYTES for an extra channel of both images.
